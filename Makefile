@@ -1,0 +1,47 @@
+# make study   sets everything up and runs the quickstart study
+# make test    sets everything up and runs lint, types and tests with coverage
+# make docs    regenerates the documents that are made from the code
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONSTRAINTS := constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: study test lint types docs clean
+
+study: $(VENV)/.installed
+	$(BIN)/optuna-lora-rl run studies/quickstart.yaml
+
+test: $(VENV)/.installed-test lint types
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report term:skip-covered
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-test
+	$(BIN)/mypy
+
+docs: $(VENV)/.installed
+	$(BIN)/python -m optuna_lora_rl.study.reference docs/configuration.md
+
+# torch goes first and alone, pinned: a later package that asks for "torch" would otherwise
+# pull the newest build with several gigabytes of CUDA libraries.
+$(VENV)/.torch: $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q "$$(grep '^torch==' $(CONSTRAINTS))"
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install -q -c $(CONSTRAINTS) -e ".[dashboard]"
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/pip install -q -c $(CONSTRAINTS) -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .coverage*
