@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optuna_lora_rl.errors import UserError
-from optuna_lora_rl.space import DEFAULTS
-from optuna_lora_rl.space import VOCABULARY
 from optuna_lora_rl.space import LoraSpace
+from optuna_lora_rl.vocabulary import DEFAULTS
+from optuna_lora_rl.vocabulary import VOCABULARY
 
 
 def ask(space: LoraSpace, seed: int = 0) -> tuple[optuna.Trial, dict]:
