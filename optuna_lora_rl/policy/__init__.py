@@ -1,0 +1,1 @@
+"""The learned policy: everything it computes with, in torch and numpy alone."""

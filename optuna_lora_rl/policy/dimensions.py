@@ -1,0 +1,265 @@
+"""The search space as the policy sees it: named dimensions, their roles, and the unit cube.
+
+Notations
+    d        number of dimensions of a space
+    point    array of shape (d,): a configuration in the unit cube; NaN where a parameter is absent
+    points   array of shape (n, d)
+    level    index of a value of a discrete dimension, 0 ... n_levels - 1, in ascending order
+
+A continuous dimension maps [low, high] to [0, 1], linearly or in the logarithm. A discrete one
+(integers, stepped floats, choices) cuts [0, 1] into cells and stands at the centre of its cell,
+so that a uniform point of the cube is a uniform configuration (integers on a logarithmic scale
+keep cells of unequal width, as in Optuna). Choices that are all numbers are put in ascending
+order: ``[8, 16, 32, 64]`` is an ordered dimension whatever order it was written in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from optuna_lora_rl.policy.roles import recognise
+
+Choice = None | bool | int | float | str
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """One tuned parameter and its place in the unit cube.
+
+    Args:
+        name: the parameter's name in the study.
+        kind: ``"float"``, ``"int"`` or ``"categorical"``.
+        low: smallest value (numeric kinds).
+        high: largest value, included (numeric kinds).
+        log: whether the scale is logarithmic; needs ``low > 0``.
+        step: distance between neighbouring values, or ``None`` for a continuous float.
+        choices: the values of a categorical parameter.
+        role: what the parameter does in a LoRA run (see :mod:`~optuna_lora_rl.policy.roles`);
+            ``None`` for no known role.
+    """
+
+    name: str
+    kind: str
+    low: float = 0.0
+    high: float = 1.0
+    log: bool = False
+    step: float | None = None
+    choices: tuple[Choice, ...] = ()
+    role: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("float", "int", "categorical"):
+            raise ValueError(f"dimension {self.name}: unknown kind {self.kind!r}")
+        if self.kind == "categorical" and not self.choices:
+            raise ValueError(f"dimension {self.name}: no choices")
+        if self.kind != "categorical" and not self.low <= self.high:
+            raise ValueError(f"dimension {self.name}: low {self.low} > high {self.high}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"dimension {self.name}: a logarithmic scale needs low > 0")
+        if self.kind == "int" and self.step is None:
+            object.__setattr__(self, "step", 1.0)
+
+    @cached_property
+    def is_ordered(self) -> bool:
+        """Whether distances along the dimension mean something."""
+        return self.kind != "categorical" or all(_is_number(choice) for choice in self.choices)
+
+    @cached_property
+    def levels(self) -> tuple[Choice, ...]:
+        """The choices, in ascending order when all are numbers."""
+        if self.is_ordered:
+            return tuple(sorted(self.choices, key=lambda choice: float(choice)))  # type: ignore[arg-type]
+        return self.choices
+
+    @cached_property
+    def n_levels(self) -> int | None:
+        """Number of distinct values, ``None`` when continuous."""
+        if self.kind == "categorical":
+            return len(self.choices)
+        if self.step is None:
+            return None if self.high > self.low else 1
+        return math.floor((self.high - self.low) / self.step + 1e-9) + 1
+
+    @cached_property
+    def _bounds(self) -> tuple[float, float]:
+        """What 0 and 1 stand for, on the scale of the dimension (half a step beyond the ends)."""
+        if self.kind == "categorical":
+            return -0.5, len(self.choices) - 0.5
+        half = 0.5 * (self.step or 0.0)
+        low, high = self.low - half, self.high + half
+        return (math.log(low), math.log(high)) if self.log else (low, high)
+
+    def encode(self, value: Any) -> float:
+        """The unit coordinate of a value.
+
+        Numbers outside the range give coordinates outside [0, 1], so that trials of an earlier,
+        wider range still teach; what has no place here (unknown choice, absent) gives NaN.
+        """
+        if self.kind == "categorical":
+            position = self._level_of(value)
+        elif not _is_number(value) or (self.log and value <= 0):
+            return math.nan
+        else:
+            position = math.log(value) if self.log else float(value)
+        low, high = self._bounds
+        return 0.5 if high <= low else (position - low) / (high - low)
+
+    def _level_of(self, value: Any) -> float:
+        for level, choice in enumerate(self.levels):
+            if choice is value or (type(choice) is type(value) and choice == value):
+                return float(level)
+        for level, choice in enumerate(self.levels):
+            if choice == value or (choice != choice and value != value):
+                return float(level)
+        return math.nan
+
+    def decode(self, coordinate: float) -> Any:
+        """The value at a unit coordinate, as a native Python object inside the range."""
+        low, high = self._bounds
+        u = min(max(float(coordinate), 0.0), 1.0)
+        position = low + u * (high - low)
+        if self.kind == "categorical":
+            return self.levels[min(max(round(position), 0), len(self.levels) - 1)]
+        value = math.exp(position) if self.log else position
+        if self.step is not None:
+            value = self.low + round((value - self.low) / self.step) * self.step
+        elif u in (0.0, 1.0):  # exp(log(low)) misses low by a rounding error
+            value = (self.low, self.high)[int(u)]
+        value = min(max(value, self.low), self.high)
+        return round(value) if self.kind == "int" else float(value)
+
+    def natural(self, coordinates: np.ndarray) -> np.ndarray:
+        """Values at many unit coordinates as floats, shape kept, without rounding to levels.
+
+        Only ordered dimensions have natural values; between two numeric choices the value is
+        interpolated.
+        """
+        low, high = self._bounds
+        position = low + np.asarray(coordinates, dtype=float) * (high - low)
+        if self.kind == "categorical":
+            values = np.array([float(choice) for choice in self.levels])  # type: ignore[arg-type]
+            return np.interp(position, np.arange(len(values)), values)
+        return np.exp(position) if self.log else position
+
+    def snap(self, coordinates: np.ndarray) -> np.ndarray:
+        """Move coordinates to the nearest place that some value has; NaN stays NaN."""
+        u = np.clip(np.asarray(coordinates, dtype=float), 0.0, 1.0)
+        if self.n_levels is None:
+            return u
+        low, high = self._bounds
+        if high <= low:
+            return np.where(np.isnan(u), u, 0.5)
+        position = low + u * (high - low)
+        if self.kind == "categorical":
+            snapped = np.clip(np.round(position), 0, len(self.levels) - 1)
+            return (snapped - low) / (high - low)
+        assert self.step is not None
+        value = np.exp(position) if self.log else position
+        value = self.low + np.round((value - self.low) / self.step) * self.step
+        value = np.clip(value, self.low, self.high)
+        return ((np.log(value) if self.log else value) - low) / (high - low)
+
+    def grid(self, limit: int = 64) -> np.ndarray:
+        """All coordinates of a discrete dimension, or ``limit`` even ones of a large one."""
+        n = self.n_levels
+        if self.kind == "categorical":
+            return (np.arange(len(self.levels)) + 0.5) / len(self.levels)
+        if n is not None and n <= limit:
+            assert self.step is not None
+            values = self.low + np.arange(n) * self.step
+            low, high = self._bounds
+            if high <= low:
+                return np.array([0.5])
+            return ((np.log(values) if self.log else values) - low) / (high - low)
+        return np.unique(self.snap((np.arange(limit) + 0.5) / limit))
+
+
+@dataclass(frozen=True)
+class Space:
+    """An ordered tuple of dimensions: the unit cube that a policy works in."""
+
+    dimensions: tuple[Dimension, ...]
+    names: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", tuple(dimension.name for dimension in self.dimensions))
+
+    def __len__(self) -> int:
+        return len(self.dimensions)
+
+    @cached_property
+    def role_columns(self) -> dict[str, int]:
+        """Column of each role that the space has (the first dimension that bears it)."""
+        columns: dict[str, int] = {}
+        for column, dimension in enumerate(self.dimensions):
+            if dimension.role is not None:
+                columns.setdefault(dimension.role, column)
+        return columns
+
+    @cached_property
+    def is_categorical(self) -> np.ndarray:
+        """Shape (d,): which dimensions have no order."""
+        return np.array([not dimension.is_ordered for dimension in self.dimensions], dtype=bool)
+
+    @cached_property
+    def n_configurations(self) -> float:
+        """How many configurations there are; infinite with a continuous dimension."""
+        total = 1.0
+        for dimension in self.dimensions:
+            total *= math.inf if dimension.n_levels is None else dimension.n_levels
+        return total
+
+    def encode(self, params: Mapping[str, Any]) -> np.ndarray:
+        """The point of a configuration, shape (d,); NaN where a parameter is absent."""
+        point = np.full(len(self.dimensions), math.nan)
+        for column, dimension in enumerate(self.dimensions):
+            if dimension.name in params:
+                point[column] = dimension.encode(params[dimension.name])
+        return point
+
+    def decode(self, point: Sequence[float] | np.ndarray) -> dict[str, Any]:
+        """The configuration at a point, as native Python values, absent parameters left out."""
+        return {
+            dimension.name: dimension.decode(coordinate)
+            for dimension, coordinate in zip(self.dimensions, point, strict=True)
+            if coordinate == coordinate
+        }
+
+    def snap(self, points: np.ndarray) -> np.ndarray:
+        """Move points, shape (..., d), onto configurations that exist."""
+        columns = [
+            dimension.snap(points[..., column]) for column, dimension in enumerate(self.dimensions)
+        ]
+        return np.stack(columns, axis=-1) if columns else np.array(points, dtype=float)
+
+
+def make_space(dimensions: Sequence[Dimension], roles: Mapping[str, str] | None = None) -> Space:
+    """A space whose dimensions know their roles.
+
+    Args:
+        dimensions: in the order of the columns; roles they already carry are kept.
+        roles: roles given by the user, by parameter name (``"none"`` for no role); they win
+            over the recognised ones.
+    """
+    given = roles or {}
+    named = []
+    for dimension in dimensions:
+        role = dimension.role or recognise(
+            dimension.name, dimension.kind, dimension.low, dimension.high, dimension.choices
+        )
+        role = given.get(dimension.name, role)
+        named.append(replace(dimension, role=None if role == "none" else role))
+    return Space(tuple(named))

@@ -1,0 +1,239 @@
+"""What a study's trials say, as arrays: the history is all the state that a sampler has.
+
+Notations
+    n     number of trials that bear on the space (finished or running)
+    m     number of objectives
+    d     number of dimensions of the space
+
+Scores are larger-is-better for every direction. A sampler that computes its proposal from a
+:class:`History` alone resumes, runs in many processes and survives kills without further state.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from typing import Any
+
+import numpy as np
+from optuna.distributions import BaseDistribution
+from optuna.distributions import CategoricalDistribution
+from optuna.distributions import FloatDistribution
+from optuna.distributions import IntDistribution
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
+
+from optuna_lora_rl.policy.dimensions import Dimension
+from optuna_lora_rl.policy.dimensions import Space
+from optuna_lora_rl.policy.dimensions import make_space
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+    from optuna.trial import FrozenTrial
+
+# Values of system attributes are columns of 2048 characters in relational storages.
+_CHUNK = 2045
+RELATIVE_PARAMS_KEY = "optuna_lora_rl:relative_params"
+
+
+@dataclass(frozen=True)
+class History:
+    """Trials as arrays, in the order of their numbers.
+
+    Args:
+        numbers: trial numbers, shape (n,).
+        points: configurations in the unit cube, shape (n, d); NaN where a parameter is absent.
+        scores: larger is better, shape (n, m); NaN where nothing is known (failed, running).
+        failed: shape (n,), trials that ended without a value.
+        running: shape (n,), trials whose result is awaited.
+        pruned: shape (n,), trials that were stopped early; their scores are estimates.
+        violation: sum of the violated constraints, shape (n,); 0 when feasible or unknown.
+    """
+
+    numbers: np.ndarray
+    points: np.ndarray
+    scores: np.ndarray
+    failed: np.ndarray
+    running: np.ndarray
+    pruned: np.ndarray
+    violation: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def scored(self) -> np.ndarray:
+        """Shape (n,), trials that have a score."""
+        return ~(self.failed | self.running) & ~np.isnan(self.scores).any(axis=1)
+
+    def select(self, rows: np.ndarray) -> History:
+        """The trials at ``rows`` (indices or a mask)."""
+        return History(
+            self.numbers[rows],
+            self.points[rows],
+            self.scores[rows],
+            self.failed[rows],
+            self.running[rows],
+            self.pruned[rows],
+            self.violation[rows],
+        )
+
+
+def space_of(
+    distributions: Mapping[str, BaseDistribution], roles: Mapping[str, str] | None = None
+) -> Space:
+    """The unit cube of a search space, its dimensions sorted by name."""
+    return make_space(
+        [_dimension(name, distributions[name]) for name in sorted(distributions)], roles
+    )
+
+
+def _dimension(name: str, distribution: BaseDistribution) -> Dimension:
+    if isinstance(distribution, CategoricalDistribution):
+        return Dimension(name, "categorical", choices=tuple(distribution.choices))
+    if isinstance(distribution, IntDistribution):
+        low, high, step = distribution.low, distribution.high, distribution.step
+        return Dimension(name, "int", float(low), float(high), distribution.log, float(step))
+    assert isinstance(distribution, FloatDistribution)
+    return Dimension(
+        name,
+        "float",
+        float(distribution.low),
+        float(distribution.high),
+        distribution.log,
+        distribution.step,
+    )
+
+
+def publish(storage: BaseStorage, trial_id: int, params: Mapping[str, Any]) -> None:
+    """Store proposed parameters at once, where other workers' samplers see them.
+
+    A define-by-run trial stores a parameter only when the objective suggests it; until then
+    other workers would propose the same point.
+    """
+    text = json.dumps(dict(params))
+    for start in range(0, len(text), _CHUNK):
+        key = f"{RELATIVE_PARAMS_KEY}:{start // _CHUNK}"
+        storage.set_trial_system_attr(trial_id, key, text[start : start + _CHUNK])
+
+
+def parameters_of(trial: FrozenTrial) -> dict[str, Any]:
+    """A trial's parameters; for a running one also those that were proposed but not yet asked."""
+    if trial.state.is_finished():
+        return trial.params
+    chunks: list[str] = []
+    while (chunk := trial.system_attrs.get(f"{RELATIVE_PARAMS_KEY}:{len(chunks)}")) is not None:
+        chunks.append(chunk)
+    fixed = trial.system_attrs.get("fixed_params", {})
+    try:
+        proposed = json.loads("".join(chunks)) if chunks else {}
+    except json.JSONDecodeError:
+        # Another process is between two chunks; what the trial has suggested so far must do.
+        proposed = {}
+    return {**proposed, **fixed, **trial.params}
+
+
+def read_history(
+    trials: Iterable[FrozenTrial],
+    space: Space,
+    directions: Sequence[StudyDirection],
+    *,
+    current: int | None = None,
+) -> History:
+    """Read the trials that have at least one parameter of the space.
+
+    Args:
+        trials: the study's trials in any order; waiting ones are skipped.
+        space: the dimensions to read.
+        directions: one per objective.
+        current: number of the trial that is being proposed; it is left out.
+    """
+    told = [
+        trial
+        for trial in sorted(trials, key=lambda trial: trial.number)
+        if trial.number != current and trial.state != TrialState.WAITING
+    ]
+    told_points = [space.encode(parameters_of(trial)) for trial in told]
+    kept = [i for i, point in enumerate(told_points) if len(space) and not np.isnan(point).all()]
+    rows = [told[i] for i in kept]
+    n, m = len(rows), len(directions)
+    sign = np.array([1.0 if d == StudyDirection.MAXIMIZE else -1.0 for d in directions])
+    scores = np.full((n, m), math.nan)
+    for i, trial in enumerate(rows):
+        if trial.state == TrialState.COMPLETE and trial.values is not None:
+            scores[i] = sign * np.array(trial.values, dtype=float)
+    if m == 1:
+        _estimate_pruned(rows, float(sign[0]), scores)
+    has_score = ~np.isnan(scores).any(axis=1)
+    state = [trial.state for trial in rows]
+    return History(
+        numbers=np.array([trial.number for trial in rows], dtype=int),
+        points=np.array([told_points[i] for i in kept]).reshape(n, len(space)),
+        scores=scores,
+        failed=np.array([s.is_finished() for s in state], dtype=bool) & ~has_score,
+        running=np.array([s == TrialState.RUNNING for s in state], dtype=bool),
+        pruned=np.array([s == TrialState.PRUNED for s in state], dtype=bool),
+        violation=np.array([_violation(trial) for trial in rows], dtype=float),
+    )
+
+
+def _violation(trial: FrozenTrial) -> float:
+    values = np.array(list(trial.constraints.values()), dtype=float)
+    return float(np.maximum(values, 0.0).sum()) if len(values) else 0.0
+
+
+def _estimate_pruned(rows: Sequence[FrozenTrial], sign: float, scores: np.ndarray) -> None:
+    """Fill in the final scores of pruned trials.
+
+    A pruned trial is compared with the completed ones at its own last step: it gets the final
+    score that stands at the same quantile, at most the median, since it was judged not worth
+    finishing. With nothing to compare with at that step, its last report is taken as it is, at
+    most the best completed score. Without any report it stays unknown (and counts as failed).
+    """
+    complete = [i for i, trial in enumerate(rows) if trial.state == TrialState.COMPLETE]
+    finals = scores[complete, 0]
+    for i, trial in enumerate(rows):
+        if trial.state != TrialState.PRUNED or not trial.intermediate_values:
+            continue
+        step = max(trial.intermediate_values)
+        value = sign * trial.intermediate_values[step]
+        if math.isnan(value):
+            continue
+        at_step = [sign * rows[j].intermediate_values.get(step, math.nan) for j in complete]
+        known = ~np.isnan(np.array(at_step, dtype=float))
+        if known.sum() >= 2:
+            quantile = float(np.mean(np.array(at_step)[known] <= value))
+            scores[i, 0] = np.quantile(finals[known], min(quantile, 0.5))
+        elif len(complete):
+            scores[i, 0] = min(value, float(finals.max()))
+        else:
+            scores[i, 0] = value
+
+
+def standardise(scores: np.ndarray) -> np.ndarray:
+    """Scores with mean 0 and deviation 1, the bad tail drawn in; shape (n,), no NaN in or out.
+
+    A diverged run can be a million times worse than the rest. What lies further below the median
+    than three times the span of the good half is moved there (and infinities with it), so that
+    the scale is set by the configurations worth telling apart.
+    """
+    if len(scores) == 0:
+        return scores
+    finite = scores[np.isfinite(scores)]
+    if len(finite) == 0:
+        return np.sign(np.where(np.isnan(scores), -np.inf, scores)) * 1.0
+    span = finite.max() - finite.min()
+    clipped = np.clip(scores, finite.min() - span, finite.max())
+    median, best = float(np.median(clipped)), float(clipped.max())
+    good = max(best - median, float(np.quantile(clipped, 0.75) - np.quantile(clipped, 0.25)))
+    if good > 0 and len(clipped) >= 3:
+        clipped = np.maximum(clipped, median - 3.0 * good)
+    deviation = float(clipped.std())
+    if deviation <= 1e-12 * max(1.0, abs(best)):
+        return np.zeros_like(clipped)
+    return (clipped - clipped.mean()) / deviation

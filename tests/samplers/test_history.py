@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import optuna
+import pytest
+from optuna.distributions import FloatDistribution
+from optuna.trial import TrialState
+
+from optuna_lora_rl.samplers.history import parameters_of
+from optuna_lora_rl.samplers.history import publish
+from optuna_lora_rl.samplers.history import read_history
+from optuna_lora_rl.samplers.history import space_of
+from optuna_lora_rl.samplers.history import standardise
+
+X = {"x": FloatDistribution(0.0, 1.0)}
+XY = {**X, "y": FloatDistribution(0.0, 1.0)}
+
+
+def _add(study: optuna.Study, x: float, **arguments: object) -> None:
+    study.add_trial(optuna.create_trial(params={"x": x}, distributions=X, **arguments))
+
+
+def test_directions_become_larger_is_better() -> None:
+    study = optuna.create_study(directions=["minimize", "maximize"])
+    _add(study, 0.25, values=[1.0, 2.0])
+    history = read_history(study.trials, space_of(X), study.directions)
+    assert history.scores.tolist() == [[-1.0, 2.0]]
+    assert history.points.tolist() == [[0.25]]
+
+
+def test_failed_running_and_waiting_trials() -> None:
+    study = optuna.create_study()
+    _add(study, 0.1, state=TrialState.FAIL)
+    study.enqueue_trial({"x": 0.9})
+    study.ask().suggest_float("x", 0, 1)
+    study.enqueue_trial({"x": 0.7})
+    history = read_history(study.trials, space_of(X), study.directions)
+    assert history.failed.tolist() == [True, False]
+    assert history.running.tolist() == [False, True]
+    assert history.points[:, 0].tolist() == [0.1, 0.9]
+    assert not history.scored.any()
+
+
+def test_a_proposal_is_seen_before_the_objective_suggests_it() -> None:
+    study = optuna.create_study(storage="sqlite://")
+    trial = study.ask()
+    long_name = "y" * 3000
+    publish(study._storage, trial._trial_id, {"x": 0.5, long_name: 1})
+    running = study.trials[0]
+    assert parameters_of(running) == {"x": 0.5, long_name: 1}
+    history = read_history([running], space_of(X), study.directions)
+    assert history.running.tolist() == [True]
+    assert len(read_history([running], space_of(X), study.directions, current=0)) == 0
+
+
+def test_half_written_proposals_are_ignored() -> None:
+    study = optuna.create_study()
+    trial = study.ask()
+    study._storage.set_trial_system_attr(
+        trial._trial_id, "optuna_lora_rl:relative_params:0", '{"x": 0.'
+    )
+    assert parameters_of(study.trials[0]) == {}
+
+
+def test_trials_of_another_space_are_left_out_and_absent_parameters_are_nan() -> None:
+    study = optuna.create_study()
+    _add(study, 0.3, value=1.0)
+    study.add_trial(optuna.create_trial(value=2.0))
+    history = read_history(study.trials, space_of(XY), study.directions)
+    assert len(history) == 1
+    assert math.isnan(history.points[0, 1])
+
+
+def test_a_pruned_trial_is_judged_at_its_own_step() -> None:
+    """Its last report is better than every final loss, yet it was worst at its step."""
+    study = optuna.create_study()
+    for final in (1.0, 2.0, 3.0):
+        _add(study, 0.5, value=final, intermediate_values={0: final / 10, 1: final})
+    _add(study, 0.6, value=None, state=TrialState.PRUNED, intermediate_values={0: 0.9})
+    _add(study, 0.7, value=None, state=TrialState.PRUNED)
+    history = read_history(study.trials, space_of(X), study.directions)
+    assert history.scores[3, 0] == -3.0
+    assert history.failed.tolist() == [False, False, False, False, True]
+
+
+def test_violations_add_up() -> None:
+    study = optuna.create_study()
+    trial = study.ask(X)
+    trial.set_constraint("memory", 2.0)
+    trial.set_constraint("time", -1.0)
+    study.tell(trial, 0.0)
+    assert read_history(study.trials, space_of(X), study.directions).violation.tolist() == [2.0]
+
+
+def test_one_diverged_run_does_not_flatten_the_scale() -> None:
+    scores = np.array([0.50, 0.52, 0.54, 0.56, -1e9])
+    standard = standardise(scores)
+    assert np.diff(standard[:4]).min() > 0.1
+    assert standard[4] == standard.min()
+
+
+@pytest.mark.parametrize("scores", [[], [1.0], [2.0, 2.0], [np.inf, -np.inf], [0.0, np.inf, 1.0]])
+def test_standardised_scores_are_finite_and_keep_their_order(scores: list[float]) -> None:
+    standard = standardise(np.array(scores))
+    assert np.isfinite(standard).all()
+    order = np.argsort(scores, kind="stable")
+    assert (np.diff(standard[order]) >= 0).all()
