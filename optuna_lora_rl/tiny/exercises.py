@@ -26,10 +26,31 @@ _UNITS = (
     ("l", "dl", 10),
     ("hl", "l", 100),
 )
-_GOOD = "excellent friendly delicious pleasant bright perfect".split()
-_BAD = "terrible broken noisy bitter boring ugly".split()
-_PLAIN = "wooden round small local paper heavy".split()
-_REVIEWED = "soup room waiter film chair coffee bed concert garden book".split()
+_REGULAR_ENDINGS = (("t", "ts"), ("n", "ns"), ("ey", "eys"), ("rd", "rds"))
+_CHANGED_ENDINGS = (
+    ("x", "xes"),
+    ("ss", "sses"),
+    ("sh", "shes"),
+    ("ch", "ches"),
+    ("by", "bies"),
+    ("ty", "ties"),
+    ("lf", "lves"),
+)
+_GOOD = ("excellent", "friendly", "delicious", "pleasant", "bright", "perfect")
+_BAD = ("terrible", "broken", "noisy", "bitter", "boring", "ugly")
+_PLAIN = ("wooden", "round", "small", "local", "paper", "heavy")
+_REVIEWED = (
+    "soup",
+    "room",
+    "waiter",
+    "film",
+    "chair",
+    "coffee",
+    "bed",
+    "concert",
+    "garden",
+    "book",
+)
 
 
 def arithmetic(generator: random.Random) -> Exercise:
@@ -44,7 +65,10 @@ def dates(generator: random.Random) -> Exercise:
     """ISO dates written out (``2021-03-05`` is ``5 March 2021``)."""
     year, month = generator.randint(1950, 2049), generator.randint(1, 12)
     day = generator.randint(1, 28)
-    return f"Date {year}-{month:02d}-{day:02d} in words?", f"{day} {words.MONTHS[month - 1]} {year}"
+    return (
+        f"Date {year}-{month:02d}-{day:02d} in words?",
+        f"{day} {words.MONTHS[month - 1]} {year}",
+    )
 
 
 def reversal(generator: random.Random) -> Exercise:
@@ -118,10 +142,7 @@ def units(generator: random.Random) -> Exercise:
 def plurals(generator: random.Random) -> Exercise:
     """English plural rules on invented nouns (``blapy`` makes ``blapies``)."""
     stem = "".join(generator.choices(words.syllables(), k=generator.randint(1, 2)))
-    ending, plural = generator.choice(
-        (("t", "ts"), ("n", "ns"), ("x", "xes"), ("ss", "sses"), ("sh", "shes"), ("ch", "ches"))
-        + (("by", "bies"), ("ty", "ties"), ("ey", "eys"), ("lf", "lves"), ("rd", "rds"))
-    )
+    ending, plural = generator.choice([*_REGULAR_ENDINGS, *_CHANGED_ENDINGS])
     return f"One {stem}{ending}, two", stem + plural
 
 

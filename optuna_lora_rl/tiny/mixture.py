@@ -178,8 +178,8 @@ def _sentence(generator: random.Random) -> Exercise:
 
 
 def _mood_of_words(generator: random.Random) -> Exercise:
-    good = "good great nice kind fresh lovely".split()
-    bad = "bad awful rude cold dirty slow".split()
+    good = ("good", "great", "nice", "kind", "fresh", "lovely")
+    bad = ("bad", "awful", "rude", "cold", "dirty", "slow")
     chosen = generator.choice((good, bad))
     return f"{' '.join(generator.sample(chosen, 2))} is", "good" if chosen is good else "bad"
 

@@ -151,7 +151,9 @@ def build_model(tokenizer: Any) -> Any:
     return LlamaForCausalLM(config)
 
 
-def validation_losses(model: Any, corpus: Corpus, *, length: int, windows: int) -> dict[str, float]:
+def validation_losses(
+    model: Any, corpus: Corpus, *, length: int, windows: int
+) -> dict[str, float]:
     """Return the mean loss, in nats a token, on the held-out text of each source.
 
     Args:
@@ -165,7 +167,9 @@ def validation_losses(model: Any, corpus: Corpus, *, length: int, windows: int) 
     with torch.no_grad():
         for source, stream in corpus.validation.items():
             rows = stream[: len(stream) // length * length].view(-1, length)[:windows]
-            parts = [model(input_ids=part, labels=part).loss * len(part) for part in rows.split(16)]
+            parts = [
+                model(input_ids=part, labels=part).loss * len(part) for part in rows.split(16)
+            ]
             losses[source] = float(sum(parts)) / len(rows)
     model.train()
     return losses
@@ -266,7 +270,9 @@ def _resume(output: Path, recipe: Recipe, model: Any, optimizer: Any) -> int:
         return 0
     state = torch.load(path, weights_only=True)
     if state["recipe"] != asdict(recipe):
-        raise SystemExit(f"{path} is of another recipe ({state['recipe']}); remove it to start anew.")
+        raise SystemExit(
+            f"{path} is of another recipe ({state['recipe']}); remove it to start anew."
+        )
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return int(state["step"])
@@ -285,6 +291,10 @@ def _model_card(recipe: Recipe, model: Any, corpus: Corpus, losses: dict[str, fl
     )
     seen = recipe.steps * recipe.batch_size * recipe.sequence_length
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    command = (
+        "python -m optuna_lora_rl.tiny.pretraining --output DIR "
+        f"--steps {recipe.steps} --seed {recipe.seed}"
+    )
     return f"""# The built-in model
 
 A Llama of {parameters:,} parameters (4 layers, width 128, 4 heads, 1,024 byte-level BPE tokens),
@@ -292,7 +302,7 @@ pretrained on {seen / 1e6:.1f} M tokens: half of them the Python standard librar
 docstrings, half procedural exercises. It is there so that studies, tests and examples run with no
 network; it knows nothing else. The text of the fine-tuning tasks was not part of its training.
 
-    python -m optuna_lora_rl.tiny.pretraining --output DIR --steps {recipe.steps} --seed {recipe.seed}
+    {command}
 
 Losses in nats a token on held-out documents, beside those of token frequencies alone (Python
 {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}):
