@@ -19,6 +19,7 @@ from optuna_lora_rl.policy.bandit import Bandit
 from optuna_lora_rl.policy.bandit import rank_rewards
 from optuna_lora_rl.policy.bandit import scalarise
 from optuna_lora_rl.policy.levels import make_grid
+from optuna_lora_rl.policy.roles import ROLES
 from optuna_lora_rl.samplers import PROPOSAL_KEY
 from optuna_lora_rl.samplers.history import publish
 from optuna_lora_rl.samplers.history import read_history
@@ -86,6 +87,11 @@ class BanditSampler(BaseSampler):
             raise UserError(f"algorithm is {algorithm!r}, but must be 'thompson' or 'ucb'")
         if not (math.isfinite(exploration) and exploration >= 0):
             raise UserError(f"exploration is {exploration!r}, but must be a number, at least 0")
+        for name, role in (roles or {}).items():
+            if role not in (*ROLES, "none"):
+                raise UserError(
+                    f"roles: {name} is {role!r}, but must be one of {', '.join(ROLES)}, none"
+                )
         _check_levels(levels)
         self._seed = _fresh_seed() if seed is None else seed
         self._algorithm: Literal["thompson", "ucb"] = algorithm
