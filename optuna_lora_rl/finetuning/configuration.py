@@ -1,0 +1,87 @@
+"""The plain parameters of one trial, checked and typed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.finetuning.failure import FineTuningError
+from optuna_lora_rl.vocabulary import VOCABULARY
+from optuna_lora_rl.vocabulary import Value
+from optuna_lora_rl.vocabulary import unknown_parameter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Configuration:
+    """One trial's parameters; names and meanings are those of ``vocabulary.VOCABULARY``."""
+
+    lora_rank: int
+    lora_alpha: float
+    lora_dropout: float
+    target_modules: str
+    layers: str
+    bias: str
+    init_lora_weights: str
+    use_rslora: bool
+    use_dora: bool
+    learning_rate: float
+    batch_size: int
+    optim: str
+    weight_decay: float
+    warmup_ratio: float
+    lr_scheduler_type: str
+    max_grad_norm: float
+    max_steps: int
+    num_train_epochs: float
+    loraplus_lr_ratio: float
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, Value]) -> Configuration:
+        """Reads plain parameters; those left out have their defaults.
+
+        Raises:
+            FineTuningError: With reason ``"configuration"``, when a name is unknown, a value is
+                out of range, or two values do not go together.
+        """
+        values: dict[str, Any] = {}
+        try:
+            for name in parameters:
+                if name not in VOCABULARY:
+                    raise UserError(unknown_parameter(name))
+            for name, term in VOCABULARY.items():
+                values[name] = term.check(name, parameters.get(name, term.default))
+        except UserError as error:
+            raise FineTuningError("configuration", str(error).removeprefix("space.")) from None
+        return cls(**values)
+
+    def __post_init__(self) -> None:
+        init = self.init_lora_weights
+        if init == "orthogonal" and self.lora_rank % 2:
+            raise FineTuningError(
+                "configuration",
+                f"init_lora_weights orthogonal needs an even lora_rank, not {self.lora_rank}",
+            )
+        if init == "mica" and (self.use_dora or self.loraplus_lr_ratio != 1):
+            other = "use_dora" if self.use_dora else "loraplus_lr_ratio"
+            raise FineTuningError(
+                "configuration",
+                f"init_lora_weights mica does not go with {other}: it freezes the B matrices",
+            )
+        if self.lr_scheduler_type == "reduce_lr_on_plateau":
+            raise FineTuningError(
+                "configuration",
+                "lr_scheduler_type reduce_lr_on_plateau has no fixed course, so runs of "
+                "different lengths cannot be compared; take linear, cosine or another schedule",
+            )
+
+    @property
+    def mutates_base(self) -> bool:
+        """Whether the initialisation takes its directions out of the base weights."""
+        return self.init_lora_weights.startswith(("olora", "pissa"))
+
+    @property
+    def rank_limited(self) -> bool:
+        """Whether the initialisation needs a rank that every layer has."""
+        return self.mutates_base or self.init_lora_weights == "mica"

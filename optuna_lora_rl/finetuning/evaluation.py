@@ -1,0 +1,222 @@
+"""How good a model's answers are: teacher-forced metrics from TRL, and generated answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import asdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from typing import Any
+
+from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.finetuning.data import draw
+from optuna_lora_rl.finetuning.sources import Row
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        loss: Mean cross-entropy of the learnt tokens, in nats, averaged over batches as TRL does.
+        token_accuracy: Share of them that are the most likely token given the ones before.
+        exact_match: Share of generated answers equal to the expected ones but for outer spaces.
+        accuracy: The same, regardless of case, inner spacing and anything after the first line.
+        f1: F1 of the answers taken as labels, macro-averaged over the expected ones.
+        quality: Gain over the untuned model in the study's metric; 0 for the untuned model.
+    """
+
+    loss: float
+    token_accuracy: float
+    exact_match: float | None = None
+    accuracy: float | None = None
+    f1: float | None = None
+    quality: float = 0.0
+
+    def metrics(self) -> dict[str, float]:
+        """Returns what was measured, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def quality(metric: str, values: Mapping[str, float], baseline: Evaluation) -> float:
+    """Returns the gain over the untuned model.
+
+    For ``loss`` it is the share of the untuned model's loss that is gone, for the other metrics
+    the difference; so more is better, and 0 is no gain.
+    """
+    before = getattr(baseline, metric)
+    if metric == "loss":
+        return float((before - values["loss"]) / before) if before > 0 else 0.0
+    return float(values[metric] - before)
+
+
+def teacher_forced(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Picks TRL's evaluation metrics, under the names used here."""
+    return {
+        "loss": float(metrics["eval_loss"]),
+        "token_accuracy": float(metrics["eval_mean_token_accuracy"]),
+    }
+
+
+def is_finite(values: Mapping[str, float]) -> bool:
+    return all(math.isfinite(value) for value in values.values())
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Prompts to answer and the answers expected.
+
+    Attributes:
+        prompts: Token ids of each prompt.
+        answers: The expected text of each.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    answers: tuple[str, ...]
+
+
+def questions(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    count: int,
+    seed: int,
+    longest_prompt: int,
+) -> Questions:
+    """Takes the questions of a generated metric from prompt/completion or chat examples.
+
+    Args:
+        rows: Validation or test examples.
+        tokenizer: The model's tokenizer.
+        count: How many to draw, by ``seed`` and content.
+        seed: Decides which.
+        longest_prompt: Tokens of a prompt that are kept, its last ones.
+
+    Raises:
+        UserError: When the examples are plain text, which asks nothing.
+    """
+    prompts: list[tuple[int, ...]] = []
+    answers: list[str] = []
+    for row in draw(rows, count, seed):
+        asked, answer = _asked(row)
+        if answer is None:
+            continue
+        if isinstance(asked, str):
+            ids = tokenizer(asked)["input_ids"]
+            # A tokenizer that ends every text would end the prompt before the answer.
+            if ids and ids[-1] == tokenizer.eos_token_id:
+                ids = ids[:-1]
+        else:
+            ids = tokenizer.apply_chat_template(
+                asked, add_generation_prompt=True, tokenize=True, return_dict=True
+            )["input_ids"]
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else 0
+        prompts.append(tuple(ids[-longest_prompt:] or [start]))
+        answers.append(answer)
+    if not prompts:
+        raise UserError(
+            "objective.metric: generated metrics need prompt/completion data, or chat data that "
+            "ends with an assistant's message; take loss or token_accuracy"
+        )
+    return Questions(prompts=tuple(prompts), answers=tuple(answers))
+
+
+def generated(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Questions,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+) -> dict[str, float]:
+    """Answers the questions greedily and returns exact match, accuracy and macro F1."""
+    return compare(
+        answers(model, tokenizer, asked, max_new_tokens=max_new_tokens, batch_size=batch_size),
+        asked.answers,
+    )
+
+
+def answers(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Questions,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[str]:
+    """Generates an answer to each question, greedily, in left-padded batches."""
+    import torch
+
+    device = next(model.parameters()).device
+    pad = tokenizer.pad_token_id
+    training = model.training
+    model.eval()
+    texts = [""] * len(asked.prompts)
+    # Prompts of like length together: less padding, same answers.
+    order = sorted(range(len(texts)), key=lambda index: (len(asked.prompts[index]), index))
+    try:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            prompts = [asked.prompts[index] for index in batch]
+            blank = [max(map(len, prompts)) - len(prompt) for prompt in prompts]
+            rows = [[pad] * n + list(prompt) for n, prompt in zip(blank, prompts, strict=True)]
+            mask = [[0] * n + [1] * len(prompt) for n, prompt in zip(blank, prompts, strict=True)]
+            with torch.no_grad():
+                output = model.generate(  # type: ignore[operator]
+                    input_ids=torch.tensor(rows, device=device),
+                    attention_mask=torch.tensor(mask, device=device),
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    num_beams=1,
+                    temperature=None,
+                    top_p=None,
+                    top_k=None,
+                    pad_token_id=pad,
+                    use_cache=True,
+                )
+            for index, tokens in zip(batch, output[:, len(rows[0]) :], strict=True):
+                texts[index] = tokenizer.decode(tokens, skip_special_tokens=True)
+    finally:
+        model.train(training)
+    return texts
+
+
+def compare(given: Sequence[str], expected: Sequence[str]) -> dict[str, float]:
+    """Returns exact match, accuracy and macro F1 of given answers against the expected ones."""
+    from sklearn.metrics import f1_score
+
+    exact = [a.strip() == b.strip() for a, b in zip(given, expected, strict=True)]
+    guesses = [_label(answer) for answer in given]
+    labels = [_label(answer) for answer in expected]
+    f1 = f1_score(labels, guesses, labels=sorted(set(labels)), average="macro", zero_division=0.0)
+    return {
+        "exact_match": sum(exact) / len(exact),
+        "accuracy": sum(a == b for a, b in zip(guesses, labels, strict=True)) / len(labels),
+        "f1": float(f1),
+    }
+
+
+def _label(answer: str) -> str:
+    lines = answer.strip().splitlines()
+    return " ".join(lines[0].split()).casefold() if lines else ""
+
+
+def _asked(row: Row) -> tuple[Any, str | None]:
+    if "prompt" in row:
+        completion = row["completion"]
+        return row["prompt"], completion if isinstance(completion, str) else _said(completion)
+    turns = row.get("messages", [])
+    return turns[:-1], _said(turns[-1:])
+
+
+def _said(turns: Sequence[Mapping[str, Any]]) -> str | None:
+    if len(turns) != 1 or turns[0]["role"] != "assistant":
+        return None
+    content = turns[0]["content"]
+    return content if isinstance(content, str) else None

@@ -1,0 +1,236 @@
+"""One trial's adapter: built, put into the base model, saved, and taken out without a trace."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft import PeftModel
+from peft import get_peft_model
+from peft import get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
+from torch import Tensor
+from torch import nn
+from transformers import PreTrainedModel
+
+from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.finetuning.architecture import Architecture
+from optuna_lora_rl.finetuning.architecture import LinearModule
+from optuna_lora_rl.finetuning.configuration import Configuration
+from optuna_lora_rl.finetuning.failure import FineTuningError
+from optuna_lora_rl.finetuning.quiet import quiet
+from optuna_lora_rl.finetuning.targets import peft_names
+from optuna_lora_rl.finetuning.targets import select
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter in its place.
+
+    Attributes:
+        model: The base model with the adapter in it.
+        initial: The adapter's weights before training, on the CPU.
+    """
+
+    model: PeftModel
+    initial: dict[str, Tensor]
+
+    def weights(self) -> dict[str, Tensor]:
+        return dict(get_peft_model_state_dict(self.model))
+
+    @property
+    def trainable_parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def changed(self) -> bool:
+        """Whether training has moved any weight."""
+        return any(
+            not torch.equal(weight.cpu(), self.initial[name])
+            for name, weight in self.weights().items()
+        )
+
+    def save(self, folder: Path) -> None:
+        """Writes the adapter in PEFT format, such that it loads onto the *original* base.
+
+        PiSSA and OLoRA train against a base from which their first directions were taken. Their
+        adapter is therefore written as the plain LoRA of twice the rank that makes the same
+        update: BA - B0 A0 = [B | -B0] [A ; A0].
+        """
+        config = copy.deepcopy(self.model.peft_config["default"])
+        if str(config.init_lora_weights).startswith(("pissa", "olora")):
+            self._save_difference(config, folder)
+        else:
+            self.model.save_pretrained(str(folder))
+
+    def _save_difference(self, config: LoraConfig, folder: Path) -> None:
+        weights = {}
+        for name, weight in self.weights().items():
+            weight, start = weight.detach().cpu(), self.initial[name]
+            if "lora_A" in name:
+                weight = torch.cat([weight, start], dim=0)
+            elif "lora_B" in name:
+                weight = torch.cat([weight, -start], dim=1)
+            weights[name] = weight.contiguous()
+        config.init_lora_weights = True
+        config.inference_mode = True
+        config.r *= 2
+        # The scale alpha / r (rsLoRA: alpha / sqrt r) must stay what it was.
+        config.lora_alpha *= 2**0.5 if config.use_rslora else 2
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(weights, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+        config.save_pretrained(str(folder))
+
+
+def targets_of(
+    configuration: Configuration,
+    architecture: Architecture,
+    target_sets: Mapping[str, Sequence[str]],
+) -> tuple[LinearModule, ...]:
+    """Returns the modules that a configuration adapts.
+
+    Raises:
+        FineTuningError: With reason ``"configuration"``, when there is none, or the rank is more
+            than the initialisation can give one of them.
+    """
+    try:
+        chosen = select(
+            architecture, configuration.target_modules, configuration.layers, target_sets
+        )
+    except UserError as error:
+        raise FineTuningError("configuration", str(error)) from None
+    smallest = min(chosen, key=lambda linear: min(linear.inputs, linear.outputs))
+    most = min(smallest.inputs, smallest.outputs)
+    if configuration.rank_limited and configuration.lora_rank > most:
+        raise FineTuningError(
+            "configuration",
+            f"init_lora_weights {configuration.init_lora_weights} takes its directions from the "
+            f"weights, and {smallest.name} has only {most} for lora_rank "
+            f"{configuration.lora_rank}",
+        )
+    return chosen
+
+
+def lora_config(
+    configuration: Configuration, architecture: Architecture, chosen: Sequence[LinearModule]
+) -> LoraConfig:
+    """Says a configuration in PEFT's words."""
+    names, layers = peft_names(architecture, chosen)
+    init = configuration.init_lora_weights
+    alpha = configuration.lora_alpha
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=configuration.lora_rank,
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
+        lora_dropout=configuration.lora_dropout,
+        target_modules=names,
+        layers_to_transform=layers,
+        bias=configuration.bias,
+        init_lora_weights=True if init == "default" else init,
+        use_rslora=configuration.use_rslora,
+        use_dora=configuration.use_dora,
+        fan_in_fan_out=architecture.fan_in_fan_out,
+    )
+
+
+@contextmanager
+def attached(
+    base: PreTrainedModel, config: LoraConfig, chosen: Sequence[LinearModule]
+) -> Iterator[Adapter]:
+    """Puts an adapter into the base model and takes it out again, whatever happens between.
+
+    Afterwards the base is bit for bit what it was: weights that an initialisation changed
+    (PiSSA, OLoRA) or that were trained in place (biases) come back from a copy on the CPU, and
+    the patches of trainer and gradient checkpointing are removed.
+    """
+    with restored(base, _at_risk(base, config, chosen)):
+        model = get_peft_model(base, config)
+        initial = {
+            name: weight.detach().cpu().clone()
+            for name, weight in get_peft_model_state_dict(model).items()
+        }
+        yield Adapter(model=model, initial=initial)
+
+
+@contextmanager
+def loaded(base: PreTrainedModel, folder: Path) -> Iterator[PeftModel]:
+    """Puts a saved adapter into the base model, for evaluation, and takes it out again."""
+    biases = {
+        name: parameter for name, parameter in base.named_parameters() if name.endswith("bias")
+    }
+    with restored(base, biases):
+        yield PeftModel.from_pretrained(base, str(folder), is_trainable=False)
+
+
+@contextmanager
+def restored(base: PreTrainedModel, at_risk: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Undoes what adapters and trainers leave in a base model.
+
+    Args:
+        base: The model.
+        at_risk: Parameters that may be changed in place.
+    """
+    copies = {name: parameter.detach().cpu().clone() for name, parameter in at_risk.items()}
+    parameters = dict(at_risk)
+    embeddings = base.get_input_embeddings()
+    hooks = dict(embeddings._forward_hooks)
+    attributes = set(base.__dict__)
+    config, generation = _saved(base.config), _saved(base.generation_config)
+    try:
+        yield
+    finally:
+        _strip(base)
+        with torch.no_grad():
+            for name, copied in copies.items():
+                parameters[name].copy_(copied)
+        with quiet():
+            base.gradient_checkpointing_disable()
+        embeddings._forward_hooks.clear()
+        embeddings._forward_hooks.update(hooks)
+        # Above all `forward`, which TRL patches one level deeper each trial, and `peft_config`.
+        for name in set(base.__dict__) - attributes:
+            del base.__dict__[name]
+        _put_back(base.config, config)
+        _put_back(base.generation_config, generation)
+        base.requires_grad_(False)
+        base.zero_grad(set_to_none=True)
+        base.eval()
+
+
+def _at_risk(
+    base: PreTrainedModel, config: LoraConfig, chosen: Sequence[LinearModule]
+) -> dict[str, nn.Parameter]:
+    at_risk: dict[str, nn.Parameter] = {}
+    if str(config.init_lora_weights).startswith(("pissa", "olora")):
+        for linear in chosen:
+            at_risk[linear.name] = base.get_submodule(linear.name).weight
+    if config.bias != "none":
+        for name, parameter in base.named_parameters():
+            if name.endswith("bias"):
+                at_risk[name] = parameter
+    return at_risk
+
+
+def _strip(base: nn.Module) -> None:
+    # Also after an initialisation that failed half-way, when there is no PeftModel to unload.
+    for parent in list(base.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, BaseTunerLayer):
+                setattr(parent, name, child.get_base_layer())
+
+
+def _saved(config: Any) -> dict[str, Any]:
+    return copy.copy(config.__dict__)
+
+
+def _put_back(config: Any, saved: dict[str, Any]) -> None:
+    config.__dict__.clear()
+    config.__dict__.update(saved)

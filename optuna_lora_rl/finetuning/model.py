@@ -1,0 +1,148 @@
+"""The base model of a study: loaded once, frozen, adapted anew by each trial."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers import AutoTokenizer
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase
+
+from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.finetuning import architecture
+from optuna_lora_rl.finetuning.architecture import Architecture
+from optuna_lora_rl.finetuning.options import ModelOptions
+from optuna_lora_rl.finetuning.sources import hub_failure
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base model.
+
+    Attributes:
+        name: Folder or hub name it came from; an adapter's ``base_model_name_or_path``.
+        model: The model, in evaluation mode, nothing of it trainable.
+        tokenizer: Its tokenizer, with a padding token.
+        architecture: Its linear modules.
+        fingerprint: Hash of what was loaded.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    architecture: Architecture
+    fingerprint: str
+
+
+def device_of(use_cpu: bool | None) -> torch.device:
+    """Returns where trials run: the GPU, if there is one and it is wanted."""
+    if not use_cpu and torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("cpu")
+
+
+def path_of(options: ModelOptions) -> str:
+    """Returns the folder or hub name that a model's name stands for."""
+    if options.name == "tiny":
+        from optuna_lora_rl import tiny
+
+        return str(tiny.MODEL_FOLDER)
+    path = Path(options.name).expanduser()
+    return str(path) if path.is_dir() else options.name
+
+
+def load(options: ModelOptions, device: torch.device) -> Base:
+    """Loads model and tokenizer.
+
+    Raises:
+        UserError: When there is no such model, or it cannot be loaded.
+    """
+    name = path_of(options)
+    local = Path(name).is_dir()
+    if not local and (options.name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"model.name: there is no folder {options.name!r}")
+    if local and not (Path(name) / "config.json").exists():
+        raise UserError(f"model.name: the folder {options.name!r} holds no model (config.json)")
+    shared: dict[str, Any] = {
+        "revision": options.revision,
+        "trust_remote_code": options.trust_remote_code,
+    }
+    if local:
+        shared.pop("revision")
+    attention = {}
+    if options.attn_implementation is not None:
+        attention["attn_implementation"] = options.attn_implementation
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **shared)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=_dtype(options.dtype, device), **attention, **shared
+        )
+    except Exception as error:
+        raise UserError(f"model.name: {_failure(options, local, error)}") from None
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                f"model.name: the tokenizer of {options.name!r} has neither a padding nor an "
+                "end-of-sequence token"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.to(device)
+    model.requires_grad_(False)
+    model.eval()
+    return Base(
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        architecture=architecture.read(model),
+        fingerprint=_fingerprint(name, model),
+    )
+
+
+def _failure(options: ModelOptions, local: bool, error: Exception) -> str:
+    if options.attn_implementation is not None and "attn" in f"{error}".lower():
+        reason = str(error).strip().splitlines()[0]
+        return f"attn_implementation {options.attn_implementation!r} cannot be used: {reason}"
+    if local:
+        reason = str(error).strip().splitlines()[0]
+        return f"the folder {options.name!r} cannot be loaded as a causal language model: {reason}"
+    return hub_failure("model", options.name, error)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.float32
+
+
+def _fingerprint(name: str, model: PreTrainedModel) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(f"{model.dtype} {model.config._attn_implementation}".encode())
+    folder = Path(name)
+    if not folder.is_dir():
+        digest.update(f"{name} {model.config._commit_hash}".encode())
+        return digest.hexdigest()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".json", ".jinja", ".txt", ".model"):
+            digest.update(file.name.encode() + file.read_bytes())
+        elif file.suffix in (".safetensors", ".bin"):
+            digest.update(file.name.encode() + _ends(file))
+    return digest.hexdigest()
+
+
+def _ends(file: Path, length: int = 1 << 22) -> bytes:
+    # Weights of many gigabytes are told apart by size and ends: training changes every tensor.
+    size = file.stat().st_size
+    with file.open("rb") as content:
+        start = content.read(length)
+        content.seek(max(0, size - length))
+        return str(size).encode() + start + content.read()

@@ -1,0 +1,400 @@
+"""What a study file may say about the model, the data, the training and the objective.
+
+Each model below is one section of the YAML file. The descriptions and examples are the
+documentation: the docs page and ``optuna-lora-rl init`` are generated from them.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Any
+from typing import Literal
+
+from pydantic import BaseModel
+from pydantic import ConfigDict
+from pydantic import Field
+from pydantic import NonNegativeFloat
+from pydantic import NonNegativeInt
+from pydantic import PositiveInt
+from pydantic import field_validator
+from pydantic import model_validator
+
+COLUMN_ROLES = ("text", "prompt", "completion", "messages")
+GENERATED_METRICS = ("exact_match", "accuracy", "f1")
+TRACKERS = ("tensorboard", "wandb", "mlflow")
+FLASH_ATTENTION = ("flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2")
+
+# What a trial sets itself, and where the user says it instead.
+_TUNED = {
+    "learning_rate": "learning_rate",
+    "lr_scheduler_type": "lr_scheduler_type",
+    "max_grad_norm": "max_grad_norm",
+    "max_steps": "max_steps",
+    "num_train_epochs": "num_train_epochs",
+    "optim": "optim",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "batch_size",
+    "warmup_ratio": "warmup_ratio",
+    "warmup_steps": "warmup_ratio",
+    "weight_decay": "weight_decay",
+}
+_OPTIONS = {
+    "attn_implementation": "model.attn_implementation",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
+    "data_seed": "training.seed",
+    "eval_steps": "training.evaluations",
+    "eval_strategy": "training.evaluations",
+    "gradient_checkpointing": "training.gradient_checkpointing",
+    "max_length": "data.max_length",
+    "packing": "training.packing",
+    "per_device_eval_batch_size": "training.eval_batch_size",
+    "report_to": "training.report_to",
+    "seed": "training.seed",
+    "trust_remote_code": "model.trust_remote_code",
+    "use_cpu": "training.use_cpu",
+}
+_OWN = (
+    "dataset_kwargs",
+    "disable_tqdm",
+    "do_eval",
+    "do_predict",
+    "do_train",
+    "load_best_model_at_end",
+    "model_init_kwargs",
+    "output_dir",
+    "push_to_hub",
+    "resume_from_checkpoint",
+    "run_name",
+    "save_steps",
+    "save_strategy",
+)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class ModelOptions(_Section):
+    """The base model that every trial adapts."""
+
+    name: str = Field(
+        "tiny",
+        min_length=1,
+        description="`tiny` for the built-in model, a local folder in Hugging Face format, or a "
+        "name on the Hugging Face hub.",
+        examples=["tiny", "Qwen/Qwen2.5-0.5B", "./my-model"],
+    )
+    revision: str | None = Field(
+        None,
+        description="Branch, tag or commit of a hub model; pin a commit to make a study "
+        "repeatable.",
+        examples=["main"],
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Type of the frozen base weights. `auto` is float32 on a CPU and bfloat16 on "
+        "a GPU that has it.",
+        examples=["auto", "bfloat16"],
+    )
+    attn_implementation: str | None = Field(
+        None,
+        description="Attention kernel by its transformers name; left out, transformers chooses.",
+        examples=["sdpa", "eager", "flash_attention_2"],
+    )
+    trust_remote_code: bool = Field(
+        False,
+        description="Run model code that comes with a hub repository. Only for repositories that "
+        "you trust.",
+        examples=[False],
+    )
+
+
+class DataOptions(_Section):
+    """Where the examples come from and how they are divided."""
+
+    train: str = Field(
+        min_length=1,
+        description="Training data: `tiny:<task>` for a built-in task, a .jsonl, .json, .csv or "
+        ".parquet file, a folder of such files, or a data set name on the hub.",
+        examples=["tiny:arithmetic-small", "data/train.jsonl", "trl-lib/Capybara"],
+    )
+    validation: str | None = Field(
+        None,
+        description="Validation data, in the same forms. Left out, a built-in task brings its "
+        "own; otherwise a part of the training data is set aside.",
+        examples=["data/validation.jsonl"],
+    )
+    test: str | None = Field(
+        None,
+        description="Test data, in the same forms; used once, for the final best adapter.",
+        examples=["data/test.jsonl"],
+    )
+    subset: str | None = Field(
+        None,
+        description="Configuration name of a hub data set that has several.",
+        examples=["main"],
+    )
+    split: str = Field(
+        "train",
+        min_length=1,
+        description="Split of a hub data set or folder to train on.",
+        examples=["train", "train[:5000]"],
+    )
+    validation_split: str | None = Field(
+        None,
+        description="Split to validate on; without `validation` it is taken from the data set in "
+        "`train`.",
+        examples=["validation"],
+    )
+    test_split: str | None = Field(
+        None,
+        description="Split to test on; without `test` it is taken from the data set in `train`.",
+        examples=["test"],
+    )
+    validation_fraction: float = Field(
+        0.1,
+        gt=0,
+        lt=1,
+        description="Share of the distinct training examples that is set aside for validation "
+        "when no validation data is given.",
+        examples=[0.1],
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Which column plays which role: `text`, `prompt`, `completion` or "
+        "`messages`. Columns that already bear these names need no mention.",
+        examples=[{"prompt": "question", "completion": "answer"}],
+    )
+    max_length: PositiveInt = Field(
+        512,
+        ge=2,
+        description="Longest sequence, in tokens; what is longer is cut at the end.",
+        examples=[512, 2048],
+    )
+    max_train_samples: PositiveInt | None = Field(
+        None,
+        description="Use at most so many training examples, drawn by `seed`.",
+        examples=[1000],
+    )
+    max_validation_samples: PositiveInt | None = Field(
+        256,
+        description="Validate on at most so many examples, drawn by `seed`: every evaluation "
+        "during training reads them all.",
+        examples=[256],
+    )
+    max_test_samples: PositiveInt | None = Field(
+        None,
+        description="Test on at most so many examples, drawn by `seed`.",
+        examples=[1000],
+    )
+    seed: NonNegativeInt = Field(
+        0,
+        description="Decides which examples are set aside and drawn; the same seed gives the "
+        "same splits.",
+        examples=[0],
+    )
+
+    @field_validator("columns")
+    @classmethod
+    def _known_roles(cls, columns: dict[str, str]) -> dict[str, str]:
+        for role in columns:
+            if role not in COLUMN_ROLES:
+                raise ValueError(
+                    f"{role!r} is no role of a column; the roles are {', '.join(COLUMN_ROLES)}"
+                )
+        return columns
+
+    @model_validator(mode="after")
+    def _splits_differ(self) -> DataOptions:
+        for key in ("validation_split", "test_split"):
+            source = getattr(self, key.removesuffix("_split"))
+            if source in (None, self.train) and getattr(self, key) == self.split:
+                raise ValueError(
+                    f"{key} is {self.split!r}, the split that is trained on; name another or "
+                    "leave it out"
+                )
+        return self
+
+
+class TrainingOptions(_Section):
+    """How every trial trains, whatever its parameters."""
+
+    evaluations: PositiveInt = Field(
+        4,
+        description="Evaluations during a run, evenly spaced, the last at the last step; pruners "
+        "and early stopping see these.",
+        examples=[4],
+    )
+    micro_batch_size: PositiveInt | None = Field(
+        None,
+        description="Most sequences in one forward pass; larger batches are accumulated. Left "
+        "out, the whole batch at once.",
+        examples=[4],
+    )
+    eval_batch_size: PositiveInt = Field(
+        32, description="Sequences in one evaluation pass.", examples=[32]
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Recompute activations in the backward pass: less memory, about a third "
+        "more computing.",
+        examples=[False],
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="Arithmetic of training. `auto` is fp32 on a CPU, bf16 on a GPU that has it, "
+        "else fp16.",
+        examples=["auto"],
+    )
+    packing: bool = Field(
+        False,
+        description="Pack several short examples into one sequence; needs a GPU and "
+        "`model.attn_implementation: flash_attention_2`.",
+        examples=[False],
+    )
+    early_stopping_patience: NonNegativeInt = Field(
+        0,
+        description="Stop a run after so many evaluations without a better quality; 0 never "
+        "stops.",
+        examples=[0, 2],
+    )
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        (),
+        description="Trackers that follow each run, through transformers' own integrations.",
+        examples=[["tensorboard"]],
+    )
+    seed: NonNegativeInt = Field(
+        0,
+        description="Seed of initialisation, dropout and the order of the examples; the same "
+        "for all trials, so that they differ by their parameters alone.",
+        examples=[0],
+    )
+    use_cpu: bool | None = Field(
+        None,
+        description="Train on the CPU even where there is a GPU. Left out, a GPU is used where "
+        "there is one.",
+        examples=[True],
+    )
+    extra: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further arguments of TRL's SFTConfig, handed on as they stand (`deepspeed`, "
+        "`fsdp`, `neftune_noise_alpha`, `assistant_only_loss`, ...).",
+        examples=[{"neftune_noise_alpha": 5}],
+    )
+
+    @field_validator("extra")
+    @classmethod
+    def _known_arguments(cls, extra: dict[str, Any]) -> dict[str, Any]:
+        if extra:
+            _check_extra(extra)
+        return extra
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> TrainingOptions:
+        if self.use_cpu and self.precision == "fp16":
+            raise ValueError("precision fp16 needs a GPU; with use_cpu take fp32 or bf16")
+        if self.use_cpu and self.packing:
+            raise ValueError(
+                "packing needs a GPU with flash attention: on a CPU packed examples would "
+                "attend to each other"
+            )
+        if "deepspeed" in self.extra and "fsdp" in self.extra:
+            raise ValueError("extra: deepspeed and fsdp cannot both shard one model; keep one")
+        return self
+
+
+class CostWeights(_Section):
+    """How much each relative cost counts."""
+
+    time: NonNegativeFloat = Field(
+        1.0, description="Weight of training time (FLOPs or seconds).", examples=[1.0]
+    )
+    memory: NonNegativeFloat = Field(
+        0.5, description="Weight of peak memory (bytes).", examples=[0.5]
+    )
+    parameters: NonNegativeFloat = Field(
+        0.5, description="Weight of the trainable parameters.", examples=[0.5]
+    )
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> CostWeights:
+        if self.time + self.memory + self.parameters <= 0:
+            raise ValueError("time, memory and parameters are all 0; at least one must count")
+        return self
+
+
+class ObjectiveOptions(_Section):
+    """What is maximised: quality gained over the untuned model, minus what it cost."""
+
+    metric: Literal["loss", "token_accuracy", "exact_match", "accuracy", "f1"] = Field(
+        "loss",
+        description="What quality means: `loss` and `token_accuracy` are read off the validation "
+        "set; `exact_match`, `accuracy` and `f1` compare generated answers.",
+        examples=["loss", "exact_match"],
+    )
+    generation_samples: PositiveInt = Field(
+        64,
+        description="Validation examples that are answered for a generated metric.",
+        examples=[64],
+    )
+    max_new_tokens: PositiveInt = Field(
+        32, description="Longest generated answer, in tokens.", examples=[32]
+    )
+    cost_weight: NonNegativeFloat = Field(
+        0.1,
+        description="How much quality one reference run's cost is worth: score = quality - "
+        "cost_weight * cost.",
+        examples=[0.1],
+    )
+    cost_source: Literal["estimated", "measured"] = Field(
+        "estimated",
+        description="`estimated` counts FLOPs and bytes, the same on every machine; `measured` "
+        "takes wall time and peak memory.",
+        examples=["estimated"],
+    )
+    cost: CostWeights = Field(
+        default_factory=CostWeights,
+        description="Weights of the parts of the cost.",
+        examples=[{"time": 1.0, "memory": 0.5, "parameters": 0.5}],
+    )
+    reference: dict[str, int | float | str | bool] = Field(
+        default_factory=dict,
+        description="Parameters of the run whose cost is 1, where they differ from the defaults.",
+        examples=[{"lora_rank": 16, "max_steps": 100}],
+    )
+    objectives: tuple[Literal["score", "quality", "cost"], ...] = Field(
+        ("score",),
+        description="`[score]` for one number to maximise, or `[quality, cost]` for a Pareto "
+        "front.",
+        examples=[["score"], ["quality", "cost"]],
+    )
+
+    @field_validator("objectives")
+    @classmethod
+    def _one_or_both(cls, objectives: tuple[str, ...]) -> tuple[str, ...]:
+        if objectives not in (("score",), ("quality", "cost")):
+            raise ValueError(f"objectives is {list(objectives)}; it is [score] or [quality, cost]")
+        return objectives
+
+
+def _check_extra(extra: dict[str, Any]) -> None:
+    # TRL takes seconds to import: only who passes arguments through pays for the check.
+    from dataclasses import fields
+
+    from trl import SFTConfig
+
+    known = {field.name for field in fields(SFTConfig) if field.init}
+    for name in extra:
+        if name in _TUNED:
+            raise ValueError(
+                f"extra.{name} is set by each trial; fix it with {_TUNED[name]!r} in the space"
+            )
+        if name in _OPTIONS:
+            raise ValueError(f"extra.{name} is said by {_OPTIONS[name]}")
+        if name in _OWN:
+            raise ValueError(f"extra.{name} is kept by the study and cannot be changed")
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"extra.{name} is no argument of TRL's SFTConfig{hint}")

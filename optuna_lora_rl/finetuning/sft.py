@@ -1,0 +1,275 @@
+"""One supervised fine-tuning run with TRL."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from peft.optimizers import create_loraplus_optimizer
+from torch import Tensor
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase
+from transformers import PrinterCallback
+from transformers import TrainerCallback
+from trl import SFTConfig
+from trl import SFTTrainer
+
+from optuna_lora_rl.finetuning.configuration import Configuration
+from optuna_lora_rl.finetuning.failure import FineTuningError
+from optuna_lora_rl.finetuning.options import TrainingOptions
+from optuna_lora_rl.finetuning.quiet import quiet
+
+# Called after each evaluation with step, epoch and TRL's metrics; True ends the run.
+OnEvaluation = Callable[[int, float, dict[str, float]], bool]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a configuration's batch and length become TRL's.
+
+    Attributes:
+        steps: Optimizer steps of the whole run.
+        steps_per_epoch: Optimizer steps of one pass over the data.
+        micro_batch_size: Sequences in one forward pass.
+        accumulation: Forward passes in one step.
+        evaluated: The steps after which the validation set is read.
+    """
+
+    steps: int
+    steps_per_epoch: int
+    micro_batch_size: int
+    accumulation: int
+    evaluated: frozenset[int]
+
+    @classmethod
+    def of(cls, configuration: Configuration, options: TrainingOptions, examples: int) -> Plan:
+        batch = configuration.batch_size
+        most = min(options.micro_batch_size or batch, batch)
+        # The largest divisor: every step sees exactly batch_size sequences.
+        micro = max(size for size in range(1, most + 1) if batch % size == 0)
+        accumulation = batch // micro
+        per_epoch = math.ceil(math.ceil(examples / micro) / accumulation)
+        steps = configuration.max_steps or math.ceil(configuration.num_train_epochs * per_epoch)
+        count = min(options.evaluations, steps)
+        return cls(
+            steps=steps,
+            steps_per_epoch=per_epoch,
+            micro_batch_size=micro,
+            accumulation=accumulation,
+            evaluated=frozenset(round(steps * i / count) for i in range(1, count + 1)),
+        )
+
+
+def train(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    datasets: tuple[Dataset, Dataset],
+    configuration: Configuration,
+    plan: Plan,
+    options: TrainingOptions,
+    *,
+    device: torch.device,
+    seed: int,
+    folder: Path,
+    run_name: str | None,
+    on_evaluation: OnEvaluation,
+) -> int:
+    """Trains the adapter in ``model`` and returns the steps done.
+
+    Args:
+        model: Base model with the adapter in it.
+        tokenizer: For padding.
+        datasets: Tokenised training and validation sets.
+        configuration: The trial's parameters.
+        plan: Steps and batches that follow from it.
+        options: What all trials share.
+        device: Where to train.
+        seed: Of the order of examples and of dropout.
+        folder: Where trackers may write.
+        run_name: The trial's name in trackers.
+        on_evaluation: Called after each evaluation; what it raises reaches the caller after the
+            trackers were closed.
+
+    Raises:
+        FineTuningError: When the loss is no finite number, or TRL refuses the configuration.
+    """
+    callback = _Evaluations(plan.evaluated, on_evaluation)
+    settings = {
+        "output_dir": str(folder),
+        "run_name": run_name,
+        "seed": seed,
+        "max_steps": plan.steps,
+        "per_device_train_batch_size": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.accumulation,
+        "learning_rate": configuration.learning_rate,
+        "lr_scheduler_type": configuration.lr_scheduler_type,
+        "warmup_steps": _warmup(configuration, plan),
+        "optim": configuration.optim,
+        "weight_decay": configuration.weight_decay,
+        "max_grad_norm": configuration.max_grad_norm,
+        "gradient_checkpointing": options.gradient_checkpointing,
+        **_shared(options, device),
+    }
+    try:
+        trainer = _trainer(model, tokenizer, datasets, settings, [callback])
+        trainer.optimizer = _loraplus(trainer, model, configuration)
+    except (ValueError, TypeError, ImportError) as error:
+        raise FineTuningError("configuration", _first_line(error)) from error
+    with _closing(trainer, options):
+        trainer.train()
+    if callback.raised is not None:
+        raise callback.raised
+    return int(trainer.state.global_step)
+
+
+def evaluate(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    options: TrainingOptions,
+    *,
+    device: torch.device,
+) -> dict[str, float]:
+    """Returns TRL's evaluation metrics of a model as it stands."""
+    settings = {"output_dir": "runs", "gradient_checkpointing": False, **_shared(options, device)}
+    settings["report_to"] = "none"
+    trainer = _trainer(model, tokenizer, (dataset, dataset), settings, [])
+    with quiet():
+        metrics: dict[str, float] = trainer.evaluate()
+    return metrics
+
+
+class _Trainer(SFTTrainer):
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise FineTuningError(
+                "diverged", f"the training loss was {loss.item()} at step {self.state.global_step}"
+            )
+        return loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        # The package counts by itself; transformers would walk all parameters at every step.
+        return 0
+
+
+class _Evaluations(TrainerCallback):
+    def __init__(self, steps: frozenset[int], on_evaluation: OnEvaluation) -> None:
+        self.raised: BaseException | None = None
+        self._steps = steps
+        self._on_evaluation = on_evaluation
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_evaluate = state.global_step in self._steps
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
+    ) -> None:
+        # A pruned run ends through the trainer's own door, so that trackers close.
+        try:
+            stop = self._on_evaluation(state.global_step, float(state.epoch or 0.0), metrics)
+        except Exception as error:
+            self.raised, stop = error, True
+        control.should_training_stop = control.should_training_stop or stop
+
+
+def _trainer(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    datasets: tuple[Dataset, Dataset],
+    settings: dict[str, Any],
+    callbacks: list[TrainerCallback],
+) -> _Trainer:
+    with quiet():
+        trainer = _Trainer(
+            model=model,
+            args=SFTConfig(**settings),
+            train_dataset=datasets[0],
+            eval_dataset=datasets[1],
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _shared(options: TrainingOptions, device: torch.device) -> dict[str, Any]:
+    on_cpu = device.type == "cpu"
+    precision = options.precision
+    if precision == "auto":
+        precision = "fp32"
+        if not on_cpu:
+            precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return {
+        "use_cpu": on_cpu,
+        "bf16": precision == "bf16",
+        "fp16": precision == "fp16",
+        "per_device_eval_batch_size": options.eval_batch_size,
+        "report_to": list(options.report_to) or "none",
+        "save_strategy": "no",
+        "logging_strategy": "steps",
+        # Training loss goes to trackers only; each log costs a synchronisation.
+        "logging_steps": 10 if options.report_to else 10**9,
+        "disable_tqdm": True,
+        "log_level": "error",
+        "dataloader_pin_memory": not on_cpu,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "max_length": None,
+        "packing": options.packing,
+        "eval_packing": False,
+        **options.extra,
+    }
+
+
+def _warmup(configuration: Configuration, plan: Plan) -> int:
+    # In whole steps: transformers reads 1.0 as one step, not as all of them.
+    return math.ceil(configuration.warmup_ratio * plan.steps)
+
+
+def _loraplus(
+    trainer: SFTTrainer, model: nn.Module, configuration: Configuration
+) -> torch.optim.Optimizer | None:
+    if configuration.loraplus_lr_ratio == 1:
+        return None
+    kind, arguments = trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
+    rate = arguments.pop("lr")
+    optimizer: torch.optim.Optimizer = create_loraplus_optimizer(
+        model,
+        kind,
+        lr=rate,
+        loraplus_lr_ratio=configuration.loraplus_lr_ratio,
+        loraplus_weight_decay=configuration.weight_decay,
+        **arguments,
+    )
+    return optimizer
+
+
+@contextmanager
+def _closing(trainer: SFTTrainer, options: TrainingOptions) -> Iterator[None]:
+    finished = False
+    try:
+        with quiet():
+            yield
+        finished = True
+    finally:
+        if options.report_to and not finished:
+            trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+        if "wandb" in options.report_to:
+            # transformers would write the next trial into the same W&B run.
+            import wandb  # type: ignore[import-not-found]
+
+            wandb.finish()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

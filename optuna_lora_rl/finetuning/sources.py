@@ -1,0 +1,197 @@
+"""Reading examples from built-in tasks, files, folders and the hub."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from optuna_lora_rl.errors import UserError
+
+Row = dict[str, Any]
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+TINY = "tiny:"
+
+
+def read(source: str, *, key: str, split: str, subset: str | None = None) -> list[Row]:
+    """Reads all rows of one split.
+
+    Args:
+        source: ``tiny:<task>``, a file, a folder, or a data set name on the hub.
+        key: The option that named the source, for error messages.
+        split: Split of a folder, a built-in task or a hub data set.
+        subset: Configuration name of a hub data set.
+
+    Raises:
+        UserError: When there is no such data, it cannot be read, or it is empty.
+    """
+    rows = _read(source, key, split, subset)
+    if not rows:
+        raise UserError(f"{key}: {source!r} has no example in its split {split!r}")
+    return rows
+
+
+def is_file(source: str) -> bool:
+    """Whether a source is one file, which has no splits."""
+    return Path(source).suffix.lower() in SUFFIXES and not Path(source).expanduser().is_dir()
+
+
+def _read(source: str, key: str, split: str, subset: str | None) -> list[Row]:
+    if source.startswith(TINY):
+        from optuna_lora_rl import tiny
+
+        return list(tiny.load(source.removeprefix(TINY), split))
+    path = Path(source).expanduser()
+    if is_file(source):
+        if not path.exists():
+            raise UserError(f"{key}: there is no file {source!r}")
+        return _read_file(path, key)
+    if path.is_dir():
+        return _read_folder(path, key, split)
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        kinds = ", ".join(SUFFIXES)
+        raise UserError(f"{key}: there is no folder {source!r} and no file ending in {kinds}")
+    return _read_hub(source, key, split, subset)
+
+
+def _read_file(path: Path, key: str) -> list[Row]:
+    readers: dict[str, Callable[[Path], Iterable[Row]]] = {
+        ".jsonl": _json_lines,
+        ".json": _json,
+        ".csv": _csv,
+        ".parquet": _parquet,
+    }
+    try:
+        return list(readers[path.suffix.lower()](path))
+    except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:
+        # Also pyarrow's errors: they are ValueErrors and OSErrors.
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{key}: {str(path)!r} cannot be read: {reason}") from None
+
+
+def _json_lines(path: Path) -> Iterable[Row]:
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield _object(line, f"line {number}")
+
+
+def _json(path: Path) -> Iterable[Row]:
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        # Many .json data files hold one object a line.
+        if "\n" in text.strip() and text.lstrip().startswith("{"):
+            return list(_json_lines(path))
+        raise ValueError(f"it is no JSON: {error}") from None
+    if isinstance(rows, dict):
+        tables = [value for value in rows.values() if isinstance(value, list)]
+        rows = tables[0] if len(tables) == 1 else [rows]
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("it is no list of objects")
+    return rows
+
+
+def _object(line: str, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is no JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is no JSON object")
+    return row
+
+
+def _csv(path: Path) -> Iterable[Row]:
+    csv.field_size_limit(2**31 - 1)
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        yield from csv.DictReader(lines)
+
+
+def _parquet(path: Path) -> Iterable[Row]:
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
+    return rows
+
+
+def _read_folder(path: Path, key: str, split: str) -> list[Row]:
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        return _read_saved(path, key, split)
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise UserError(
+            f"{key}: the folder {str(path)!r} holds no file ending in {', '.join(SUFFIXES)}"
+        )
+    # "train.jsonl" or "train-00000-of-00002.parquet"; a folder of one split needs no such names.
+    named = [file for file in files if file.stem == split or file.stem.startswith(f"{split}-")]
+    if not named and split == "train":
+        reserved = ("validation", "valid", "dev", "test")
+        named = [file for file in files if not file.stem.startswith(reserved)]
+    if not named:
+        names = ", ".join(file.name for file in files)
+        raise UserError(
+            f"{key}: the folder {str(path)!r} has no file for the split {split!r}, only {names}"
+        )
+    return [row for file in named for row in _read_file(file, key)]
+
+
+def _read_saved(path: Path, key: str, split: str) -> list[Row]:
+    from datasets import DatasetDict
+    from datasets import load_from_disk
+
+    try:
+        saved = load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}: {str(path)!r} cannot be read: {error}") from None
+    if isinstance(saved, DatasetDict):
+        if split not in saved:
+            raise UserError(
+                f"{key}: {str(path)!r} has no split {split!r}; it has {', '.join(saved)}"
+            )
+        saved = saved[split]
+    return list(saved)
+
+
+def _read_hub(source: str, key: str, split: str, subset: str | None) -> list[Row]:
+    from datasets import load_dataset
+
+    try:
+        return list(load_dataset(source, subset, split=split))
+    except Exception as error:
+        raise UserError(f"{key}: {hub_failure('data set', source, error)}") from None
+
+
+def hub_failure(kind: str, name: str, error: Exception) -> str:
+    """Says in one sentence why something could not be had from the hub.
+
+    Args:
+        kind: ``"model"`` or ``"data set"``.
+        name: What was asked for.
+        error: What huggingface_hub, datasets or transformers raised.
+    """
+    chain = " ".join(f"{type(link).__name__} {link}" for link in _chain(error))
+    if "GatedRepo" in chain or "gated repo" in chain:
+        return (
+            f"the {kind} {name!r} is gated; accept its terms on the hub and log in (hf auth login)"
+        )
+    offline = ("Offline", "offline", "Connect", "connect", "resolve", "Timeout", "MaxRetry")
+    missing = ("RepositoryNotFound", "NotFoundError: Dataset", "404", "is not a valid model")
+    if any(word in chain for word in offline) and not any(word in chain for word in missing[:1]):
+        return (
+            f"{name!r} is no local file or folder, and the {kind} cannot be fetched from the hub: "
+            "there is no connection"
+        )
+    if any(word in chain for word in missing):
+        return f"there is no {kind} {name!r}, neither here nor on the hub"
+    return f"the {kind} {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}"
+
+
+def _chain(error: BaseException | None) -> Iterable[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,136 @@
+"""Examples as token sequences: made once, by TRL's own preparation, and used by every trial."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from trl import SFTConfig
+from trl import SFTTrainer
+
+from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.finetuning.data import Splits
+from optuna_lora_rl.finetuning.lora import restored
+from optuna_lora_rl.finetuning.model import Base
+from optuna_lora_rl.finetuning.options import DataOptions
+from optuna_lora_rl.finetuning.options import TrainingOptions
+from optuna_lora_rl.finetuning.quiet import quiet
+from optuna_lora_rl.finetuning.sources import Row
+
+_COLUMNS = ("input_ids", "labels", "seq_lengths")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokenised splits.
+
+    Attributes:
+        train: Columns ``input_ids`` and ``labels`` (-100 where nothing is to be learnt).
+        validation: The same, for evaluations.
+        test: The same, for the final best, or None.
+        unlearnable: How many examples were left out because cutting them to the longest length
+            left nothing to learn.
+    """
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset | None
+    unlearnable: int
+
+    @property
+    def lengths(self) -> list[int]:
+        """Lengths of the training sequences, in tokens."""
+        return [len(ids) for ids in self.train["input_ids"]]
+
+
+def tokenise(
+    splits: Splits, base: Base, data: DataOptions, training: TrainingOptions, *, use_cpu: bool
+) -> Tokens:
+    """Tokenises and cuts all splits.
+
+    Prompt/completion examples are learnt in their completion only, others in every token, as TRL
+    does; ``training.extra`` may say otherwise.
+
+    Raises:
+        UserError: When the tokenizer cannot render chat messages, or nothing is left to learn.
+    """
+    datasets = {"train": splits.train, "validation": splits.validation}
+    if splits.test:
+        datasets["test"] = splits.test
+    try:
+        prepared = _prepare(datasets, base, data, training, use_cpu)
+    except (ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise UserError(
+            f"data.train: the {splits.kind} examples cannot be tokenised with the tokenizer of "
+            f"{base.name!r}: {str(error).strip().splitlines()[0]}"
+        ) from error
+    for name, dataset in prepared.items():
+        if not len(dataset):
+            raise UserError(
+                f"data.max_length: within {data.max_length} tokens no {name} example has anything "
+                "left to learn; the prompts alone fill it"
+            )
+    packed = training.packing
+    unlearnable = sum(
+        len(datasets[name]) - len(dataset)
+        for name, dataset in prepared.items()
+        if not (packed and name == "train")
+    )
+    return Tokens(
+        train=prepared["train"],
+        validation=prepared["validation"],
+        test=prepared.get("test"),
+        unlearnable=unlearnable,
+    )
+
+
+def _prepare(
+    datasets: dict[str, list[Row]],
+    base: Base,
+    data: DataOptions,
+    training: TrainingOptions,
+    use_cpu: bool,
+) -> dict[str, Dataset]:
+    settings: dict[str, Any] = {
+        "output_dir": "runs",
+        "use_cpu": use_cpu,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "max_length": data.max_length,
+        "packing": training.packing,
+        "eval_packing": False,
+        **_preparation(training.extra),
+    }
+    rows = {name: Dataset.from_list(list(split)) for name, split in datasets.items()}
+    train = rows.pop("train")
+    with quiet(), restored(base.model, {}):
+        trainer = SFTTrainer(
+            model=base.model,
+            args=SFTConfig(**settings),
+            train_dataset=train,
+            eval_dataset=rows,
+            processing_class=base.tokenizer,
+        )
+    prepared = {"train": trainer.train_dataset, **trainer.eval_dataset}
+    return {name: _columns(dataset) for name, dataset in prepared.items()}
+
+
+def _preparation(extra: dict[str, Any]) -> dict[str, Any]:
+    names = (
+        "assistant_only_loss",
+        "chat_template_path",
+        "completion_only_loss",
+        "dataset_num_proc",
+        "eos_token",
+        "packing_strategy",
+    )
+    return {name: value for name, value in extra.items() if name in names}
+
+
+def _columns(dataset: Dataset) -> Dataset:
+    kept: Sequence[str] = [name for name in _COLUMNS if name in dataset.column_names]
+    return dataset.select_columns(list(kept))
