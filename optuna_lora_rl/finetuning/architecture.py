@@ -95,8 +95,7 @@ def read(model: PreTrainedModel) -> Architecture:
         model_type=model.config.model_type,
         linears=linears,
         module_names=tuple(name for name, _ in model.named_modules() if name),
-        layers=1
-        + max((linear.layer for linear in linears if linear.layer is not None), default=-1),
+        layers=1 + max(blocks, default=-1),
         hidden=config.hidden_size,
         vocabulary=head.weight.shape[0] if head is not None else config.vocab_size,
         parameters=sum(parameter.numel() for parameter in model.parameters()),

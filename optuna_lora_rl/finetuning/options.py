@@ -79,31 +79,31 @@ class ModelOptions(_Section):
     """The base model that every trial adapts."""
 
     name: str = Field(
-        "tiny",
+        default="tiny",
         min_length=1,
         description="`tiny` for the built-in model, a local folder in Hugging Face format, or a "
         "name on the Hugging Face hub.",
         examples=["tiny", "Qwen/Qwen2.5-0.5B", "./my-model"],
     )
     revision: str | None = Field(
-        None,
+        default=None,
         description="Branch, tag or commit of a hub model; pin a commit to make a study "
         "repeatable.",
         examples=["main"],
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto",
+        default="auto",
         description="Type of the frozen base weights. `auto` is float32 on a CPU and bfloat16 on "
         "a GPU that has it.",
         examples=["auto", "bfloat16"],
     )
     attn_implementation: str | None = Field(
-        None,
+        default=None,
         description="Attention kernel by its transformers name; left out, transformers chooses.",
         examples=["sdpa", "eager", "flash_attention_2"],
     )
     trust_remote_code: bool = Field(
-        False,
+        default=False,
         description="Run model code that comes with a hub repository. Only for repositories that "
         "you trust.",
         examples=[False],
@@ -120,40 +120,40 @@ class DataOptions(_Section):
         examples=["tiny:arithmetic-small", "data/train.jsonl", "trl-lib/Capybara"],
     )
     validation: str | None = Field(
-        None,
+        default=None,
         description="Validation data, in the same forms. Left out, a built-in task brings its "
         "own; otherwise a part of the training data is set aside.",
         examples=["data/validation.jsonl"],
     )
     test: str | None = Field(
-        None,
+        default=None,
         description="Test data, in the same forms; used once, for the final best adapter.",
         examples=["data/test.jsonl"],
     )
     subset: str | None = Field(
-        None,
+        default=None,
         description="Configuration name of a hub data set that has several.",
         examples=["main"],
     )
     split: str = Field(
-        "train",
+        default="train",
         min_length=1,
         description="Split of a hub data set or folder to train on.",
         examples=["train", "train[:5000]"],
     )
     validation_split: str | None = Field(
-        None,
+        default=None,
         description="Split to validate on; without `validation` it is taken from the data set in "
         "`train`.",
         examples=["validation"],
     )
     test_split: str | None = Field(
-        None,
+        default=None,
         description="Split to test on; without `test` it is taken from the data set in `train`.",
         examples=["test"],
     )
     validation_fraction: float = Field(
-        0.1,
+        default=0.1,
         gt=0,
         lt=1,
         description="Share of the distinct training examples that is set aside for validation "
@@ -167,29 +167,29 @@ class DataOptions(_Section):
         examples=[{"prompt": "question", "completion": "answer"}],
     )
     max_length: PositiveInt = Field(
-        512,
+        default=512,
         ge=2,
         description="Longest sequence, in tokens; what is longer is cut at the end.",
         examples=[512, 2048],
     )
     max_train_samples: PositiveInt | None = Field(
-        None,
+        default=None,
         description="Use at most so many training examples, drawn by `seed`.",
         examples=[1000],
     )
     max_validation_samples: PositiveInt | None = Field(
-        256,
+        default=256,
         description="Validate on at most so many examples, drawn by `seed`: every evaluation "
         "during training reads them all.",
         examples=[256],
     )
     max_test_samples: PositiveInt | None = Field(
-        None,
+        default=None,
         description="Test on at most so many examples, drawn by `seed`.",
         examples=[1000],
     )
     seed: NonNegativeInt = Field(
-        0,
+        default=0,
         description="Decides which examples are set aside and drawn; the same seed gives the "
         "same splits.",
         examples=[0],
@@ -221,57 +221,57 @@ class TrainingOptions(_Section):
     """How every trial trains, whatever its parameters."""
 
     evaluations: PositiveInt = Field(
-        4,
+        default=4,
         description="Evaluations during a run, evenly spaced, the last at the last step; pruners "
         "and early stopping see these.",
         examples=[4],
     )
     micro_batch_size: PositiveInt | None = Field(
-        None,
+        default=None,
         description="Most sequences in one forward pass; larger batches are accumulated. Left "
         "out, the whole batch at once.",
         examples=[4],
     )
     eval_batch_size: PositiveInt = Field(
-        32, description="Sequences in one evaluation pass.", examples=[32]
+        default=32, description="Sequences in one evaluation pass.", examples=[32]
     )
     gradient_checkpointing: bool = Field(
-        False,
+        default=False,
         description="Recompute activations in the backward pass: less memory, about a third "
         "more computing.",
         examples=[False],
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto",
+        default="auto",
         description="Arithmetic of training. `auto` is fp32 on a CPU, bf16 on a GPU that has it, "
         "else fp16.",
         examples=["auto"],
     )
     packing: bool = Field(
-        False,
+        default=False,
         description="Pack several short examples into one sequence; needs a GPU and "
         "`model.attn_implementation: flash_attention_2`.",
         examples=[False],
     )
     early_stopping_patience: NonNegativeInt = Field(
-        0,
+        default=0,
         description="Stop a run after so many evaluations without a better quality; 0 never "
         "stops.",
         examples=[0, 2],
     )
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
-        (),
+        default=(),
         description="Trackers that follow each run, through transformers' own integrations.",
         examples=[["tensorboard"]],
     )
     seed: NonNegativeInt = Field(
-        0,
+        default=0,
         description="Seed of initialisation, dropout and the order of the examples; the same "
         "for all trials, so that they differ by their parameters alone.",
         examples=[0],
     )
     use_cpu: bool | None = Field(
-        None,
+        default=None,
         description="Train on the CPU even where there is a GPU. Left out, a GPU is used where "
         "there is one.",
         examples=[True],
@@ -308,13 +308,13 @@ class CostWeights(_Section):
     """How much each relative cost counts."""
 
     time: NonNegativeFloat = Field(
-        1.0, description="Weight of training time (FLOPs or seconds).", examples=[1.0]
+        default=1.0, description="Weight of training time (FLOPs or seconds).", examples=[1.0]
     )
     memory: NonNegativeFloat = Field(
-        0.5, description="Weight of peak memory (bytes).", examples=[0.5]
+        default=0.5, description="Weight of peak memory (bytes).", examples=[0.5]
     )
     parameters: NonNegativeFloat = Field(
-        0.5, description="Weight of the trainable parameters.", examples=[0.5]
+        default=0.5, description="Weight of the trainable parameters.", examples=[0.5]
     )
 
     @model_validator(mode="after")
@@ -328,27 +328,27 @@ class ObjectiveOptions(_Section):
     """What is maximised: quality gained over the untuned model, minus what it cost."""
 
     metric: Literal["loss", "token_accuracy", "exact_match", "accuracy", "f1"] = Field(
-        "loss",
+        default="loss",
         description="What quality means: `loss` and `token_accuracy` are read off the validation "
         "set; `exact_match`, `accuracy` and `f1` compare generated answers.",
         examples=["loss", "exact_match"],
     )
     generation_samples: PositiveInt = Field(
-        64,
+        default=64,
         description="Validation examples that are answered for a generated metric.",
         examples=[64],
     )
     max_new_tokens: PositiveInt = Field(
-        32, description="Longest generated answer, in tokens.", examples=[32]
+        default=32, description="Longest generated answer, in tokens.", examples=[32]
     )
     cost_weight: NonNegativeFloat = Field(
-        0.1,
+        default=0.1,
         description="How much quality one reference run's cost is worth: score = quality - "
         "cost_weight * cost.",
         examples=[0.1],
     )
     cost_source: Literal["estimated", "measured"] = Field(
-        "estimated",
+        default="estimated",
         description="`estimated` counts FLOPs and bytes, the same on every machine; `measured` "
         "takes wall time and peak memory.",
         examples=["estimated"],
@@ -364,7 +364,7 @@ class ObjectiveOptions(_Section):
         examples=[{"lora_rank": 16, "max_steps": 100}],
     )
     objectives: tuple[Literal["score", "quality", "cost"], ...] = Field(
-        ("score",),
+        default=("score",),
         description="`[score]` for one number to maximise, or `[quality, cost]` for a Pareto "
         "front.",
         examples=[["score"], ["quality", "cost"]],

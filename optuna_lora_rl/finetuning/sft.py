@@ -7,6 +7,7 @@ from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -265,9 +266,7 @@ def _closing(trainer: SFTTrainer, options: TrainingOptions) -> Iterator[None]:
             trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
         if "wandb" in options.report_to:
             # transformers would write the next trial into the same W&B run.
-            import wandb  # type: ignore[import-not-found]
-
-            wandb.finish()
+            import_module("wandb").finish()
 
 
 def _first_line(error: BaseException) -> str:

@@ -128,7 +128,8 @@ def _unknown_module(architecture: Architecture, target: str, name: str) -> str:
     leaves = sorted({linear.name.rsplit(".", 1)[-1] for linear in architecture.linears})
     close = get_close_matches(name, leaves, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"there are {_leaves(architecture)}"
-    return f"target_sets.{target}: this {architecture.model_type} model has no module {name!r}; {hint}"
+    kind = architecture.model_type
+    return f"target_sets.{target}: this {kind} model has no module {name!r}; {hint}"
 
 
 def _peft_default(architecture: Architecture) -> list[LinearModule]:

@@ -14,7 +14,6 @@ from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning.data import Splits
 from optuna_lora_rl.finetuning.lora import restored
 from optuna_lora_rl.finetuning.model import Base
-from optuna_lora_rl.finetuning.options import DataOptions
 from optuna_lora_rl.finetuning.options import TrainingOptions
 from optuna_lora_rl.finetuning.quiet import quiet
 from optuna_lora_rl.finetuning.sources import Row
@@ -46,7 +45,7 @@ class Tokens:
 
 
 def tokenise(
-    splits: Splits, base: Base, data: DataOptions, training: TrainingOptions, *, use_cpu: bool
+    splits: Splits, base: Base, training: TrainingOptions, *, max_length: int, use_cpu: bool
 ) -> Tokens:
     """Tokenises and cuts all splits.
 
@@ -60,7 +59,7 @@ def tokenise(
     if splits.test:
         datasets["test"] = splits.test
     try:
-        prepared = _prepare(datasets, base, data, training, use_cpu)
+        prepared = _prepare(datasets, base, training, max_length, use_cpu)
     except (ValueError, RuntimeError, TypeError, KeyError) as error:
         raise UserError(
             f"data.train: the {splits.kind} examples cannot be tokenised with the tokenizer of "
@@ -69,7 +68,7 @@ def tokenise(
     for name, dataset in prepared.items():
         if not len(dataset):
             raise UserError(
-                f"data.max_length: within {data.max_length} tokens no {name} example has anything "
+                f"data.max_length: within {max_length} tokens no {name} example has anything "
                 "left to learn; the prompts alone fill it"
             )
     packed = training.packing
@@ -89,8 +88,8 @@ def tokenise(
 def _prepare(
     datasets: dict[str, list[Row]],
     base: Base,
-    data: DataOptions,
     training: TrainingOptions,
+    max_length: int,
     use_cpu: bool,
 ) -> dict[str, Dataset]:
     settings: dict[str, Any] = {
@@ -100,7 +99,7 @@ def _prepare(
         "gradient_checkpointing": False,
         "report_to": "none",
         "save_strategy": "no",
-        "max_length": data.max_length,
+        "max_length": max_length,
         "packing": training.packing,
         "eval_packing": False,
         **_preparation(training.extra),

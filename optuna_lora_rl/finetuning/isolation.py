@@ -1,0 +1,54 @@
+"""What a trial may not let out: its random numbers and the many ways in which it fails."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from transformers import set_seed
+
+from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.finetuning.failure import FineTuningError
+
+_EXHAUSTED = ("out of memory", "can't allocate memory", "cannot allocate memory")
+
+
+@contextmanager
+def own_randomness(seed: int | None = None) -> Iterator[None]:
+    """Seeds the global generators for the block and gives them back as they were."""
+    python, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            if seed is not None:
+                set_seed(seed)
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy_state)
+
+
+@contextmanager
+def failures(is_callers: Callable[[BaseException], bool]) -> Iterator[None]:
+    """Turns what a trial raises into a ``FineTuningError`` with its reason.
+
+    Args:
+        is_callers: Tells the errors that the caller's own function raised (a pruned trial): they
+            pass as they are.
+    """
+    try:
+        yield
+    except (FineTuningError, UserError):
+        raise
+    except Exception as error:
+        if is_callers(error):
+            raise
+        text = str(error).strip()
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+            words in text.lower() for words in _EXHAUSTED
+        ):
+            raise FineTuningError("out-of-memory", text or "out of memory") from error
+        raise FineTuningError("error", f"{type(error).__name__}: {text}") from error

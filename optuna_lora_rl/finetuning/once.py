@@ -1,0 +1,60 @@
+"""What is measured once and kept on disk: the untuned model, the reference run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from optuna_lora_rl.errors import UserError
+
+
+def once(
+    folder: Path | None,
+    kind: str,
+    facts: Mapping[str, Any],
+    measure: Callable[[], dict[str, float]],
+) -> dict[str, float]:
+    """Returns a measurement from disk, or makes it and keeps it.
+
+    Args:
+        folder: Where to keep it, or None for nowhere.
+        kind: Name of the subfolder.
+        facts: All that the measurement depends on; other facts, another measurement.
+        measure: Makes it.
+
+    Raises:
+        UserError: When the folder cannot be written.
+    """
+    if folder is None:
+        return measure()
+    text = json.dumps(dict(facts), sort_keys=True)
+    path = folder / kind / f"{digest(text)}.json"
+    try:
+        saved: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        # Absent, or not what was written: measured (again).
+        saved = measure()
+        _write(path, saved)
+    return saved
+
+
+def digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _write(path: Path, values: dict[str, float]) -> None:
+    # Through another file, so that a killed process leaves all or nothing.
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(json.dumps(values), encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"the cache folder {str(path.parent)!r} cannot be written: {error.strerror}"
+        ) from None

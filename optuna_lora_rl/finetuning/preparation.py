@@ -1,0 +1,121 @@
+"""What all trials of a study share: the loaded model and the tokenised data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.finetuning import data
+from optuna_lora_rl.finetuning import evaluation
+from optuna_lora_rl.finetuning import model
+from optuna_lora_rl.finetuning import tokens
+from optuna_lora_rl.finetuning.data import Splits
+from optuna_lora_rl.finetuning.evaluation import Questions
+from optuna_lora_rl.finetuning.isolation import own_randomness
+from optuna_lora_rl.finetuning.model import Base
+from optuna_lora_rl.finetuning.options import FLASH_ATTENTION
+from optuna_lora_rl.finetuning.options import GENERATED_METRICS
+from optuna_lora_rl.finetuning.options import DataOptions
+from optuna_lora_rl.finetuning.options import ModelOptions
+from optuna_lora_rl.finetuning.options import ObjectiveOptions
+from optuna_lora_rl.finetuning.options import TrainingOptions
+from optuna_lora_rl.finetuning.quiet import quiet
+from optuna_lora_rl.finetuning.sources import Row
+from optuna_lora_rl.finetuning.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Model and data, ready for trials.
+
+    Attributes:
+        base: The base model.
+        splits: The examples.
+        tokens: The same, tokenised.
+        lengths: Lengths of the training sequences, in tokens.
+        asked: Questions of the validation set, where the metric compares answers.
+        device: Where trials run.
+    """
+
+    base: Base
+    splits: Splits
+    tokens: Tokens
+    lengths: list[int]
+    asked: Questions | None
+    device: torch.device
+
+
+def prepare(
+    model_options: ModelOptions,
+    data_options: DataOptions,
+    training: TrainingOptions,
+    objective: ObjectiveOptions,
+) -> Prepared:
+    """Loads model and data; the data first, because its mistakes show sooner.
+
+    Raises:
+        UserError: When either cannot be had, or they do not fit the options.
+    """
+    with quiet(), own_randomness():
+        splits = data.load(data_options)
+        if objective.metric in GENERATED_METRICS and splits.kind == "text":
+            raise UserError(
+                f"objective.metric: {objective.metric} compares answers, but text examples ask "
+                "nothing; take loss or token_accuracy, or prompt/completion data"
+            )
+        device = model.device_of(training.use_cpu)
+        _check_device(model_options, training, device)
+        base = model.load(model_options, device)
+        made = tokens.tokenise(
+            splits,
+            base,
+            training,
+            max_length=longest(base, data_options),
+            use_cpu=device.type == "cpu",
+        )
+        asked = questions(base, splits.validation, data_options, objective)
+    return Prepared(base, splits, made, made.lengths, asked, device)
+
+
+def questions(
+    base: Base, rows: Sequence[Row], data_options: DataOptions, objective: ObjectiveOptions
+) -> Questions | None:
+    """Draws the questions of a generated metric, or returns None where the metric has none."""
+    if objective.metric not in GENERATED_METRICS:
+        return None
+    length = longest(base, data_options)
+    room = length - objective.max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"objective.max_new_tokens is {objective.max_new_tokens}, which leaves no room for a "
+            f"prompt within {length} tokens"
+        )
+    return evaluation.questions(
+        rows,
+        base.tokenizer,
+        count=objective.generation_samples,
+        seed=data_options.seed,
+        longest_prompt=room,
+    )
+
+
+def longest(base: Base, data_options: DataOptions) -> int:
+    """Returns the longest sequence: what was asked for, or all positions that the model has."""
+    positions = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+    return min(data_options.max_length, positions or data_options.max_length)
+
+
+def _check_device(
+    model_options: ModelOptions, training: TrainingOptions, device: torch.device
+) -> None:
+    if training.packing and model_options.attn_implementation not in FLASH_ATTENTION:
+        raise UserError(
+            "training.packing needs model.attn_implementation flash_attention_2: with any other "
+            "kernel packed examples attend to each other"
+        )
+    if device.type == "cpu" and (training.packing or training.precision == "fp16"):
+        key = "packing" if training.packing else "precision fp16"
+        raise UserError(f"training.{key} needs a GPU, and there is none")

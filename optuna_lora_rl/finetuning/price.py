@@ -1,0 +1,90 @@
+"""What a run costs, relative to the reference configuration's run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from optuna_lora_rl.finetuning import cost
+from optuna_lora_rl.finetuning.configuration import Configuration
+from optuna_lora_rl.finetuning.cost import Estimate
+from optuna_lora_rl.finetuning.lora import targets_of
+from optuna_lora_rl.finetuning.options import ObjectiveOptions
+from optuna_lora_rl.finetuning.options import TrainingOptions
+from optuna_lora_rl.finetuning.preparation import Prepared
+from optuna_lora_rl.finetuning.sft import Plan
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a run took: wall time and peak memory."""
+
+    seconds: float
+    peak_bytes: int
+
+
+class Price:
+    """Prices runs: ``sum_i w_i (x_i / reference_i) / sum_i w_i`` over time, memory, parameters.
+
+    Args:
+        prepared: Model and data.
+        training: How every run trains.
+        objective: The weights and the reference configuration.
+        target_sets: The user's own lists of module names.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        training: TrainingOptions,
+        objective: ObjectiveOptions,
+        target_sets: Mapping[str, Sequence[str]],
+    ) -> None:
+        self._prepared = prepared
+        self._training = training
+        self._weights = objective.cost.model_dump()
+        self._target_sets = target_sets
+        self.reference_configuration = Configuration.of(objective.reference)
+
+    @cached_property
+    def reference(self) -> Estimate:
+        """The reference run, counted."""
+        return self.estimate(self.reference_configuration)
+
+    def estimate(self, configuration: Configuration, steps: int | None = None) -> Estimate:
+        """Counts a run: the whole of it, or the steps that were done."""
+        prepared = self._prepared
+        lengths, base = prepared.lengths, prepared.base
+        plan = Plan.of(configuration, self._training, len(lengths))
+        work = cost.Work(
+            steps=plan.steps if steps is None else steps,
+            sequences=min(configuration.batch_size, len(lengths) / plan.steps_per_epoch),
+            micro_batch_size=min(plan.micro_batch_size, len(lengths)),
+            length=cost.expected_padded_length(lengths, plan.micro_batch_size),
+            checkpointing=self._training.gradient_checkpointing,
+            itemsize=4 if self._training.precision == "fp32" else base.model.dtype.itemsize,
+        )
+        chosen = targets_of(configuration, base.architecture, self._target_sets)
+        return cost.estimate(configuration, base.architecture, chosen, work)
+
+    def estimated(self, run: Estimate) -> dict[str, float]:
+        """Returns the relative parts of a counted run and their weighted total."""
+        return self._weighted(
+            time=run.flops / self.reference.flops,
+            memory=run.memory_bytes / self.reference.memory_bytes,
+            parameters=run.trainable_parameters / self.reference.trainable_parameters,
+        )
+
+    def measured(self, took: Measured, reference: Measured, run: Estimate) -> dict[str, float]:
+        """Returns the same of a measured run, against the measured reference run."""
+        return self._weighted(
+            time=took.seconds / reference.seconds,
+            memory=took.peak_bytes / reference.peak_bytes,
+            parameters=run.trainable_parameters / self.reference.trainable_parameters,
+        )
+
+    def _weighted(self, **parts: float) -> dict[str, float]:
+        total = sum(self._weights[name] * part for name, part in parts.items())
+        return {**parts, "total": total / sum(self._weights.values())}

@@ -1,0 +1,93 @@
+"""One run as it goes: its curve, its score so far, and when to stop it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Mapping
+
+from optuna_lora_rl.finetuning import evaluation
+from optuna_lora_rl.finetuning.evaluation import Evaluation
+from optuna_lora_rl.finetuning.failure import FineTuningError
+
+# Called at each evaluation with the step, the score the run would have if it ended with this
+# quality, and the metrics. It may raise, to end the run.
+Report = Callable[[int, float, Mapping[str, float]], None]
+
+
+class Progress:
+    """Takes the evaluations of one run.
+
+    Args:
+        metric: What quality means.
+        baseline: The untuned model's evaluation.
+        charge: What the whole run's cost takes off the score.
+        steps: Steps of the whole run.
+        patience: Evaluations without a better quality after which the run ends; 0 for never.
+        generate: Gives the metrics of generated answers, if the metric needs them.
+        report: The caller's function.
+
+    Attributes:
+        curve: The evaluations so far.
+        values: Metrics of the last one.
+        stopped_early: Whether the patience ran out before the last step.
+    """
+
+    def __init__(
+        self,
+        *,
+        metric: str,
+        baseline: Evaluation,
+        charge: float,
+        steps: int,
+        patience: int,
+        generate: Callable[[], dict[str, float]],
+        report: Report | None,
+    ) -> None:
+        self.curve: list[dict[str, float]] = []
+        self.values: dict[str, float] = {}
+        self.stopped_early = False
+        self._metric = metric
+        self._baseline = baseline
+        self._charge = charge
+        self._steps = steps
+        self._patience = patience
+        self._generate = generate
+        self._report = report
+        self._raised: BaseException | None = None
+
+    def evaluated(self, step: int, epoch: float, metrics: dict[str, float]) -> bool:
+        """Takes TRL's metrics of one evaluation and returns whether the run shall end.
+
+        Raises:
+            FineTuningError: When the loss is no finite number.
+            Exception: Whatever the caller's function raises.
+        """
+        values = evaluation.teacher_forced(metrics)
+        if not evaluation.is_finite(values):
+            raise FineTuningError(
+                "diverged", f"the evaluation loss was {values['loss']} at step {step}"
+            )
+        values.update(self._generate())
+        quality = evaluation.quality(self._metric, values, self._baseline)
+        score = quality - self._charge
+        self.values = values
+        self.curve.append(
+            {"step": step, "epoch": epoch, **values, "quality": quality, "score": score}
+        )
+        if self._report is not None:
+            try:
+                self._report(step, score, {**values, "quality": quality})
+            except BaseException as error:
+                self._raised = error
+                raise
+        self.stopped_early = step < self._steps and self._is_stagnant()
+        return self.stopped_early
+
+    def is_callers(self, error: BaseException) -> bool:
+        """Whether the caller's function raised this error."""
+        return error is self._raised
+
+    def _is_stagnant(self) -> bool:
+        qualities = [point["quality"] for point in self.curve]
+        since_best = len(qualities) - 1 - qualities.index(max(qualities))
+        return 0 < self._patience <= since_best
