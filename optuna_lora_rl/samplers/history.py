@@ -53,6 +53,8 @@ class History:
         running: shape (n,), trials whose result is awaited.
         pruned: shape (n,), trials that were stopped early; their scores are estimates.
         violation: sum of the violated constraints, shape (n,); 0 when feasible or unknown.
+        constraints: their values, shape (n, number of constraints), feasible when all <= 0; NaN
+            where a trial did not set one.
     """
 
     numbers: np.ndarray
@@ -62,6 +64,7 @@ class History:
     running: np.ndarray
     pruned: np.ndarray
     violation: np.ndarray
+    constraints: np.ndarray
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -81,6 +84,7 @@ class History:
             self.running[rows],
             self.pruned[rows],
             self.violation[rows],
+            self.constraints[rows],
         )
 
 
@@ -169,6 +173,7 @@ def read_history(
             scores[i] = sign * np.array(trial.values, dtype=float)
     if m == 1:
         _estimate_pruned(rows, float(sign[0]), scores)
+    constraints = _constraints(rows)
     has_score = ~np.isnan(scores).any(axis=1)
     state = [trial.state for trial in rows]
     return History(
@@ -178,13 +183,16 @@ def read_history(
         failed=np.array([s.is_finished() for s in state], dtype=bool) & ~has_score,
         running=np.array([s == TrialState.RUNNING for s in state], dtype=bool),
         pruned=np.array([s == TrialState.PRUNED for s in state], dtype=bool),
-        violation=np.array([_violation(trial) for trial in rows], dtype=float),
+        violation=np.nansum(np.maximum(constraints, 0.0), axis=1),
+        constraints=constraints,
     )
 
 
-def _violation(trial: FrozenTrial) -> float:
-    values = np.array(list(trial.constraints.values()), dtype=float)
-    return float(np.maximum(values, 0.0).sum()) if len(values) else 0.0
+def _constraints(rows: Sequence[FrozenTrial]) -> np.ndarray:
+    told = [trial.constraints for trial in rows]
+    keys = sorted({key for constraints in told for key in constraints})
+    values = [[constraints.get(key, math.nan) for key in keys] for constraints in told]
+    return np.array(values, dtype=float).reshape(len(rows), len(keys))
 
 
 def _estimate_pruned(rows: Sequence[FrozenTrial], sign: float, scores: np.ndarray) -> None:
@@ -213,27 +221,3 @@ def _estimate_pruned(rows: Sequence[FrozenTrial], sign: float, scores: np.ndarra
             scores[i, 0] = min(value, float(finals.max()))
         else:
             scores[i, 0] = value
-
-
-def standardise(scores: np.ndarray) -> np.ndarray:
-    """Scores with mean 0 and deviation 1, the bad tail drawn in; shape (n,), no NaN in or out.
-
-    A diverged run can be a million times worse than the rest. What lies further below the median
-    than three times the span of the good half is moved there (and infinities with it), so that
-    the scale is set by the configurations worth telling apart.
-    """
-    if len(scores) == 0:
-        return scores
-    finite = scores[np.isfinite(scores)]
-    if len(finite) == 0:
-        return np.sign(np.where(np.isnan(scores), -np.inf, scores)) * 1.0
-    span = finite.max() - finite.min()
-    clipped = np.clip(scores, finite.min() - span, finite.max())
-    median, best = float(np.median(clipped)), float(clipped.max())
-    good = max(best - median, float(np.quantile(clipped, 0.75) - np.quantile(clipped, 0.25)))
-    if good > 0 and len(clipped) >= 3:
-        clipped = np.maximum(clipped, median - 3.0 * good)
-    deviation = float(clipped.std())
-    if deviation <= 1e-12 * max(1.0, abs(best)):
-        return np.zeros_like(clipped)
-    return (clipped - clipped.mean()) / deviation

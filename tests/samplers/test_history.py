@@ -2,9 +2,7 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import optuna
-import pytest
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
@@ -12,7 +10,6 @@ from optuna_lora_rl.samplers.history import parameters_of
 from optuna_lora_rl.samplers.history import publish
 from optuna_lora_rl.samplers.history import read_history
 from optuna_lora_rl.samplers.history import space_of
-from optuna_lora_rl.samplers.history import standardise
 
 X = {"x": FloatDistribution(0.0, 1.0)}
 XY = {**X, "y": FloatDistribution(0.0, 1.0)}
@@ -92,18 +89,3 @@ def test_violations_add_up() -> None:
     trial.set_constraint("time", -1.0)
     study.tell(trial, 0.0)
     assert read_history(study.trials, space_of(X), study.directions).violation.tolist() == [2.0]
-
-
-def test_one_diverged_run_does_not_flatten_the_scale() -> None:
-    scores = np.array([0.50, 0.52, 0.54, 0.56, -1e9])
-    standard = standardise(scores)
-    assert np.diff(standard[:4]).min() > 0.1
-    assert standard[4] == standard.min()
-
-
-@pytest.mark.parametrize("scores", [[], [1.0], [2.0, 2.0], [np.inf, -np.inf], [0.0, np.inf, 1.0]])
-def test_standardised_scores_are_finite_and_keep_their_order(scores: list[float]) -> None:
-    standard = standardise(np.array(scores))
-    assert np.isfinite(standard).all()
-    order = np.argsort(scores, kind="stable")
-    assert (np.diff(standard[order]) >= 0).all()

@@ -1,0 +1,81 @@
+"""The scorer of candidates and the critic.
+
+Notations
+    B, N      tasks and candidates
+    F, C      features of a candidate and of a study
+    P         privileged features of a task, seen by the critic while training
+
+The scorer looks at every candidate on its own, then at the whole set through its mean and its
+maximum (Zaheer et al. 2017, "Deep Sets"), so its answer does not depend on their order or number.
+Its last layer starts at zero: untrained, it leaves the residual policy as it is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch import nn
+
+from optuna_lora_rl.policy.features import CANDIDATE_FEATURES
+from optuna_lora_rl.policy.features import CONTEXT_FEATURES
+from optuna_lora_rl.policy.features import Features
+
+
+class Scorer(nn.Module):
+    """Adds to each candidate's logit what was learnt beyond expected improvement and prior.
+
+    Args:
+        width: of the hidden layers.
+        bound: largest absolute correction in nats; keeps the policy near its residual start
+            on studies unlike the training tasks.
+    """
+
+    def __init__(self, width: int = 64, bound: float = 8.0) -> None:
+        super().__init__()
+        self.width, self.bound = width, bound
+        self.embed = nn.Linear(len(CANDIDATE_FEATURES) + len(CONTEXT_FEATURES), width)
+        self.mix = nn.Linear(3 * width, width)
+        self.last = nn.Linear(width, 1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, features: Features) -> Tensor:
+        """Corrections of the logits, shape (B, N)."""
+        N = features.values.shape[1]
+        context = features.context[:, None].expand(-1, N, -1)
+        h = torch.tanh(self.embed(torch.cat([features.values, context], -1)))
+        pooled = _pool(h, features.valid)
+        h = h + torch.tanh(self.mix(torch.cat([h, pooled[:, None].expand(-1, N, -1)], -1)))
+        return self.bound * torch.tanh(self.last(h)[:, :, 0] / self.bound)
+
+
+class Critic(nn.Module):
+    """Value of a study's state; in training it also sees the task's truth (asymmetric).
+
+    Args:
+        privileged: number P of features that only training knows.
+        width: of the hidden layers.
+    """
+
+    def __init__(self, privileged: int, width: int = 64) -> None:
+        super().__init__()
+        self.embed = nn.Linear(len(CANDIDATE_FEATURES), width)
+        self.body = nn.Sequential(
+            nn.Linear(2 * width + len(CONTEXT_FEATURES) + privileged, width),
+            nn.Tanh(),
+            nn.Linear(width, width),
+            nn.Tanh(),
+            nn.Linear(width, 1),
+        )
+
+    def forward(self, features: Features, privileged: Tensor) -> Tensor:
+        """Expected return from each state, shape (B,)."""
+        pooled = _pool(torch.tanh(self.embed(features.values)), features.valid)
+        return self.body(torch.cat([pooled, features.context, privileged], -1))[:, 0]
+
+
+def _pool(h: Tensor, valid: Tensor) -> Tensor:
+    """Mean and maximum over the valid candidates, shape (B, 2 width)."""
+    mask = valid[:, :, None]
+    mean = (h * mask).sum(1) / mask.sum(1).clamp_min(1)
+    return torch.cat([mean, torch.where(mask, h, -1.0).amax(1)], -1)

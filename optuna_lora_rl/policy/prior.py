@@ -1,0 +1,224 @@
+"""What guides, published sweeps and a range itself say about a LoRA run before any result.
+
+Every dimension gets a density over its unit interval, tabulated at ``NODES`` even places; the
+prior of a configuration is their product, with alpha taken relative to the rank. It speaks only
+where a parameter's role is known and the space looks like a LoRA one; elsewhere it is flat.
+
+Evidence: guides start from rank 16-32, alpha = rank or twice that, all linear layers, no dropout,
+learning rate 2e-4; in published sweeps of 28 large models a learning rate near 3e-4 with a large
+rank is nearly best for most. A range is evidence as well: whoever writes 1e-4 ... 1e-1 does not
+expect 2e-4, so the centre of the range pulls the guide's learning rate towards it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from optuna_lora_rl.policy.dimensions import Dimension
+from optuna_lora_rl.policy.dimensions import Space
+
+NODES = 65
+U = np.linspace(0.0, 1.0, NODES)
+
+# log10 of the guides' learning rate, its spread over models, and how far (in decades) the centre
+# of a range usually lies from the best value.
+GUIDE_LR, GUIDE_LR_SPREAD, RANGE_SPREAD = math.log10(2.5e-4), 0.4, 1.0
+# log2 of the rank: between 16 and 32.
+GUIDE_RANK = 4.5
+# log2 of alpha / rank: between 1 and 2, seldom beyond 1/2 or 8.
+GUIDE_RATIO, GUIDE_RATIO_SPREAD = 0.8, 0.8
+
+# Logarithm that makes a role's natural scale: equal steps matter about equally.
+_NATURAL_LOG = {
+    "learning_rate": 10.0,
+    "rank": 2.0,
+    "alpha": 2.0,
+    "alpha_ratio": 2.0,
+    "batch_size": 2.0,
+    "steps": 2.0,
+}
+# Typical distance over which the score changes much, in natural units of the role.
+_NATURAL_LENGTH = {
+    "learning_rate": 0.7,
+    "rank": 4.0,
+    "alpha": 3.0,
+    "alpha_ratio": 3.0,
+    "batch_size": 4.0,
+    "steps": 3.0,
+}
+# Roles that matter little: lengthscale as a share of their range.
+_LONG = {"dropout": 2.0, "weight_decay": 3.0, "warmup": 2.0, "targets": 1.5, "layers": 1.0}
+
+
+def natural_table(dimension: Dimension) -> np.ndarray:
+    """A role's natural value at each node, shape (NODES,).
+
+    Decades for the learning rate, octaves for ranks, alphas, batch sizes and steps, the share of
+    adapted layers for targets and layers, and the plain value for the rest.
+    """
+    role = dimension.role
+    if not dimension.is_ordered:
+        sizes = np.array([coverage(str(choice)) for choice in dimension.levels])
+        cells = np.minimum((U * len(sizes)).astype(int), len(sizes) - 1)
+        return sizes[cells]
+    values = dimension.natural(U)
+    if role in _NATURAL_LOG:
+        smallest = 1e-9 if role == "learning_rate" else 0.1
+        return np.log(np.maximum(values, smallest)) / math.log(_NATURAL_LOG[role])
+    if role == "warmup" and values[-1] > 1:
+        return values / values[-1]
+    return values
+
+
+def coverage(choice: str) -> float:
+    """The share of a model's linear layers that a target preset or a module list adapts."""
+    text = choice.lower().replace("_", "-")
+    names = {
+        "all-linear": 1.0, "all": 1.0, "linear": 1.0, "full": 1.0, "attention": 0.45,
+        "attn": 0.45, "mlp": 0.55, "ffn": 0.55, "qv": 0.2, "q-v": 0.2, "qkv": 0.35,
+        "qkvo": 0.45, "q": 0.1, "v": 0.1, "first-half": 0.5, "last-half": 0.5, "middle": 0.5,
+    }  # fmt: skip
+    if text in names:
+        return names[text]
+    parts = [part for part in re.split(r"[,;+|\s]+", text) if part]
+    return min(1.0, len(parts) / 7) if len(parts) > 1 else 0.4
+
+
+def is_lora(space: Space) -> bool:
+    """Whether the space has what only a LoRA study has: then the guides' prior applies."""
+    roles = set(space.role_columns)
+    named = any("lora" in name.lower() for name in space.names)
+    return bool(roles & {"rank", "alpha_ratio"}) or named or {"targets", "learning_rate"} <= roles
+
+
+def _normal(x: np.ndarray, mean: float, deviation: float) -> np.ndarray:
+    return np.exp(-0.5 * ((x - mean) / deviation) ** 2) / deviation
+
+
+def learning_rate_density(natural: np.ndarray) -> np.ndarray:
+    """Density of the best learning rate over a range, given in decades at the nodes.
+
+    The guide's value, drawn towards the centre of the range (both as normal densities), plus a
+    broad part for the cases in which the guide is wrong about the scale.
+    """
+    low, high = float(natural.min()), float(natural.max())
+    centre, width = 0.5 * (low + high), max(high - low, 1e-3)
+    guide, spread = GUIDE_LR_SPREAD**-2, RANGE_SPREAD**-2
+    mean = (guide * GUIDE_LR + spread * centre) / (guide + spread)
+    deviation = (guide + spread) ** -0.5
+    broad = 0.3 * _normal(natural, centre, max(0.3, 0.35 * width))
+    if not low < mean < high:  # the guide has nothing to say about this range
+        return broad
+    return 0.7 * _normal(natural, mean, deviation) + broad
+
+
+def density_table(dimension: Dimension) -> np.ndarray:
+    """Density over the unit interval by role alone, shape (NODES,), mean 1."""
+    x, role = natural_table(dimension), dimension.role
+    if role == "learning_rate":
+        density = learning_rate_density(x)
+    elif role == "rank":
+        density = _normal(x, 4.8, 1.2) + 0.15
+    elif role == "alpha":
+        density = _normal(x, 5.3, 1.3) + 0.1
+    elif role == "alpha_ratio":
+        density = _normal(x, GUIDE_RATIO, GUIDE_RATIO_SPREAD) + 0.05
+    elif role == "dropout":
+        density = np.exp(-x / 0.05) + 0.15
+    elif role in ("targets", "layers"):
+        density = np.exp(1.5 * x)
+    elif role == "batch_size":
+        density = _normal(x, 3.5, 1.3) + 0.1
+    elif role == "weight_decay":
+        density = np.exp(-x / 0.03) + 0.4
+    elif role == "steps":
+        density = np.exp(1.0 * U)
+    else:
+        density = np.ones(NODES)
+    return density / density.mean()
+
+
+def log_lengthscale(dimension: Dimension, n_dimensions: int) -> tuple[float, float]:
+    """Mean and deviation of the log lengthscale along a dimension, in its unit coordinate."""
+    if dimension.role in _NATURAL_LENGTH and dimension.is_ordered:
+        natural = natural_table(dimension)
+        width = max(float(natural[-1] - natural[0]), 1e-3)
+        length = _NATURAL_LENGTH[dimension.role] / width
+        return math.log(min(max(length, 0.1), 4.0)), 0.7
+    if dimension.role in _LONG:
+        return math.log(_LONG[dimension.role]), 0.9
+    return math.log(0.55) + 0.35 * math.log(max(n_dimensions, 1)), 1.0
+
+
+@dataclass(frozen=True)
+class SpacePrior:
+    """The prior of one space.
+
+    Args:
+        space: the dimensions.
+        is_lora: whether the guides' prior applies.
+        log_density: shape (d, NODES); flat rows where nothing is known.
+        natural: natural values at the nodes, shape (d, NODES); only rows with a role mean much.
+    """
+
+    space: Space
+    is_lora: bool
+    log_density: np.ndarray
+    natural: np.ndarray
+
+    def log_density_given(self, given: np.ndarray) -> np.ndarray:
+        """Densities that know a configuration's rank when they judge its alpha."""
+        rank, alpha = (self.space.role_columns.get(role, -1) for role in ("rank", "alpha"))
+        if min(rank, alpha) < 0 or not self.is_lora or np.isnan(given[rank]):
+            return self.log_density
+        log_rank = np.interp(given[rank], U, self.natural[rank])
+        z = (self.natural[alpha] - log_rank - GUIDE_RATIO) / GUIDE_RATIO_SPREAD
+        relative = self.log_density.copy()
+        relative[alpha] = np.log(np.exp(-0.5 * z * z) + 0.01)
+        return relative
+
+    def point(self, given: np.ndarray | None = None) -> np.ndarray:
+        """The guides' configuration, shape (d,), round what is given (NaN where it is not)."""
+        point = np.full(len(self.space), np.nan) if given is None else given.copy()
+        order = sorted(range(len(point)), key=lambda c: self.space.dimensions[c].role == "alpha")
+        for column in order:  # alpha last: it goes by the rank
+            if np.isnan(point[column]):
+                point[column] = self._usual(column, point)
+                point[column] = self.space.snap(point)[column]
+        return point
+
+    def _usual(self, column: int, point: np.ndarray) -> float:
+        dimension = self.space.dimensions[column]
+        if not self.is_lora or dimension.role is None:
+            return 0.5 if dimension.is_ordered else float(dimension.grid()[0])
+        natural, rank = self.natural[column], self.space.role_columns.get("rank")
+        if dimension.role == "rank":
+            return float(U[int(np.argmin(np.abs(natural - GUIDE_RANK)))])
+        if dimension.role == "alpha" and rank is not None:
+            log_rank = np.interp(point[rank], U, self.natural[rank])
+            return float(U[int(np.argmin(np.abs(natural - log_rank - 1.0)))])
+        best = np.flatnonzero(self.log_density[column] >= self.log_density[column].max() - 1e-9)
+        return float(U[best[len(best) // 2]])
+
+    def sweep(self) -> np.ndarray:
+        """An expert's sweep, shape (5, d): the learning rate at quantiles of its range."""
+        points = np.repeat(self.point()[None], 5, axis=0)
+        column = self.space.role_columns.get("learning_rate")
+        if column is not None:
+            points[:, column] = [0.5, 0.25, 0.75, 0.1, 0.9]
+        return self.space.snap(points)
+
+
+def space_prior(space: Space, *, lora: bool | None = None) -> SpacePrior:
+    """Tabulate the prior of a space; ``lora`` overrules whether it looks like a LoRA one."""
+    lora = is_lora(space) if lora is None else lora
+    natural, density = np.ones((len(space), NODES)), np.ones((len(space), NODES))
+    for column, dimension in enumerate(space.dimensions):
+        natural[column] = natural_table(dimension)
+        if lora:
+            density[column] = density_table(dimension)
+    return SpacePrior(space, lora, np.log(density), natural)

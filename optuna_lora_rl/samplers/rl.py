@@ -1,0 +1,287 @@
+"""The learned sampler: a thin Optuna adapter over :mod:`optuna_lora_rl.policy`."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
+
+import numpy as np
+import torch
+from optuna.samplers import BaseSampler
+from optuna.trial import TrialState
+from torch import Tensor
+
+from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.policy import weights as weight_files
+from optuna_lora_rl.policy.candidates import Observed
+from optuna_lora_rl.policy.layout import exact_snap
+from optuna_lora_rl.policy.layout import layout_of
+from optuna_lora_rl.policy.proposal import Decision
+from optuna_lora_rl.policy.proposal import Settings
+from optuna_lora_rl.policy.proposal import decide
+from optuna_lora_rl.policy.proposal import draw_parameter
+from optuna_lora_rl.policy.proposal import fit_feasibility
+from optuna_lora_rl.policy.roles import ROLES
+from optuna_lora_rl.policy.scores import scalarise
+from optuna_lora_rl.policy.scores import standardise
+from optuna_lora_rl.samplers import PROPOSAL_KEY
+from optuna_lora_rl.samplers.history import History
+from optuna_lora_rl.samplers.history import publish
+from optuna_lora_rl.samplers.history import read_history
+from optuna_lora_rl.samplers.history import space_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from optuna.distributions import BaseDistribution
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial
+
+    from optuna_lora_rl.policy.dimensions import Space
+
+# Trials that the surrogate is conditioned on: the best and the most recent of a long study.
+_MAX_TRIALS = 200
+_MAX_PENDING = 32
+_MAX_GRID = 1024
+
+
+class RLSampler(BaseSampler):
+    """Proposes configurations by a policy trained, by reinforcement learning, to tune LoRA runs.
+
+    Each proposal scores a few hundred candidates (the guides' defaults, a sweep of the learning
+    rate, draws from a prior, quasi-random points, changes of the best trials, maxima of the
+    expected improvement) by a Gaussian process, a prior over what the parameters do in a LoRA
+    run, and a network. Parameters are recognised by their usual names (``learning_rate``, ``lr``,
+    ``r``, ``lora_rank``, ``lora_alpha``, ...); where nothing is recognised the prior is silent
+    and the sampler is a Gaussian process with expected improvement.
+
+    It takes every search space (floats, integers, logarithmic, stepped, categorical,
+    conditional), one or several objectives, constraints (``trial.set_constraint``), and learns
+    from pruned, failed, running, enqueued and added trials. A proposal is a pure function of the
+    study's trials, the space, the weights, the seed and the trial's number: nothing is kept
+    between calls, so studies resume and distribute without further state.
+
+    >>> import optuna
+    >>> from optuna_lora_rl import RLSampler
+    >>> optuna.logging.set_verbosity(optuna.logging.WARNING)
+    >>> def objective(trial):
+    ...     lr = trial.suggest_float("learning_rate", 1e-5, 1e-2, log=True)
+    ...     rank = trial.suggest_int("lora_rank", 4, 128, log=True)
+    ...     return abs(lr / 4e-4 - 1) + 1 / rank
+    >>> study = optuna.create_study(sampler=RLSampler(seed=0))
+    >>> study.optimize(objective, n_trials=12)
+    >>> study.best_value < 0.3
+    True
+
+    Args:
+        seed: makes proposals reproducible; by default each sampler draws its own.
+        n_trials: how many trials the study will have, as a hint for the policy; it may be wrong.
+        roles: what a parameter is, by its name in the study, where its name is not one of the
+            usual ones: ``{"my_r": "rank", "alpha": "none"}``.
+        weights: a file written by ``optuna-lora-rl train-policy``; by default the policy that is
+            shipped with the package.
+        learned: ``False`` switches the network off and leaves what training started from:
+            the guides' defaults, then a Gaussian process.
+        n_candidates: about how many candidates each proposal scores.
+
+    Raises:
+        UserError: an argument is not one of those above, or the weights are missing or made for
+            another version.
+    """
+
+    def __init__(
+        self,
+        *,
+        seed: int | None = None,
+        n_trials: int | None = None,
+        roles: Mapping[str, str] | None = None,
+        weights: str | Path | None = None,
+        learned: bool = True,
+        n_candidates: int = 256,
+    ) -> None:
+        if seed is not None and not (_is_whole(seed) and seed >= 0):
+            raise UserError(f"seed is {seed!r}, but must be a whole number, at least 0")
+        if n_trials is not None and not (_is_whole(n_trials) and n_trials >= 1):
+            raise UserError(f"n_trials is {n_trials!r}, but must be a whole number, at least 1")
+        if not (_is_whole(n_candidates) and n_candidates >= 16):
+            raise UserError(
+                f"n_candidates is {n_candidates!r}, but must be a whole number, at least 16"
+            )
+        for name, role in (roles or {}).items():
+            if role not in (*ROLES, "none"):
+                raise UserError(
+                    f"roles: {name} is {role!r}, but must be one of {', '.join(ROLES)}, none"
+                )
+        self._seed = _fresh_seed() if seed is None else seed
+        self._n_trials = n_trials
+        self._roles = dict(roles or {})
+        self._network = weight_files.load(weights) if learned else None
+        self._settings = Settings(candidates=n_candidates)
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        del state["_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def reseed_rng(self) -> None:
+        """Take a new seed. Optuna calls this where copies of the sampler work in parallel."""
+        with self._lock:
+            self._seed = _fresh_seed()
+
+    def infer_relative_search_space(
+        self, study: Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """All parameters that trials have had, conditional ones too, with their latest ranges.
+
+        A conditional parameter that the objective then does not ask for is simply not used. The
+        parameters of running trials count, so that workers that start together already differ.
+        """
+        space: dict[str, BaseDistribution] = {}
+        for other in study.get_trials(deepcopy=False):
+            if other.number != trial.number and other.state != TrialState.WAITING:
+                space.update(other.distributions)
+        return {name: space[name] for name in sorted(space) if not space[name].single()}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Propose all parameters together, and let other workers know at once."""
+        if not search_space:
+            return {}
+        space = space_of(search_space, self._roles)
+        with self._lock:
+            seed = self._seed
+        generator = _generator(seed, trial.number, space.names)
+        trials = study.get_trials(deepcopy=False)
+        history = read_history(trials, space, study.directions, current=trial.number)
+        point, why = self._propose(space, _recent_and_best(history), generator)
+        params = space.decode(point)
+        publish(study._storage, trial._trial_id, params)
+        study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL_KEY, why)
+        return params
+
+    def sample_independent(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
+    ) -> Any:
+        """Propose one parameter that no earlier trial has had in this range.
+
+        The study's first trial takes the guides' value (alpha by the rank that the trial has
+        already chosen) or the middle of the range; otherwise a draw from the prior.
+        """
+        known = {k: v for k, v in trial.distributions.items() if not v.single()}
+        space = space_of({**known, param_name: param_distribution}, self._roles)
+        with self._lock:
+            seed = self._seed
+        generator = _generator(seed, trial.number, (param_name,))
+        trials = study.get_trials(deepcopy=False)
+        first = not any(t.number < trial.number and t.distributions for t in trials)
+        column = space.names.index(param_name)
+        coordinate = draw_parameter(
+            space, space.encode(trial.params), column, None if first else generator
+        )
+        if PROPOSAL_KEY not in trial.system_attrs:
+            source = "default" if first else "prior"
+            study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL_KEY, {"source": source})
+        return space.dimensions[column].decode(coordinate)
+
+    def _propose(
+        self, space: Space, history: History, generator: torch.Generator
+    ) -> tuple[np.ndarray, dict[str, float | str]]:
+        layout = layout_of(space)
+        observed = _observed(history, layout.default, self._n_trials, generator)
+        grid = None
+        if space.n_configurations <= _MAX_GRID:
+            axes = [torch.from_numpy(dimension.grid(_MAX_GRID)) for dimension in space.dimensions]
+            grid = torch.cartesian_prod(*axes).reshape(1, -1, len(space))
+        finished = ~history.running
+        constraints = torch.from_numpy(history.constraints[finished])[None]
+        decision = decide(
+            layout,
+            observed,
+            self._network,
+            exact_snap(space),
+            generator,
+            self._settings,
+            grid=grid,
+            feasibility=fit_feasibility(layout, observed, constraints),
+        )
+        return _best(decision)
+
+
+def _best(decision: Decision) -> tuple[np.ndarray, dict[str, float | str]]:
+    choice = int(decision.logits[0].argmax())
+    return decision.candidates.x[0, choice].numpy(), decision.explain(0, choice)
+
+
+def _observed(
+    history: History, default: Tensor, n_trials: int | None, generator: torch.Generator
+) -> Observed:
+    """The history as the policy takes it: one task, no NaN, one score a trial."""
+    points = np.where(np.isnan(history.points), default.numpy(), history.points)
+    running = np.flatnonzero(history.running)[-_MAX_PENDING:]
+    finished = ~history.running
+    good, n_objectives = history.scored[finished], history.scores.shape[1]
+    scores = np.zeros(len(good))
+    if n_objectives == 1:
+        scores[good] = history.scores[finished][good, 0]
+    else:
+        gamma = -torch.rand(n_objectives, generator=generator, dtype=torch.float64).log()
+        weights = (gamma / gamma.sum()).numpy()
+        scores[good] = scalarise(history.scores[finished][good], weights)
+    mask = torch.ones((1, len(good)), dtype=torch.bool)
+    failed = torch.from_numpy(~good)[None]
+    return Observed(
+        x=torch.from_numpy(points[finished])[None],
+        y=standardise(torch.from_numpy(scores)[None], ~failed, failed),
+        mask=mask,
+        failed=failed,
+        infeasible=torch.from_numpy(history.violation[finished] > 0)[None],
+        pending=torch.from_numpy(points[running])[None],
+        pending_mask=torch.ones((1, len(running)), dtype=torch.bool),
+        horizon=torch.tensor([n_trials or 0]),
+    )
+
+
+def _recent_and_best(history: History) -> History:
+    """At most ``_MAX_TRIALS`` finished trials: the best (by mean rank) and the most recent.
+
+    Running trials stay; so a proposal's cost does not grow with the study.
+    """
+    finished = np.flatnonzero(~history.running)
+    if len(finished) <= _MAX_TRIALS:
+        return history
+    scores = np.where(np.isnan(history.scores), -math.inf, history.scores)[finished]
+    ranks = scores.argsort(axis=0).argsort(axis=0).sum(axis=1)
+    ranks = np.where(history.violation[finished] > 0, -1, ranks)
+    best = finished[np.argsort(-ranks, kind="stable")[: _MAX_TRIALS * 2 // 3]]
+    recent = finished[-(_MAX_TRIALS // 3) :]
+    kept = np.union1d(np.union1d(best, recent), np.flatnonzero(history.running))
+    return history.select(kept)
+
+
+def _generator(seed: int, number: int, names: Sequence[str]) -> torch.Generator:
+    """A private generator; the trial's number makes workers with one seed differ."""
+    digest = hashlib.sha256(repr((seed, number, tuple(names))).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _fresh_seed() -> int:
+    return int(np.random.SeedSequence().generate_state(1)[0])
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
