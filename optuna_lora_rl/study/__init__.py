@@ -1,0 +1,1 @@
+"""A study from file to report."""

@@ -1,0 +1,163 @@
+"""What optuna-dashboard shows beside the numbers: notes, artifacts, a figure.
+
+optuna-dashboard is an optional package: without it the study goes on, and artifacts are kept.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import optuna
+from optuna.artifacts import FileSystemArtifactStore
+from optuna.artifacts import upload_artifact
+from optuna.trial import TrialState
+
+from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.study import adapters
+from optuna_lora_rl.study import charts
+from optuna_lora_rl.study import outcome
+from optuna_lora_rl.study import wording
+from optuna_lora_rl.study.opening import load_study
+
+if TYPE_CHECKING:
+    from optuna_lora_rl.finetuning.trial import TrialResult
+    from optuna_lora_rl.study.spec import StudySpec
+
+FIGURE_ID = "quality-against-cost"
+
+
+def artifact_folder(output: Path) -> Path:
+    """Where the artifacts are kept; ``optuna-dashboard --artifact-dir`` reads it."""
+    return output / "artifacts"
+
+
+def attach(trial: optuna.Trial, result: TrialResult, spec: StudySpec) -> None:
+    """Keeps a running trial's adapter configuration and loss curve, and a note if it is best."""
+    folder = artifact_folder(spec.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    store = FileSystemArtifactStore(str(folder))
+    configuration = adapters.folder_of(spec.folder, trial.number) / adapters.CONFIG_FILE
+    if configuration.exists():
+        upload_artifact(artifact_store=store, file_path=str(configuration), study_or_trial=trial)
+    points = [(row["step"], row["loss"]) for row in result.curve if "loss" in row]
+    if points:
+        with tempfile.TemporaryDirectory() as scratch:
+            curve = Path(scratch) / "loss.svg"
+            picture = charts.chart(
+                [charts.Series(points, dots=True)], x="optimizer step", y="validation loss"
+            )
+            curve.write_text(picture, encoding="utf-8")
+            upload_artifact(
+                artifact_store=store,
+                file_path=str(curve),
+                study_or_trial=trial,
+                mimetype="image/svg+xml",
+            )
+    best = outcome.best_of(trial.study.get_trials(deepcopy=False))
+    before = outcome.final_score(best) if best else None
+    if find_spec("optuna_dashboard") and (before is None or result.score > before):
+        from optuna_dashboard import save_note
+
+        save_note(trial, _trial_note(trial, before))
+
+
+def annotate(study: optuna.Study, spec: StudySpec) -> None:
+    """Puts a note and a figure on the study, where optuna-dashboard is installed."""
+    if not find_spec("optuna_dashboard"):
+        return
+    from optuna_dashboard import save_note
+
+    save_note(study, _study_note(study, spec))
+    _save_figure(study)
+
+
+def serve(spec: StudySpec, *, host: str, port: int) -> int:
+    """Runs optuna-dashboard on the study's storage until Ctrl-C; returns its exit status.
+
+    Raises:
+        UserError: If optuna-dashboard is not installed or the study has not begun.
+    """
+    if not find_spec("optuna_dashboard"):
+        raise UserError(
+            "optuna-dashboard is not installed: pip install 'optuna_lora_rl[dashboard]'"
+        )
+    load_study(spec)
+    folder = artifact_folder(spec.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-c", "from optuna_dashboard._cli import main; main()"]
+    command += [spec.storage_url, "--host", host, "--port", str(port)]
+    try:
+        return subprocess.run([*command, "--artifact-dir", str(folder)]).returncode
+    except KeyboardInterrupt:
+        return 0
+
+
+def _trial_note(trial: optuna.Trial, before: float | None) -> str:
+    attrs = trial.user_attrs
+    gain = "" if before is None else f" (before: {before:.4f})"
+    rows = "\n".join(f"| {name} | {value} |" for name, value in attrs["configuration"].items())
+    return (
+        f"**The best so far: score {attrs['score']:.4f}**{gain}, quality {attrs['quality']:.4f} "
+        f"at cost {attrs['cost']:.3f}.\n\n"
+        f"Proposed by `{attrs.get('source', '?')}`.\n\n| parameter | value |\n|---|---|\n{rows}\n"
+    )
+
+
+def _study_note(study: optuna.Study, spec: StudySpec) -> str:
+    trials = study.get_trials(deepcopy=False)
+    best = outcome.best_of(trials)
+    lines = [
+        f"## {spec.name}",
+        f"`{spec.model.name}` on `{spec.data.train}`, sampler `{spec.sampler.name}`, "
+        f"{sum(outcome.counts(trial) for trial in trials)} trials.",
+        "",
+        "Score = quality − " + f"{spec.objective.cost_weight:g} × cost. Quality is what "
+        f"`{spec.objective.metric}` gained over the untuned model; a cost of 1 is one run of the "
+        "reference configuration.",
+    ]
+    if best is not None:
+        configuration = wording.compact(best.user_attrs.get("configuration", best.params))
+        lines += [
+            "",
+            f"**Best: trial {best.number}**, score {wording.score(outcome.final_score(best))}: "
+            f"{configuration}.",
+            "",
+            f"Adapter: `{spec.folder / 'best'}`; report: `{spec.folder / 'report.html'}`.",
+        ]
+    return "\n".join(lines)
+
+
+def _save_figure(study: optuna.Study) -> None:
+    """Quality against cost, a point a trial; small, since it lives in the database."""
+    trials = [
+        trial
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if "quality" in trial.user_attrs
+    ]
+    if not trials:
+        return
+    import plotly.graph_objects as go
+    from optuna_dashboard import save_plotly_graph_object
+
+    figure = go.Figure(
+        go.Scatter(
+            x=[trial.user_attrs["cost"] for trial in trials],
+            y=[trial.user_attrs["quality"] for trial in trials],
+            mode="markers",
+            text=[f"trial {trial.number}" for trial in trials],
+            marker={"color": [outcome.final_score(t) for t in trials], "showscale": True},
+        )
+    )
+    # The default template is 7 kB of styles that the dashboard brings itself.
+    figure.update_layout(
+        template="none",
+        title="Quality against cost, coloured by score",
+        xaxis_title="cost (1 = reference run)",
+        yaxis_title="quality",
+    )
+    save_plotly_graph_object(study, figure, graph_object_id=FIGURE_ID)

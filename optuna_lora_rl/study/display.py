@@ -1,0 +1,259 @@
+"""What a running study shows: a live panel on a terminal, one plain line a trial elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from typing import Any
+
+from optuna.trial import TrialState
+from rich.console import Console
+from rich.console import Group
+from rich.console import RenderableType
+from rich.live import Live
+from rich.padding import Padding
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from optuna_lora_rl.study import outcome
+from optuna_lora_rl.study import wording
+from optuna_lora_rl.study.budget import Usage
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+    from optuna_lora_rl.study.spec import StudySpec
+
+
+class Display:
+    """Shows nothing; what ``tune`` uses unless asked otherwise."""
+
+    def opens(self, spec: StudySpec, trials: Sequence[FrozenTrial]) -> None:
+        """The study begins or goes on, with these trials behind it."""
+
+    def works_on(self, what: str) -> None:
+        """Something other than a trial takes its time, such as loading the model."""
+
+    def trial_starts(self, number: int, configuration: Mapping[str, Any]) -> None:
+        """A trial begins."""
+
+    def evaluated(self, evaluation: int, score: float, metrics: Mapping[str, float]) -> None:
+        """The running trial was evaluated; ``score`` is what it would have if it ended now."""
+
+    def trial_ends(self, trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> None:
+        """A trial is over; ``trials`` are all of the study."""
+
+    def says(self, sentence: str) -> None:
+        """Something that the user should know."""
+
+    def closes(self) -> None:
+        """Nothing more comes."""
+
+
+class LineDisplay(Display):
+    """One plain line a trial, for logs and pipes."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._spec: StudySpec | None = None
+
+    def opens(self, spec: StudySpec, trials: Sequence[FrozenTrial]) -> None:
+        self._spec = spec
+        self._print(headline(spec))
+        if trials:
+            self._print(f"going on after {_trials(Usage.of(trials).trials)}")
+
+    def works_on(self, what: str) -> None:
+        self._print(what)
+
+    def trial_ends(self, trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> None:
+        assert self._spec is not None
+        limit = self._spec.budget.trials
+        done = f"{Usage.of(trials).trials}" + (f"/{limit}" if limit else "")
+        best = outcome.best_of(trials)
+        seconds = wording.duration(trial.user_attrs.get("seconds", 0.0))
+        self._print(
+            f"trial {trial.number:>3} ({done})  {_result(trial)}  {seconds:>6}  "
+            f"{_configuration(trial)}" + (f"  [best {_brief(best)}]" if best else "")
+        )
+
+    def says(self, sentence: str) -> None:
+        self._print(sentence)
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class LiveDisplay(Display):
+    """A calm panel that is redrawn in place, with one line for every finished trial above it."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(
+            console=console, refresh_per_second=4, transient=True, get_renderable=self._render
+        )
+        self._spec: StudySpec | None = None
+        self._trials: Sequence[FrozenTrial] = ()
+        self._doing = ""
+        self._running: tuple[int, Mapping[str, Any]] | None = None
+        self._scores: list[float | None] = []
+        self._metrics: Mapping[str, float] = {}
+        self._opened = self._trial_started = time.monotonic()
+        self._share_before = 0.0
+
+    def opens(self, spec: StudySpec, trials: Sequence[FrozenTrial]) -> None:
+        self._spec, self._trials = spec, trials
+        self._opened = time.monotonic()
+        self._share_before = Usage.of(trials).share(spec.budget)
+        self._console.print()
+        self._live.start()
+        if trials:
+            self.says(f"going on after {_trials(Usage.of(trials).trials)}")
+
+    def works_on(self, what: str) -> None:
+        self._running, self._doing = None, what
+
+    def trial_starts(self, number: int, configuration: Mapping[str, Any]) -> None:
+        if not any(trial.number == number for trial in self._trials):
+            self._trial_started = time.monotonic()
+        self._running, self._scores, self._metrics = (number, configuration), [], {}
+
+    def evaluated(self, evaluation: int, score: float, metrics: Mapping[str, float]) -> None:
+        self._scores.append(score)
+        self._metrics = metrics
+
+    def trial_ends(self, trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> None:
+        self._trials, self._running, self._doing = trials, None, "proposing"
+        best = outcome.best_of(trials)
+        is_best = best is not None and best.number == trial.number
+        line = Text.assemble(
+            (f"  {'★' if is_best else ' '} {trial.number:>3}  ", "yellow" if is_best else "dim"),
+            (_result(trial), "bold" if is_best else _style(trial)),
+            (f"  {_configuration(trial)}", "" if is_best else "dim"),
+        )
+        self._console.print(line, no_wrap=True, overflow="ellipsis", crop=True)
+
+    def says(self, sentence: str) -> None:
+        self._console.print(Text(f"  {sentence}", style="cyan"))
+
+    def closes(self) -> None:
+        self._live.stop()
+
+    def _render(self) -> RenderableType:
+        if self._spec is None:
+            return Text()
+        rows = Table.grid(padding=(0, 2))
+        rows.add_column(style="dim", justify="right", no_wrap=True)
+        rows.add_column(no_wrap=True, overflow="ellipsis")
+        for name, content in self._rows():
+            rows.add_row(name, content)
+        return Padding(Group(self._heading(), self._bar(), rows), (1, 2, 0, 2))
+
+    def _heading(self) -> RenderableType:
+        assert self._spec is not None
+        usage, limit = Usage.of(self._trials), self._spec.budget.trials
+        done = f"{usage.trials} of {limit} trials" if limit else _trials(usage.trials)
+        heading = Table.grid(expand=True)
+        heading.add_column(no_wrap=True, overflow="ellipsis")
+        heading.add_column(justify="right", no_wrap=True)
+        heading.add_row(Text(headline(self._spec), style="bold"), Text(done, style="bold"))
+        return heading
+
+    def _bar(self) -> RenderableType:
+        assert self._spec is not None
+        share = Usage.of(self._trials).share(self._spec.budget)
+        if self._running and self._spec.budget.trials:
+            # The running trial fills its part, evaluation by evaluation.
+            part = len(self._scores) / self._spec.training.evaluations
+            share = min(1.0, share + part / self._spec.budget.trials)
+        return ProgressBar(total=1.0, completed=share, complete_style="cyan")
+
+    def _rows(self) -> list[tuple[str, RenderableType]]:
+        rows: list[tuple[str, RenderableType]] = []
+        if self._running:
+            number, configuration = self._running
+            rows.append((f"trial {number}", Text(wording.compact(configuration))))
+            rows.append(("", self._running_scores()))
+        else:
+            rows.append(("", Text(self._doing, style="dim")))
+        best = outcome.best_of(self._trials)
+        if best is not None:
+            rows.append(
+                (
+                    "best",
+                    Text.assemble(
+                        (_brief(best), "bold green"), (f"  {_configuration(best)}", "dim")
+                    ),
+                )
+            )
+            values = [
+                outcome.final_score(trial) for trial in self._trials if trial.state.is_finished()
+            ]
+            rows.append(("scores", Text(wording.sparkline(values[-60:]), style="cyan")))
+        rows.append(("time", self._time()))
+        return rows
+
+    def _running_scores(self) -> RenderableType:
+        assert self._spec is not None
+        total = self._spec.training.evaluations
+        elapsed = wording.duration(time.monotonic() - self._trial_started)
+        if not self._scores:
+            return Text(f"training, {elapsed}", style="dim")
+        loss = self._metrics.get("loss")
+        return Text.assemble(
+            (wording.sparkline(self._scores).ljust(total, "·"), "cyan"),
+            f"  score {wording.score(self._scores[-1])}",
+            f"  loss {loss:.3f}" if loss is not None else "",
+            (f"  {len(self._scores)} of {total} evaluations, {elapsed}", "dim"),
+        )
+
+    def _time(self) -> RenderableType:
+        assert self._spec is not None
+        elapsed = time.monotonic() - self._opened
+        done = Usage.of(self._trials).share(self._spec.budget) - self._share_before
+        left = 1.0 - self._share_before - done
+        parts = [wording.duration(elapsed)]
+        if done > 0:
+            parts.append(f"about {wording.duration(elapsed / done * left)} left")
+        return Text(" · ".join(parts), style="dim")
+
+
+def headline(spec: StudySpec) -> str:
+    """What the study is, in one line."""
+    return f"{spec.name}: {spec.model.name} on {spec.data.train}, sampler {spec.sampler.name}"
+
+
+def _result(trial: FrozenTrial) -> str:
+    attrs = trial.user_attrs
+    if trial.state == TrialState.COMPLETE:
+        parts = [f"score {wording.score(outcome.final_score(trial)):>7}"]
+        parts += [f"{key} {attrs[key]:.3f}" for key in ("quality", "cost", "loss") if key in attrs]
+        return "  ".join(parts)
+    if trial.state == TrialState.PRUNED:
+        score = wording.score(outcome.final_score(trial))
+        return f"pruned {score:>6} after {attrs.get('steps', '?')} steps"
+    return f"failed: {attrs.get(outcome.MESSAGE, outcome.failure(trial) or 'no reason known')}"
+
+
+def _brief(trial: FrozenTrial) -> str:
+    return f"{wording.score(outcome.final_score(trial))} (trial {trial.number})"
+
+
+def _configuration(trial: FrozenTrial) -> str:
+    return wording.compact(trial.user_attrs.get("configuration", trial.params))
+
+
+def _style(trial: FrozenTrial) -> str:
+    return {TrialState.COMPLETE: "", TrialState.PRUNED: "dim"}.get(trial.state, "red")
+
+
+def _trials(number: int) -> str:
+    return f"{number} trial" if number == 1 else f"{number} trials"
+
+
+def create(console: Console, *, plain: bool = False) -> Display:
+    """A live panel where ``console`` is a terminal, plain lines elsewhere."""
+    return LiveDisplay(console) if console.is_terminal and not plain else LineDisplay(console)

@@ -1,0 +1,89 @@
+"""Takes a trial's configuration and adapter out of a study."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.study import adapters
+from optuna_lora_rl.study import outcome
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.trial import FrozenTrial
+
+    from optuna_lora_rl.study.spec import StudySpec
+
+
+def chosen_trial(study: optuna.Study, number: int | None) -> FrozenTrial:
+    """The trial with that number, or the best one.
+
+    Raises:
+        UserError: If there is no such trial, or none has been completed.
+    """
+    trials = study.get_trials(deepcopy=False)
+    if number is None:
+        best = outcome.best_of(trials)
+        if best is None:
+            raise UserError(f"the study {study.study_name!r} has no completed trial yet")
+        return best
+    if not 0 <= number < len(trials):
+        raise UserError(
+            f"trial {number} does not exist; the study {study.study_name!r} has trials 0 to "
+            f"{len(trials) - 1}"
+        )
+    return trials[number]
+
+
+def to_peft(study: optuna.Study, spec: StudySpec, target: Path, number: int | None = None) -> bool:
+    """Writes the adapter of a trial as a PEFT folder.
+
+    Where the trial's adapter is not on this machine, because it was not among the best or ran
+    elsewhere, only ``adapter_config.json`` is written, ready to train with.
+
+    Args:
+        study: The study.
+        spec: Its file.
+        target: A folder that does not exist or is empty.
+        number: The trial; by default the best one.
+
+    Returns:
+        Whether the weights are there too.
+
+    Raises:
+        UserError: If there is no such trial, or the folder is not empty.
+    """
+    trial = chosen_trial(study, number)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"--output: {target} exists and is not empty; choose another folder")
+    source = adapters.folder_of(spec.folder, trial.number)
+    has_weights = (source / adapters.CONFIG_FILE).exists()
+    if has_weights:
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    elif "configuration" not in trial.user_attrs:
+        raise UserError(f"trial {trial.number} never got a configuration and cannot be exported")
+    else:
+        target.mkdir(parents=True, exist_ok=True)
+        (target / adapters.CONFIG_FILE).write_text(_peft_config(spec, trial), encoding="utf-8")
+    return has_weights
+
+
+def _peft_config(spec: StudySpec, trial: FrozenTrial) -> str:
+    """The trial's PEFT configuration for its own base model, as JSON."""
+    from optuna_lora_rl.finetuning import lora
+    from optuna_lora_rl.finetuning import model
+    from optuna_lora_rl.finetuning.configuration import Configuration
+
+    base = model.load(spec.model, model.device_of(use_cpu=True))
+    configuration = Configuration.of(trial.user_attrs["configuration"])
+    chosen = lora.targets_of(configuration, base.architecture, spec.target_sets)
+    config = lora.lora_config(configuration, base.architecture, chosen).to_dict()
+    config["base_model_name_or_path"] = base.name
+    return json.dumps(config, indent=2, default=_jsonable, sort_keys=True) + "\n"
+
+
+def _jsonable(value: object) -> object:
+    return sorted(value) if isinstance(value, set | frozenset) else str(value)

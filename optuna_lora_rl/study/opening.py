@@ -1,0 +1,133 @@
+"""Opens a study: its storage, its sampler, its pruner, and the check that it is the same one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import optuna
+
+from optuna_lora_rl import pruners
+from optuna_lora_rl import samplers
+from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.study import outcome
+from optuna_lora_rl.study import problem
+from optuna_lora_rl.study.storage import open_storage
+from optuna_lora_rl.study.storage import sqlite_file
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+    from optuna_lora_rl.study.spec import StudySpec
+    from optuna_lora_rl.vocabulary import Configuration
+
+# Optuna's samplers whose random numbers would start again from the seed with every process.
+_FORGETFUL = {"tpe", "gp", "random", "nsgaii"}
+
+
+def open_study(spec: StudySpec, *, heartbeat: bool = True) -> optuna.Study:
+    """The study of the file, created where there is none.
+
+    Args:
+        spec: The study.
+        heartbeat: Whether running trials show that they are alive; not for ask and tell.
+
+    Raises:
+        UserError: If the storage fails, or holds a study of another problem under this name.
+    """
+    callback = _run_stale_trial_again if heartbeat else None
+    storage = open_storage(spec.storage_url, stale_trial_callback=callback)
+    directions = ["maximize"] if spec.n_objectives == 1 else ["maximize", "minimize"]
+    _forget_if_empty(storage, spec, len(directions))
+    study = optuna.create_study(
+        study_name=spec.name,
+        storage=storage,
+        directions=directions,
+        load_if_exists=True,
+        sampler=create_sampler(spec),
+        pruner=create_pruner(spec),
+    )
+    problem.adopt(study, spec)
+    study.set_metric_names(list(spec.objective.objectives))
+    return study
+
+
+def load_study(spec: StudySpec) -> optuna.Study:
+    """The study of the file as it stands, to look at.
+
+    Raises:
+        UserError: If it has not begun.
+    """
+    missing = UserError(
+        f"the study {spec.name!r} has not begun in {spec.storage or spec.folder}; start it with "
+        "optuna-lora-rl run"
+    )
+    file = sqlite_file(spec.storage_url)
+    if file is not None and not file.exists():
+        raise missing
+    storage = open_storage(spec.storage_url)
+    try:
+        return optuna.load_study(study_name=spec.name, storage=storage)
+    except KeyError:
+        raise missing from None
+
+
+def create_sampler(spec: StudySpec, *, number: int | None = None) -> optuna.samplers.BaseSampler:
+    """The sampler that the file asks for.
+
+    Args:
+        spec: The study.
+        number: Number of the trial that it is for. It is mixed into the seeds of samplers that
+            would otherwise propose their first points again in every new process.
+    """
+    name, seed, options = spec.sampler.name, spec.sampler.seed, dict(spec.sampler.options)
+    if name == "rl" and spec.budget.trials is not None:
+        options.setdefault("n_trials", spec.budget.trials)
+    if name in _FORGETFUL and number is not None:
+        seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+    return samplers.create(name, seed=seed, options=options)
+
+
+def create_pruner(spec: StudySpec) -> optuna.pruners.BasePruner:
+    """The pruner that the file asks for; its steps count evaluations."""
+    return pruners.create(
+        spec.pruner.name,
+        spec.pruner.options,
+        first_step=1,
+        last_step=spec.training.evaluations,
+    )
+
+
+def propose(spec: StudySpec, trial: optuna.Trial) -> Configuration:
+    """Asks the sampler for the trial's configuration, and writes down who proposed it."""
+    if spec.sampler.name in _FORGETFUL:
+        trial.study.sampler = create_sampler(spec, number=trial.number)
+    configuration = spec.lora_space().suggest(trial)
+    # Only a frozen trial shows its system attributes.
+    frozen = trial.study.get_trials(deepcopy=False)[trial.number]
+    proposal = samplers.proposal(frozen) or {}
+    source = "retry" if outcome.RETRY_OF in trial.user_attrs else spec.sampler.name
+    trial.set_user_attr("source", str(proposal.get("source", source)))
+    trial.set_user_attr("configuration", configuration)
+    return configuration
+
+
+def _forget_if_empty(
+    storage: optuna.storages.BaseStorage, spec: StudySpec, n_objectives: int
+) -> None:
+    """Deletes a study that failed before its first trial, so that its file may still change."""
+    for study in storage.get_all_studies():
+        if study.study_name != spec.name or len(study.directions) == n_objectives:
+            continue
+        if storage.get_n_trials(study._study_id):
+            raise UserError(
+                f"objective.objectives is {list(spec.objective.objectives)}, but the study "
+                f"{spec.name!r} was begun with {len(study.directions)} objective(s): choose "
+                "another study name or storage"
+            )
+        storage.delete_study(study._study_id)
+
+
+def _run_stale_trial_again(study: optuna.Study, trial: FrozenTrial) -> None:
+    if outcome.RETRY_OF not in trial.user_attrs:
+        outcome.run_again(study, trial)

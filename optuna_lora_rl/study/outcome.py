@@ -1,0 +1,152 @@
+"""How a trial ended, as it is written down with the trial, and what counts against the budget."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import psutil
+from optuna.trial import TrialState
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.trial import FrozenTrial
+
+FAILURE = "failure"
+MESSAGE = "failure_message"
+KILLED = "killed"
+INTERRUPTED = "interrupted"
+# The trial did nothing wrong: it is run again and counts against no budget.
+NOT_ITS_OWN_FAULT = {KILLED, INTERRUPTED}
+RETRY_OF = "retry_of"
+
+
+class TrialFailed(Exception):
+    """A trial that failed by itself; the study goes on."""
+
+
+def fail(trial: optuna.Trial, reason: str, message: str) -> None:
+    """Writes down why the trial is about to fail."""
+    trial.set_user_attr(FAILURE, reason)
+    trial.set_user_attr(MESSAGE, message)
+
+
+def failure(trial: FrozenTrial) -> str | None:
+    """The reason that was written down, or None."""
+    return trial.user_attrs.get(FAILURE)
+
+
+def counts(trial: FrozenTrial) -> bool:
+    """Whether the trial is one of the wished number."""
+    if trial.state == TrialState.FAIL:
+        reason = failure(trial)
+        # Failed without a reason: another worker died and the storage noticed its silence.
+        return reason is not None and reason not in NOT_ITS_OWN_FAULT
+    return trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+def final_score(trial: FrozenTrial) -> float | None:
+    """The score of a finished trial; a Pareto study's trials have one too."""
+    if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
+        return None
+    if "score" in trial.user_attrs:
+        return float(trial.user_attrs["score"])
+    # Told by hand: a value and nothing else.
+    return trial.values[0] if trial.values else None
+
+
+def best_of(trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
+    """The completed trial with the highest score; of equal ones the first."""
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    return max(complete, key=lambda trial: final_score(trial) or 0.0, default=None)
+
+
+def mark_owner(trial: optuna.Trial) -> None:
+    """Writes down which process runs the trial, for the case that it is killed."""
+    process = psutil.Process()
+    trial.set_user_attr("host", socket.gethostname())
+    trial.set_user_attr("pid", os.getpid())
+    trial.set_user_attr("process_started", process.create_time())
+
+
+def owner_is_gone(trial: FrozenTrial) -> bool:
+    """Whether the trial ran on this machine, in a process that no longer exists."""
+    attrs = trial.user_attrs
+    if attrs.get("host") != socket.gethostname() or "pid" not in attrs:
+        return False
+    try:
+        started = psutil.Process(int(attrs["pid"])).create_time()
+    except psutil.Error:
+        return True
+    # A process id may have been given to another process since.
+    return abs(started - float(attrs["process_started"])) > 1.0
+
+
+def is_running(trial: FrozenTrial) -> bool:
+    """Whether some process is at work on the trial."""
+    return (
+        trial.state == TrialState.RUNNING
+        and "pid" in trial.user_attrs
+        and not owner_is_gone(trial)
+    )
+
+
+def recover(study: optuna.Study) -> list[int]:
+    """Fails the trials whose process on this machine was killed, and runs each once again.
+
+    Trials of other machines are left to the storage's heartbeat.
+
+    Returns:
+        The numbers of the killed trials.
+    """
+    killed = [
+        trial
+        for trial in study.get_trials(deepcopy=False)
+        if trial.state == TrialState.RUNNING and owner_is_gone(trial)
+    ]
+    for trial in killed:
+        storage, trial_id = study._storage, trial._trial_id
+        storage.set_trial_user_attr(trial_id, FAILURE, KILLED)
+        storage.set_trial_user_attr(trial_id, MESSAGE, "the process was killed in mid-trial")
+        study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+        if RETRY_OF not in trial.user_attrs:
+            # Once only: a configuration that takes all memory may be what kills the process.
+            run_again(study, trial)
+    return [trial.number for trial in killed]
+
+
+def run_again(study: optuna.Study, trial: FrozenTrial | optuna.Trial) -> None:
+    """Enqueues the parameters of a trial that was cut short."""
+    if trial.params:
+        study.enqueue_trial(trial.params, user_attrs={RETRY_OF: trial.number})
+
+
+def hopeless(
+    own: Iterable[FrozenTrial], all_trials: Iterable[FrozenTrial], *, limit: int = 3
+) -> str | None:
+    """Why to stop, if no trial ever succeeded and this run's first ones fail the same way.
+
+    Args:
+        own: The trials of this run, in their order.
+        all_trials: The trials of the study.
+        limit: How many equal failures are enough.
+
+    Returns:
+        The failure's message, or None.
+    """
+    first = [trial for trial in own if counts(trial)][:limit]
+    succeeded = any(t.state in (TrialState.COMPLETE, TrialState.PRUNED) for t in all_trials)
+    if succeeded or len(first) < limit or len({_way(trial) for trial in first}) > 1:
+        return None
+    return str(first[0].user_attrs.get(MESSAGE, failure(first[0])))
+
+
+def _way(trial: FrozenTrial) -> tuple[str | None, str]:
+    reason = failure(trial)
+    if reason in ("diverged", "out-of-memory"):
+        return reason, ""
+    # Equal messages but for their numbers (sizes, steps).
+    return reason, re.sub(r"\d+", "0", str(trial.user_attrs.get(MESSAGE, "")))

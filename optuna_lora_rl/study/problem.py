@@ -1,0 +1,155 @@
+"""The problem that a study solves, so that two different ones never mix in one study.
+
+Scores compare only where model, data, training, objective and the fixed parameters are the same.
+They are stored with the study when it begins and compared when it goes on. Budget, sampler,
+pruner, storage and output may change at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
+
+from optuna.distributions import check_distribution_compatibility
+from optuna.distributions import distribution_to_json
+from optuna.distributions import json_to_distribution
+
+from optuna_lora_rl.errors import UserError
+
+if TYPE_CHECKING:
+    import optuna
+
+    from optuna_lora_rl.study.spec import StudySpec
+
+PROBLEM = "problem"
+TUNED = "tuned"
+# What changes neither a trial's training nor its score.
+_IRRELEVANT = {"training.report_to", "objective.objectives"}
+_ANOTHER = "choose another study name or storage"
+_CHUNK_BYTES = 1 << 20
+
+
+def describe(spec: StudySpec) -> dict[str, Any]:
+    """The problem as flat keys, such as ``objective.cost_weight``, with JSON values."""
+    sections = {
+        "model": spec.model.model_dump(mode="json"),
+        "data": spec.data.model_dump(mode="json"),
+        "training": spec.training.model_dump(mode="json"),
+        "objective": spec.objective.model_dump(mode="json"),
+        "target_sets": spec.target_sets,
+        "space": spec.lora_space().fixed(),
+    }
+    flat = {key: value for key, value in _flatten(sections) if key not in _IRRELEVANT}
+    for key in ("data.train", "data.validation", "data.test"):
+        content = _content(flat.get(key))
+        if content:
+            flat[f"{key} (content)"] = content
+    return dict(json.loads(json.dumps(flat)))
+
+
+def adopt(study: optuna.Study, spec: StudySpec) -> None:
+    """Stores the problem with a new study, or checks that an old one has the same.
+
+    Raises:
+        UserError: Naming every key that differs, with what it was and what it is now.
+    """
+    new = describe(spec)
+    tuned = {
+        name: distribution_to_json(distribution)
+        for name, distribution in spec.lora_space().distributions().items()
+    }
+    old, old_tuned = study.user_attrs.get(PROBLEM), study.user_attrs.get(TUNED, {})
+    # Before the first trial nothing can mix, and what was wrong in the file may be put right.
+    if study.get_trials(deepcopy=False):
+        if old is None:
+            raise UserError(
+                f"the study {spec.name!r} in this storage was begun by another program; {_ANOTHER}"
+            )
+        differences = [
+            *_differences(old, new, tuned=set(tuned), formerly_tuned=set(old_tuned)),
+            *_changed_choices(old_tuned, tuned),
+        ]
+        if differences:
+            raise UserError(
+                "; ".join(differences)
+                + f": scores of the study {spec.name!r} would not compare; {_ANOTHER}"
+            )
+    if old != new:
+        study.set_user_attr(PROBLEM, new)
+    if old_tuned != tuned:
+        study.set_user_attr(TUNED, tuned)
+
+
+def _differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], *, tuned: set[str], formerly_tuned: set[str]
+) -> Iterator[str]:
+    for key in sorted(old.keys() | new.keys()):
+        before, now = old.get(key), new.get(key)
+        parameter = key.removeprefix("space.")
+        if before == now:
+            continue
+        if key.endswith("(content)"):
+            yield f"the file {new.get(key.split()[0])} of {key.split()[0]} has changed"
+        elif key in old and key in new:
+            yield f"{key} was {before!r} and is now {now!r}"
+        elif parameter in formerly_tuned or f"{parameter}_ratio" in formerly_tuned:
+            yield f"{key} was tuned and is now fixed at {now!r}"
+        elif parameter in tuned or f"{parameter}_ratio" in tuned:
+            yield f"{key} was fixed at {before!r} and is now tuned"
+        elif key in old:
+            # Also a key of an older version of the package that no longer exists.
+            yield f"{key} was {before!r} and is now gone"
+        else:
+            yield f"{key} was not set and is now {now!r}"
+
+
+def _changed_choices(old: Mapping[str, str], new: Mapping[str, str]) -> Iterator[str]:
+    """Tuned parameters that Optuna cannot continue; ranges may move freely."""
+    for name in sorted(old.keys() & new.keys()):
+        before, now = json_to_distribution(old[name]), json_to_distribution(new[name])
+        try:
+            check_distribution_compatibility(before, now)
+        except ValueError:
+            yield (
+                f"space.{name} was {_words(before)} and is now {_words(now)} (a running study's "
+                "ranges may move, its choices and scales may not)"
+            )
+
+
+def _words(distribution: Any) -> str:
+    choices = getattr(distribution, "choices", None)
+    if choices is not None:
+        return f"a choice of {', '.join(map(str, choices))}"
+    scale = "a log" if distribution.log else "a linear"
+    kind = type(distribution).__name__.removesuffix("Distribution").lower()
+    return f"{scale} {kind} range"
+
+
+def _flatten(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _content(name: Any) -> str | None:
+    """A digest of a local file's bytes, or of a folder's file names and sizes; else None."""
+    path = Path(str(name)) if name else None
+    if path is None or not path.exists():
+        return None
+    digest = hashlib.sha256()
+    if path.is_dir():
+        for file in sorted(path.rglob("*")):
+            if file.is_file():
+                digest.update(f"{file.relative_to(path)} {file.stat().st_size}\n".encode())
+        return digest.hexdigest()[:16]
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()[:16]

@@ -1,0 +1,192 @@
+"""The reference of the YAML file, generated from the models that validate it.
+
+``docs/configuration.md`` is the output of ``python -m optuna_lora_rl.study.reference``; a test
+compares the two.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated
+from typing import Any
+from typing import Literal
+from typing import Union
+from typing import get_args
+from typing import get_origin
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from optuna_lora_rl import pruners
+from optuna_lora_rl import samplers
+from optuna_lora_rl.study.spec import SHORT_FORMS
+from optuna_lora_rl.study.spec import StudySpec
+from optuna_lora_rl.vocabulary import VOCABULARY
+
+_PLAIN = {int: "whole number", float: "number", str: "text", bool: "true or false", Any: "any"}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of a section.
+
+    Attributes:
+        name: The key.
+        type: What values it takes, in words.
+        default: Its default as YAML, or None where it has to be given.
+        description: What it means.
+        section: The model of the section that it opens, if it does.
+    """
+
+    name: str
+    type: str
+    default: str | None
+    description: str
+    section: type[BaseModel] | None
+
+
+def keys(model: type[BaseModel]) -> Iterator[Key]:
+    """The keys of a section, in the order of its model."""
+    for name, field in model.model_fields.items():
+        section = field.annotation if _is_section(field.annotation) else None
+        yield Key(name, words(field.annotation), _default(field), field.description or "", section)
+
+
+def words(annotation: Any) -> str:
+    """A type in words, such as ``whole number, or null``."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return words(arguments[0])
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if origin in (Union, types.UnionType):
+        return ", or ".join(words(argument) for argument in arguments)
+    if annotation is types.NoneType:
+        return "`null`"
+    if origin in (list, tuple):
+        return f"list of {words(arguments[0])}"
+    if origin is dict:
+        return f"mapping of name to {words(arguments[1])}"
+    if _is_section(annotation):
+        return "section"
+    return _PLAIN.get(annotation, str(annotation))
+
+
+def as_yaml(value: Any) -> str:
+    """A value on one line of YAML."""
+    if isinstance(value, tuple):
+        value = list(value)
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...").strip()
+
+
+def markdown() -> str:
+    """The whole page."""
+    parts = [_OPENING, _table(StudySpec)]
+    parts += [
+        f"## `{key.name}`\n\n{_opening(key.section)}\n\n{_table(key.section, key.name)}"
+        for key in keys(StudySpec)
+        if key.section
+    ]
+    parts += [_space(), _names()]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _table(model: type[BaseModel], prefix: str = "") -> str:
+    rows = [
+        "| key | values | default | meaning |",
+        "|---|---|---|---|",
+    ]
+    for name, key in _leaves(model, prefix):
+        default = "required" if key.default is None else f"`{key.default}`"
+        rows.append(f"| `{name}` | {key.type} | {default} | {_cell(key.description)} |")
+    return "\n".join(rows)
+
+
+def _leaves(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, Key]]:
+    """The keys of a section and, in a section's table, those of the sections inside it."""
+    for key in keys(model):
+        name = f"{prefix}.{key.name}" if prefix else key.name
+        yield name, key
+        if prefix and key.section:
+            yield from _leaves(key.section, name)
+
+
+def _opening(model: type[BaseModel] | None) -> str:
+    return " ".join((model.__doc__ or "").split()) if model else ""
+
+
+def _space() -> str:
+    rows = "\n".join(
+        f"| `{name}` | `{as_yaml(term.default)}` | {_cell(term.help)} |"
+        for name, term in VOCABULARY.items()
+    )
+    return f"{_SPACE}\n\n| parameter | default | meaning |\n|---|---|---|\n{rows}"
+
+
+def _names() -> str:
+    return (
+        "## Names\n\n"
+        f"Samplers: {', '.join(f'`{name}`' for name in samplers.NAMES)}. "
+        f"Pruners: {', '.join(f'`{name}`' for name in pruners.NAMES)}. Further keys in the "
+        "`sampler` and `pruner` sections are arguments of the class, such as "
+        "`sampler: {name: tpe, n_startup_trials: 5}`; `optuna-lora-rl validate` names what is "
+        "allowed where one is not."
+    )
+
+
+def _default(field: FieldInfo) -> str | None:
+    if field.is_required():
+        return None
+    value = field.get_default(call_default_factory=True)  # type: ignore[call-arg]
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json", exclude_none=True)
+    return as_yaml(value)
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+_OPENING = f"""# What a study's file may say
+
+Generated by `python -m optuna_lora_rl.study.reference` from the models that validate the file.
+`optuna-lora-rl init` writes a commented example, `optuna-lora-rl validate` checks a file, and
+`--set key=value`, such as `--set budget.trials=5`, overrides a key for one command.
+
+A section may be written as one value where it has one key that matters:
+{", ".join(f"`{section}` (`{section}.{key}`)" for section, key in SHORT_FORMS.items())}.
+Paths are relative to the folder where the command is run. Numbers such as `1e-4` are numbers.
+
+What may change when a study goes on: `budget`, `sampler`, `pruner`, `output`, the trackers, and
+the ranges in `space`. Anything else would mix two problems in one study and is refused with the
+difference named.
+"""
+
+_SPACE = """## `space`
+
+For each parameter one of:
+
+| form | meaning |
+|---|---|
+| `lora_rank: 16` | fixed |
+| `lora_rank: [8, 16, 32]` or `{choices: [8, 16, 32]}` | one of these |
+| `lora_rank: {low: 2, high: 64, log: true}` | a range, ends included; `step` for a grid |
+| `lora_alpha: 2 * lora_rank` or `{ratio: 2, of: lora_rank}` | tied to another parameter |
+| `lora_alpha: {ratio: {low: 0.5, high: 4, log: true}, of: lora_rank}` | a tuned ratio |
+
+`when` makes a parameter conditional: `use_dora: {choices: [true, false], when: {init_lora_weights:
+[default]}}`. Where the condition does not hold, and where a parameter is not mentioned, it has its
+default. Without a `space` the recommended one is searched: rank, alpha, learning rate, dropout
+and target modules over the usual ranges."""
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

@@ -1,0 +1,272 @@
+"""What a study found: the facts of its best trial, and a report as one HTML file."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+
+from optuna_lora_rl.study import charts
+from optuna_lora_rl.study import outcome
+from optuna_lora_rl.study import wording
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+    from optuna_lora_rl.study.spec import StudySpec
+
+FILE = "report.html"
+UNTUNED = "untuned"
+TEST = "test"
+# Attributes of a trial that say how it went, rather than how well.
+_BOOKKEEPING = {
+    "host",
+    "pid",
+    "process_started",
+    "configuration",
+    "curve",
+    "source",
+    outcome.RETRY_OF,
+}
+
+
+def best_facts(study: optuna.Study, spec: StudySpec) -> dict[str, Any] | None:
+    """Everything known of the best trial, as JSON values, or None where there is none."""
+    best = outcome.best_of(study.get_trials(deepcopy=False))
+    if best is None:
+        return None
+    facts = {
+        "study": study.study_name,
+        "trial": best.number,
+        "model": spec.model.name,
+        "data": spec.data.train,
+        "score": outcome.final_score(best),
+        "configuration": best.user_attrs.get("configuration", best.params),
+        "params": best.params,
+        "source": best.user_attrs.get("source"),
+        "metrics": {k: v for k, v in best.user_attrs.items() if k not in _BOOKKEEPING},
+        UNTUNED: study.user_attrs.get(UNTUNED, {}),
+    }
+    test = study.user_attrs.get(TEST, {})
+    if test.get("trial") == best.number and len(test) > 1:
+        facts[TEST] = {name: value for name, value in test.items() if name != "trial"}
+    return facts
+
+
+def top(trials: Iterable[FrozenTrial], number: int) -> list[FrozenTrial]:
+    """The completed trials with the highest scores, best first."""
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    return sorted(complete, key=lambda t: outcome.final_score(t) or 0.0, reverse=True)[:number]
+
+
+def importances(study: optuna.Study) -> dict[str, float]:
+    """How much of the score's variation each parameter explains; empty with few trials."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if len(complete) < 10:
+        return {}
+    from optuna.importance import PedAnovaImportanceEvaluator
+
+    return optuna.importance.get_param_importances(
+        study,
+        evaluator=PedAnovaImportanceEvaluator(),
+        target=lambda trial: outcome.final_score(trial) or 0.0,
+    )
+
+
+def write(study: optuna.Study, spec: StudySpec) -> Path:
+    """Writes ``report.html`` into the output folder; it needs no other file and no network."""
+    trials = study.get_trials(deepcopy=False)
+    facts = best_facts(study, spec)
+    parts = [_opening(spec, trials)]
+    if facts is not None:
+        parts += [_cards(facts), _best(facts, spec)]
+        parts += [
+            _figures(trials, facts["trial"], spec),
+            _importances(study),
+            _table(trials, spec),
+        ]
+    parts.append(_failures(trials))
+    path = spec.folder / FILE
+    page = _PAGE.format(title=html.escape(spec.name), body="\n".join(filter(None, parts)))
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _opening(spec: StudySpec, trials: Sequence[FrozenTrial]) -> str:
+    states = [trial.state for trial in trials if outcome.counts(trial)]
+    counts = [
+        f"{states.count(state)} {word}"
+        for state, word in (
+            (TrialState.COMPLETE, "completed"),
+            (TrialState.PRUNED, "pruned"),
+            (TrialState.FAIL, "failed"),
+        )
+        if state in states
+    ]
+    return (
+        f"<h1>{html.escape(spec.name)}</h1><p class=quiet><b>{html.escape(spec.model.name)}</b> "
+        f"on <b>{html.escape(spec.data.train)}</b> · sampler {spec.sampler.name} · pruner "
+        f"{spec.pruner.name} · {', '.join(counts) or 'no trials yet'}</p>"
+        f"<p class=quiet>Score = quality − {spec.objective.cost_weight:g} × cost. Quality is "
+        f"what {spec.objective.metric} gained over the untuned model; a cost of 1 is one run of "
+        f"the reference configuration ({spec.objective.cost_source}).</p>"
+    )
+
+
+def _cards(facts: dict[str, Any]) -> str:
+    metrics, untuned = facts["metrics"], facts[UNTUNED]
+    cards = [("score", wording.score(facts["score"])), ("trial", str(facts["trial"]))]
+    cards += [(k, f"{metrics[k]:.3f}") for k in ("quality", "cost") if k in metrics]
+    if "loss" in metrics:
+        before = f"{untuned['loss']:.3f} → " if "loss" in untuned else ""
+        cards.append(("validation loss", f"{before}{metrics['loss']:.3f}"))
+    if "trainable_parameters" in metrics:
+        cards.append(("parameters", wording.count(metrics["trainable_parameters"])))
+    cards += [(f"test {k}", f"{v:.3f}") for k, v in facts.get(TEST, {}).items() if _is_number(v)]
+    inner = "".join(f"<div><b>{v}</b><span>{html.escape(k)}</span></div>" for k, v in cards)
+    return f"<div class=cards>{inner}</div>"
+
+
+def _best(facts: dict[str, Any], spec: StudySpec) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(wording.number(value))}</td></tr>"
+        for name, value in facts["configuration"].items()
+    )
+    code = (
+        "from peft import AutoPeftModelForCausalLM\n"
+        f'model = AutoPeftModelForCausalLM.from_pretrained("{spec.folder / "best"}")'
+    )
+    return (
+        f"<h2>The best configuration</h2><table>{rows}</table>"
+        f"<p class=quiet>Its adapter is in PEFT format:</p><pre>{html.escape(code)}</pre>"
+    )
+
+
+def _figures(trials: Sequence[FrozenTrial], best: int, spec: StudySpec) -> str:
+    scored = [(t, s) for t in trials if (s := outcome.final_score(t)) is not None]
+    complete = [(t, s) for t, s in scored if t.state == TrialState.COMPLETE]
+    incumbent, highest = [], float("-inf")
+    for trial, score in complete:
+        highest = max(highest, score)
+        incumbent.append((float(trial.number), highest))
+    history = charts.chart(
+        [
+            charts.Series(
+                [(float(t.number), s) for t, s in scored],
+                color="#94a3b8",
+                line=False,
+                dots=True,
+                titles=[f"trial {t.number}: {_words(t)}" for t, _ in scored],
+            ),
+            charts.Series(incumbent, steps=True),
+        ],
+        x="trial",
+        y="score, and the best so far",
+    )
+    curves = charts.chart(
+        [*(_curve(t, best=False) for t in trials if t.number != best)]
+        + [_curve(t, best=True) for t in trials if t.number == best],
+        x="optimizer step",
+        y="validation loss",
+    )
+    priced = [(t, t.user_attrs) for t, _ in complete if "quality" in t.user_attrs]
+    trade = charts.chart(
+        [
+            charts.Series(
+                [(a["cost"], a["quality"]) for t, a in priced if (t.number == best) is chosen],
+                color=charts.ACCENT if chosen else "#94a3b8",
+                line=False,
+                dots=True,
+                titles=[_words(t) for t, _ in priced if (t.number == best) is chosen],
+            )
+            for chosen in (False, True)
+        ],
+        x=f"cost (1 = reference run, {spec.objective.cost_source})",
+        y="quality",
+    )
+    titled = (
+        ("Scores", history),
+        ("Loss curves, the best in colour", curves),
+        ("Quality against cost", trade),
+    )
+    return "".join(f"<h2>{title}</h2>{picture}" for title, picture in titled if picture)
+
+
+def _curve(trial: FrozenTrial, *, best: bool) -> charts.Series:
+    rows = trial.user_attrs.get("curve", [])
+    points = [(float(row["step"]), float(row["loss"])) for row in rows if "loss" in row]
+    color, width = (charts.ACCENT, 3.0) if best else (charts.QUIET, 1.2)
+    return charts.Series(points, color=color, width=width)
+
+
+def _importances(study: optuna.Study) -> str:
+    values = importances(study)
+    if not values:
+        return ""
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td><td><div class=bar style='width:{100 * share:.0f}%'>"
+        f"</div></td><td>{share:.2f}</td></tr>"
+        for name, share in values.items()
+    )
+    return (
+        "<h2>Which parameters matter</h2><p class=quiet>Share of the variation among the better "
+        f"trials that each explains (PED-ANOVA).</p><table class=wide>{rows}</table>"
+    )
+
+
+def _table(trials: Sequence[FrozenTrial], spec: StudySpec) -> str:
+    columns = ("quality", "cost", "loss", "trainable_parameters", "seconds")
+    heads = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in ("trial", "score", *columns))
+    rows = ""
+    for trial in top(trials, 20):
+        attrs = trial.user_attrs
+        cells = [str(trial.number), wording.score(outcome.final_score(trial))]
+        cells += [wording.number(attrs[k]) if k in attrs else "–" for k in columns]
+        cells.append(_words(trial))
+        rows += "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
+    return f"<h2>The best trials</h2><table class=wide><tr>{heads}<th></th></tr>{rows}</table>"
+
+
+def _failures(trials: Sequence[FrozenTrial]) -> str:
+    failed = [trial for trial in trials if trial.state == TrialState.FAIL]
+    rows = "".join(
+        f"<tr><td>{t.number}</td><td>{html.escape(outcome.failure(t) or 'not known')}</td>"
+        f"<td>{html.escape(str(t.user_attrs.get(outcome.MESSAGE, '')))}</td>"
+        f"<td>{html.escape(_words(t))}</td></tr>"
+        for t in failed
+    )
+    return f"<h2>Failed trials</h2><table class=wide>{rows}</table>" if rows else ""
+
+
+def _words(trial: FrozenTrial) -> str:
+    return wording.compact(trial.user_attrs.get("configuration", trial.params))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; color: #1e293b; max-width: 860px;
+  margin: 40px auto; padding: 0 20px; }}
+h1 {{ margin-bottom: 0; }} h2 {{ margin-top: 40px; font-size: 18px; }}
+.quiet {{ color: #64748b; margin: 4px 0; }}
+.cards {{ display: flex; flex-wrap: wrap; gap: 12px; margin-top: 24px; }}
+.cards div {{ background: #f1f5f9; border-radius: 8px; padding: 12px 18px; }}
+.cards b {{ display: block; font-size: 20px; }} .cards span {{ color: #64748b; }}
+table {{ border-collapse: collapse; }} table.wide {{ width: 100%; }}
+td, th {{ text-align: left; padding: 3px 14px 3px 0; border-bottom: 1px solid #e2e8f0;
+  font-variant-numeric: tabular-nums; }}
+pre {{ background: #f1f5f9; border-radius: 8px; padding: 12px 18px; overflow-x: auto; }}
+.bar {{ background: #0f766e; height: 10px; border-radius: 3px; min-width: 1px; }}
+</style></head><body>
+{body}
+</body></html>
+"""

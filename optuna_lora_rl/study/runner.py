@@ -1,0 +1,183 @@
+"""Runs a study to its budget, however often it is interrupted on the way."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
+from typing import Literal
+
+import optuna
+
+from optuna_lora_rl.study import adapters
+from optuna_lora_rl.study import dashboard
+from optuna_lora_rl.study import outcome
+from optuna_lora_rl.study import report
+from optuna_lora_rl.study.budget import Usage
+from optuna_lora_rl.study.display import Display
+from optuna_lora_rl.study.interruption import Interruption
+from optuna_lora_rl.study.objective import Objective
+from optuna_lora_rl.study.opening import open_study
+from optuna_lora_rl.study.storage import database_errors
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+    from optuna_lora_rl.finetuning.trial import FineTuner
+    from optuna_lora_rl.study.spec import StudySpec
+
+Ending = Literal["budget", "interruption", "failures"]
+EXIT_CODES: dict[Ending, int] = {"budget": 0, "failures": 1, "interruption": 130}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+        study: The study, with everything that it knows.
+        ended_by: ``budget`` when it is used up, ``interruption`` after Ctrl-C, ``failures`` when
+            every trial failed the same way.
+        reason: The same in words.
+        best_adapter: Folder of the best adapter in PEFT format, or None where there is none.
+    """
+
+    study: optuna.Study
+    ended_by: Ending
+    reason: str
+    best_adapter: Path | None
+
+
+def run(spec: StudySpec, *, display: Display | None = None) -> RunResult:
+    """Runs the study until its budget is used up, or goes on with it.
+
+    Args:
+        spec: The study.
+        display: Shows what happens; by default nothing is shown.
+
+    Raises:
+        UserError: If model, data, storage or disk cannot be used.
+    """
+    with database_errors(spec.storage_url), _quiet(), Interruption() as interruption:
+        worker = _Worker(spec, display or Display(), interruption)
+        try:
+            return worker.run()
+        finally:
+            worker.display.closes()
+
+
+class _Worker:
+    """One process at work on a study."""
+
+    def __init__(self, spec: StudySpec, display: Display, interruption: Interruption) -> None:
+        self.spec = spec
+        self.display = display
+        self.interruption = interruption
+        self.study = open_study(spec)
+        self._tuner: FineTuner | None = None
+        self._own: list[FrozenTrial] = []
+
+    def run(self) -> RunResult:
+        self.display.opens(self.spec, self._trials())
+        for number in outcome.recover(self.study):
+            self.display.says(f"trial {number} was killed in the middle; it runs once again")
+        try:
+            self._optimize()
+            failure = outcome.hopeless(self._own, self._trials())
+            if failure:
+                return self._finish("failures", failure)
+            self._test()
+            return self._finish("budget", self._exhausted() or "the budget is used up")
+        except KeyboardInterrupt:
+            return self._finish("interruption", "interrupted")
+
+    def _optimize(self) -> None:
+        if self._exhausted():
+            return
+        with self.interruption.window():
+            tuner = self._load()
+            self.display.works_on("measuring the untuned model")
+            untuned = tuner.baseline()
+        self.study.set_user_attr(report.UNTUNED, untuned.metrics())
+        objective = Objective(
+            spec=self.spec, tuner=tuner, display=self.display, interruption=self.interruption
+        )
+        self.display.works_on("proposing")
+        self.study.optimize(objective, catch=(outcome.TrialFailed,), callbacks=[self._after_trial])
+
+    def _load(self) -> FineTuner:
+        if self._tuner is None:
+            self.display.works_on(f"loading {self.spec.model.name} and {self.spec.data.train}")
+            # Takes seconds: transformers, TRL and PEFT come with it.
+            from optuna_lora_rl.finetuning.trial import FineTuner
+
+            self._tuner = FineTuner(
+                self.spec.model,
+                self.spec.data,
+                self.spec.training,
+                self.spec.objective,
+                target_sets=self.spec.target_sets,
+                cache=self.spec.folder / "cache",
+            )
+            self._tuner.prepare()
+        return self._tuner
+
+    def _after_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        trials = self._trials()
+        self._own.append(trial)
+        self.display.trial_ends(trial, trials)
+        adapters.drop_others(study, self.spec.folder)
+        if self._exhausted() or outcome.hopeless(self._own, trials):
+            study.stop()
+
+    def _finish(self, ended_by: Ending, reason: str) -> RunResult:
+        adapters.drop_others(self.study, self.spec.folder)
+        facts = report.best_facts(self.study, self.spec)
+        folder = adapters.publish_best(self.study, self.spec.folder, facts) if facts else None
+        if self._own:
+            report.write(self.study, self.spec)
+            dashboard.annotate(self.study, self.spec)
+        return RunResult(self.study, ended_by, reason, folder)
+
+    def _test(self) -> None:
+        """Evaluates the final best on the test split, once for each best trial."""
+        best = outcome.best_of(self._trials())
+        known: dict[str, Any] = self.study.user_attrs.get(report.TEST, {})
+        if best is None or known.get("trial") == best.number:
+            return
+        adapter = adapters.folder_of(self.spec.folder, best.number)
+        if not (adapter / adapters.CONFIG_FILE).exists():
+            return
+        with self.interruption.window():
+            tuner = self._load()
+            self.display.works_on("evaluating the best adapter on the test split")
+            evaluation = tuner.test(adapter)
+        metrics = {} if evaluation is None else evaluation.metrics()
+        self.study.set_user_attr(report.TEST, {"trial": best.number, **metrics})
+
+    def _trials(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False)
+
+    def _exhausted(self) -> str | None:
+        return Usage.of(self._trials()).exhausted(self.spec.budget)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences Optuna, whose news the display tells."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(logging.ERROR)
+    # Telemetry of the hub would be a connection that nobody asked for.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(before)

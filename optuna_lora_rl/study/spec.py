@@ -1,0 +1,227 @@
+"""What a study's YAML file may say.
+
+The sections ``model``, ``data``, ``training`` and ``objective`` are the option models of
+``finetuning``; the rest stands here. ``docs/configuration.md`` is generated from these models
+(``study/reference.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+from typing import Any
+from typing import Literal
+
+from pydantic import BaseModel
+from pydantic import ConfigDict
+from pydantic import Field
+from pydantic import model_validator
+
+from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.finetuning.options import DataOptions
+from optuna_lora_rl.finetuning.options import ModelOptions
+from optuna_lora_rl.finetuning.options import ObjectiveOptions
+from optuna_lora_rl.finetuning.options import TrainingOptions
+from optuna_lora_rl.space import LoraSpace
+from optuna_lora_rl.study import reading
+
+# Sections that may be written as one value, and the key that the value is for.
+SHORT_FORMS = {
+    "model": "name",
+    "data": "train",
+    "sampler": "name",
+    "pruner": "name",
+    "budget": "trials",
+}
+
+SamplerName = Literal["rl", "bandit", "tpe", "gp", "cmaes", "random", "qmc", "nsgaii"]
+PrunerName = Literal[
+    "none",
+    "median",
+    "percentile",
+    "successive-halving",
+    "hyperband",
+    "threshold",
+    "patient",
+    "wilcoxon",
+]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class SamplerChoice(BaseModel):
+    """Which sampler proposes the configurations; further keys are its own options."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="allow")
+
+    name: SamplerName = Field("rl", description="The sampler; `rl` is the learned one.")
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**32,
+        description="Seed of the proposals. The same file with the same seed proposes the same "
+        "configurations, also when it is interrupted and resumed.",
+    )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keys beside name and seed."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class PrunerChoice(BaseModel):
+    """Which pruner stops hopeless trials early; further keys are its own options."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="allow")
+
+    name: PrunerName = Field(
+        "none",
+        description="The pruner. It sees the score after each of a trial's evaluations; its steps "
+        "count evaluations. Optuna cannot prune a study of two objectives.",
+    )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keys beside name."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class Budget(BaseModel):
+    """When the study ends: at whichever of these comes first."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    trials: Count | None = Field(
+        20,
+        description="Number of trials, over all runs and workers. Completed, pruned and failed "
+        "trials count; killed and interrupted ones do not. `null` means no limit.",
+    )
+    hours: Positive | None = Field(
+        None,
+        description="Hours of training, added over all trials, runs and workers (so GPU hours, "
+        "not hours on the clock). No trial starts after that; the running one ends normally.",
+    )
+    cost: Positive | None = Field(
+        None,
+        description="Total cost of the trials, in runs of the reference configuration. No trial "
+        "starts after that.",
+    )
+
+    @model_validator(mode="after")
+    def _some_limit(self) -> Budget:
+        if self.trials is None and self.hours is None and self.cost is None:
+            raise ValueError("give at least one of trials, hours and cost, or it never ends")
+        return self
+
+
+class StudySpec(BaseModel):
+    """One study: a base model, data, a search space, a sampler and a budget."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    name: str = Field(
+        min_length=1,
+        pattern=r"^[^/\\]+$",
+        description="The study's name in the storage; the file's name where nothing is said.",
+    )
+    model: ModelOptions = Field(description="The base model; `model: tiny` is short for its name.")
+    data: DataOptions = Field(description="The data; `data: file.jsonl` is short for data.train.")
+    space: dict[str, Any] | None = Field(
+        None,
+        description="What is tuned, fixed or tied, parameter by parameter; see below. `null` "
+        "means the recommended space.",
+    )
+    target_sets: dict[str, list[str]] = Field(
+        {},
+        description="Names for lists of module-name suffixes, to be used as values of "
+        "`target_modules`.",
+    )
+    training: TrainingOptions = Field(
+        default_factory=TrainingOptions, description="How every trial trains and evaluates."
+    )
+    objective: ObjectiveOptions = Field(
+        default_factory=ObjectiveOptions, description="What makes a configuration good."
+    )
+    sampler: SamplerChoice = Field(
+        SamplerChoice(), description="Who proposes; `sampler: tpe` is short for its name."
+    )
+    pruner: PrunerChoice = Field(
+        PrunerChoice(), description="Who stops trials early; `pruner: median` is short."
+    )
+    budget: Budget = Field(Budget(), description="When it ends; `budget: 20` is short for trials.")
+    storage: str | None = Field(
+        None,
+        description="SQLAlchemy URL of the database, such as `postgresql://user@host/name` for "
+        "several workers; `null` means `study.db` in the output folder.",
+    )
+    output: str | None = Field(
+        None,
+        description="Folder for adapters, report and database; `null` means `runs/<name>`.",
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> StudySpec:
+        self.lora_space()
+        return self
+
+    def lora_space(self) -> LoraSpace:
+        """The search space that ``space`` and ``target_sets`` describe."""
+        return LoraSpace(self.space, target_sets=self.target_sets)
+
+    @property
+    def n_objectives(self) -> int:
+        return len(self.objective.objectives)
+
+    @property
+    def folder(self) -> Path:
+        """The output folder."""
+        return Path(self.output or f"runs/{self.name}")
+
+    @property
+    def storage_url(self) -> str:
+        return self.storage or f"sqlite:///{self.folder / 'study.db'}"
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> StudySpec:
+    """Reads a study's file.
+
+    Args:
+        path: The YAML file.
+        overrides: ``key=value`` assignments over it, such as ``budget.trials=5``.
+
+    Raises:
+        UserError: Naming every mistake with its key, its value and what is allowed.
+    """
+    content = reading.read_yaml(path)
+    reading.override(content, overrides, SHORT_FORMS)
+    content.setdefault("name", Path(path).stem)
+    return parse(content, str(path))
+
+
+def parse(content: Mapping[str, Any], source: str) -> StudySpec:
+    """The spec in ``content``, whose mistakes are reported as mistakes of ``source``."""
+    # An empty section ("budget:") says nothing, rather than null.
+    said = {key: value for key, value in content.items() if value is not None}
+    spec = reading.validate(StudySpec, reading.expand(said, SHORT_FORMS), source)
+    _check_choices(spec, source)
+    return spec
+
+
+def _check_choices(spec: StudySpec, source: str) -> None:
+    """Refuses options that the chosen sampler or pruner does not have."""
+    from optuna_lora_rl import pruners
+    from optuna_lora_rl import samplers
+
+    try:
+        samplers.check(spec.sampler.name, n_objectives=spec.n_objectives)
+        samplers.create(spec.sampler.name, seed=spec.sampler.seed, options=spec.sampler.options)
+        pruners.check(
+            spec.pruner.name,
+            spec.pruner.options,
+            n_objectives=spec.n_objectives,
+            evaluations=spec.training.evaluations,
+        )
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None

@@ -1,0 +1,189 @@
+"""Opens the database of a study, and turns its failures into one clear sentence."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import time
+import warnings
+from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import optuna
+from optuna.storages import RDBStorage
+
+from optuna_lora_rl.errors import UserError
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+StaleTrialCallback = Callable[[optuna.Study, "FrozenTrial"], None]
+
+# Seconds. A worker that has been silent for the grace period counts as dead; it is long enough
+# for a laptop's short sleep and a database's restart.
+HEARTBEAT_INTERVAL = 60
+GRACE_PERIOD = 300
+# How long a writer waits for another one's SQLite transaction.
+_SQLITE_TIMEOUT = 30
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_RIGHT = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+def open_storage(
+    url: str, *, stale_trial_callback: StaleTrialCallback | None = None
+) -> RDBStorage:
+    """Connects to the database, which gets its tables if it has none.
+
+    Args:
+        url: An SQLAlchemy URL, such as ``sqlite:///runs/dates/study.db``. The folder of an SQLite
+            file is created.
+        stale_trial_callback: Called with every trial whose worker fell silent. None means that
+            nobody listens, and running trials give no sign of life.
+
+    Raises:
+        UserError: If the URL is malformed, or the database cannot be reached or written.
+    """
+    _make_folder(url)
+    is_sqlite = url.startswith("sqlite")
+    connect_args = {"timeout": _SQLITE_TIMEOUT} if is_sqlite else {}
+    # Two workers that start together may both find no tables; the second try finds them.
+    for attempt in range(3):
+        try:
+            with database_errors(url), warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                return RDBStorage(
+                    url,
+                    engine_kwargs={"connect_args": connect_args},
+                    heartbeat_interval=HEARTBEAT_INTERVAL if stale_trial_callback else None,
+                    grace_period=GRACE_PERIOD,
+                    heartbeat_stale_trial_callback=stale_trial_callback,
+                )
+        except UserError as error:
+            if attempt == 2 or "already exists" not in str(error):
+                raise
+            time.sleep(0.5)
+    raise AssertionError("unreachable")
+
+
+@contextmanager
+def database_errors(url: str) -> Iterator[None]:
+    """Raises ``UserError`` in place of whatever the database or the disk raises inside.
+
+    Args:
+        url: The storage's URL, named in the sentence without its password.
+    """
+    from sqlalchemy import exc
+
+    try:
+        yield
+    except optuna.exceptions.StorageInternalError as error:
+        raise UserError(_database_sentence(url, error.__cause__ or error)) from error
+    except (exc.SQLAlchemyError, ImportError) as error:
+        raise UserError(_database_sentence(url, error)) from error
+    except RuntimeError as error:
+        # Optuna's own words when the tables are of another Optuna version.
+        if "storage" not in str(error).lower():
+            raise
+        raise UserError(_database_sentence(url, error)) from error
+    except OSError as error:
+        if error.errno not in _NO_ROOM | _NO_RIGHT:
+            raise
+        raise UserError(disk_sentence(error)) from error
+
+
+def disk_sentence(error: OSError) -> str:
+    """What to say when a file cannot be written."""
+    where = f" at {error.filename}" if error.filename else ""
+    if error.errno in _NO_ROOM:
+        return (
+            f"no room is left on the disk{where} ({error.strerror}); every finished trial is kept:"
+            " free some space and run the same command again"
+        )
+    return f"{error.filename} cannot be written ({error.strerror}); choose another output folder"
+
+
+def fatal_cause(error: BaseException) -> BaseException | None:
+    """The failure of disk or database that is behind ``error``, or None if there is none."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, optuna.exceptions.StorageInternalError):
+            return cause
+        if isinstance(cause, OSError) and cause.errno in _NO_ROOM | _NO_RIGHT:
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def without_password(url: str) -> str:
+    """The URL as it may be printed: no password, no query."""
+    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url.partition("?")[0])
+
+
+def sqlite_file(url: str) -> Path | None:
+    """The file of an SQLite URL, or None for another database or one in memory."""
+    match = re.fullmatch(r"sqlite(?:\+\w+)?:///([^?]+)(?:\?.*)?", url)
+    return Path(match[1]) if match and match[1] != ":memory:" else None
+
+
+def _make_folder(url: str) -> None:
+    file = sqlite_file(url)
+    if file is None:
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"storage: the folder {file.parent} cannot be created ({error.strerror}); choose "
+            "another output folder or storage"
+        ) from error
+    if file.is_dir():
+        raise UserError(f"storage: {file} is a folder; name the database's file")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise UserError(
+            f"storage: {file} cannot be written by this user; choose another output folder or "
+            "storage"
+        )
+
+
+def _database_sentence(url: str, error: BaseException) -> str:
+    """One sentence on a database's failure; finished trials are safe in every case."""
+    from sqlalchemy import exc
+
+    where = without_password(url)
+    cause = getattr(error, "orig", None) or error
+    detail = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+    if isinstance(error, exc.NoSuchModuleError | exc.ArgumentError):
+        return (
+            f"storage: {where} is not a database URL; use one such as sqlite:///study.db or "
+            "postgresql://user@host/name"
+        )
+    if isinstance(error, ImportError):
+        driver = getattr(error.__cause__ or error, "name", None) or "its driver"
+        return (
+            f"storage: {where} needs the package {driver}, which is not installed; for "
+            "postgresql:// use pip install 'optuna_lora_rl[postgresql]'"
+        )
+    if "locked" in detail:
+        return (
+            f"storage: the database {where} is locked by another program; close it, or use "
+            "PostgreSQL for several workers, and run the same command again"
+        )
+    if "full" in detail or "disk I/O" in detail:
+        return (
+            f"storage: the database {where} cannot grow, the disk is full ({detail}); every "
+            "finished trial is kept: free some space and run the same command again"
+        )
+    if "readonly" in detail or "read-only" in detail:
+        return f"storage: the database {where} cannot be written ({detail})"
+    if "not a database" in detail or "malformed" in detail:
+        return f"storage: {where} is no SQLite database or is damaged ({detail})"
+    return f"storage: the database {where} cannot be used: {_without_secrets(url, detail)}"
+
+
+def _without_secrets(url: str, detail: str) -> str:
+    secret = re.search(r"://[^:/@]*:([^@]*)@", url)
+    return detail.replace(secret[1], "***") if secret and secret[1] else detail

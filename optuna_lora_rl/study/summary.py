@@ -1,0 +1,178 @@
+"""What the command line says of a study once a run is over, or in between."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.study import outcome
+from optuna_lora_rl.study import report
+from optuna_lora_rl.study import wording
+from optuna_lora_rl.study.budget import Usage
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+    from optuna_lora_rl.study.runner import RunResult
+    from optuna_lora_rl.study.spec import StudySpec
+
+
+def standing(console: Console, study: optuna.Study, spec: StudySpec) -> None:
+    """How far the study is, its best trials, and what they gained."""
+    trials = study.get_trials(deepcopy=False)
+    _say(console, Text.assemble((spec.name, "bold"), f"  {progress(trials, spec)}"))
+    best = report.top(trials, 5)
+    if not best:
+        _say(console, "No trial has been completed yet.")
+        return
+    console.print()
+    console.print(_table(best))
+    _say(console, _gain(study, best[0], spec))
+
+
+def progress(trials: Sequence[FrozenTrial], spec: StudySpec) -> str:
+    """The budget's use in words, such as ``12 of 20 trials (9 completed, 3 pruned)``."""
+    usage, budget = Usage.of(trials), spec.budget
+    counted = [trial.state for trial in trials if outcome.counts(trial)]
+    states = [
+        f"{counted.count(state)} {word}"
+        for state, word in (
+            (TrialState.COMPLETE, "completed"),
+            (TrialState.PRUNED, "pruned"),
+            (TrialState.FAIL, "failed"),
+        )
+        if state in counted
+    ]
+    if usage.running:
+        states.append(f"{usage.running} running")
+    parts = [
+        f"{usage.trials} of {budget.trials} trials" if budget.trials else f"{usage.trials} trials",
+        f"{usage.hours:.2f} of {budget.hours:g} hours" if budget.hours else "",
+        f"cost {usage.cost:.1f} of {budget.cost:g}" if budget.cost else "",
+    ]
+    return ", ".join(filter(None, parts)) + (f" ({', '.join(states)})" if states else "")
+
+
+def description(console: Console, spec: StudySpec) -> None:
+    """What a valid file asks for."""
+    rows = Table.grid(padding=(0, 2))
+    rows.add_column(style="dim")
+    rows.add_column(overflow="fold")
+    space = spec.lora_space()
+    limits = spec.budget.model_dump(exclude_none=True)
+    rows.add_row("study", Text(spec.name, style="bold"))
+    rows.add_row("model", spec.model.name)
+    rows.add_row("data", spec.data.train)
+    for name, distribution in space.distributions().items():
+        rows.add_row("tuned", f"{name}: {wording.domain(distribution)}")
+    rows.add_row("sampler", spec.sampler.name)
+    rows.add_row("pruner", spec.pruner.name)
+    rows.add_row("budget", ", ".join(f"{wording.number(v)} {k}" for k, v in limits.items()))
+    rows.add_row("output", f"{spec.folder}/")
+    console.print(rows, highlight=False)
+    _say(console, Text("The file is valid.", style="green"))
+
+
+def ending(console: Console, result: RunResult, spec: StudySpec, *, command: str) -> None:
+    """How the run ended, where things stand, and what to type next."""
+    style = {"budget": "green", "failures": "red", "interruption": "yellow"}[result.ended_by]
+    opening = {
+        "budget": f"Finished: {result.reason}.",
+        "failures": f"Stopped: the first trials all failed the same way: {result.reason}",
+        "interruption": "Interrupted; nothing finished is lost.",
+    }[result.ended_by]
+    console.print()
+    _say(console, Text(opening, style=style))
+    standing(console, result.study, spec)
+    rows = Table.grid(padding=(0, 2))
+    rows.add_column(style="dim")
+    rows.add_column(overflow="fold")
+    if result.best_adapter is not None:
+        rows.add_row("best adapter", f"{result.best_adapter}/ (PEFT format)")
+    report_file = spec.folder / report.FILE
+    if report_file.exists():
+        rows.add_row("report", str(report_file))
+    rows.add_row("dashboard", f"optuna-lora-rl dashboard {command}")
+    if result.ended_by != "budget":
+        rows.add_row("go on", f"optuna-lora-rl run {command}")
+    console.print()
+    console.print(rows, highlight=False)
+
+
+def best(console: Console, study: optuna.Study, spec: StudySpec, *, as_json: bool) -> None:
+    """The best trial, for people or as JSON.
+
+    Raises:
+        UserError: If no trial has been completed yet.
+    """
+    facts = report.best_facts(study, spec)
+    if facts is None:
+        raise UserError(f"the study {spec.name!r} has no completed trial yet")
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    rows = Table.grid(padding=(0, 2))
+    rows.add_column(style="dim")
+    rows.add_column()
+    for name, value in facts["configuration"].items():
+        tuned = name in facts["params"] or f"{name}_ratio" in facts["params"]
+        rows.add_row(name, Text(wording.number(value), style="bold" if tuned else ""))
+    score = wording.score(facts["score"])
+    _say(console, Text(f"Trial {facts['trial']}, score {score}", style="bold green"))
+    console.print(rows, highlight=False)
+
+
+def _table(trials: Sequence[FrozenTrial]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), header_style="dim", pad_edge=False)
+    for name in ("trial", "score", "quality", "cost", "loss", "parameters", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("configuration", overflow="fold")
+    for place, trial in enumerate(trials):
+        attrs = trial.user_attrs
+        table.add_row(
+            str(trial.number),
+            wording.score(outcome.final_score(trial)),
+            *(_cell(attrs, key, "{:.3f}") for key in ("quality", "cost", "loss")),
+            wording.count(attrs["trainable_parameters"])
+            if "trainable_parameters" in attrs
+            else "–",
+            wording.duration(attrs["seconds"]) if "seconds" in attrs else "–",
+            wording.compact(attrs.get("configuration", trial.params)),
+            style="bold green" if place == 0 else "",
+        )
+    return table
+
+
+def _gain(study: optuna.Study, best: FrozenTrial, spec: StudySpec) -> Text:
+    """The best trial against the untuned model, and against the reference run's cost."""
+    untuned: dict[str, Any] = study.user_attrs.get(report.UNTUNED, {})
+    metric, attrs = spec.objective.metric, best.user_attrs
+    text = Text()
+    if metric in untuned and metric in attrs:
+        name = metric.replace("_", " ")
+        text.append(f"Validation {name} {untuned[metric]:.3f} untuned, ")
+        text.append(f"{attrs[metric]:.3f} with the best adapter", style="bold")
+    if "cost" in attrs:
+        text.append(f"; it cost {attrs['cost']:.2f} of a reference run.")
+    test = {k: v for k, v in study.user_attrs.get(report.TEST, {}).items() if k != "trial"}
+    if metric in test:
+        text.append(f" On the test split: {metric.replace('_', ' ')} {test[metric]:.3f}.")
+    return text
+
+
+def _cell(attrs: dict[str, Any], key: str, form: str) -> str:
+    return form.format(attrs[key]) if key in attrs else "–"
+
+
+def _say(console: Console, text: Text | str) -> None:
+    console.print(text, highlight=False)

@@ -1,0 +1,100 @@
+"""A study in one call, for Python."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.study import outcome
+from optuna_lora_rl.study import runner
+from optuna_lora_rl.study import spec as study_spec
+from optuna_lora_rl.study.display import Display
+
+
+@dataclass(frozen=True)
+class TuningResult:
+    """What ``tune`` found.
+
+    Attributes:
+        study: The Optuna study, with every trial.
+        best_configuration: The best trial's parameters by name, complete; None if every trial
+            failed or was pruned.
+        best_score: Its score.
+        adapter: Folder of its adapter in PEFT format.
+    """
+
+    study: optuna.Study
+    best_configuration: dict[str, Any] | None
+    best_score: float | None
+    adapter: Path | None
+
+
+def tune(
+    *,
+    model: str | Mapping[str, Any],
+    train: str,
+    trials: int = 20,
+    validation: str | None = None,
+    space: Mapping[str, Any] | None = None,
+    sampler: str | Mapping[str, Any] = "rl",
+    output: str | Path = "runs/tune",
+    seed: int = 0,
+    display: Display | None = None,
+    **sections: Mapping[str, Any],
+) -> TuningResult:
+    """Finds a good LoRA configuration and trains its adapter.
+
+    Called again with the same arguments it goes on where it stopped; with more ``trials`` it
+    adds some.
+
+    Args:
+        model: ``"tiny"``, a local folder or a hub name; or the whole ``model`` section.
+        train: Training data: ``"tiny:<task>"``, a file, a folder or a hub name.
+        trials: How many trials.
+        validation: Validation data; without it a part of the training data is set aside.
+        space: What is tuned, by parameter, as ``LoraSpace`` takes it; None for the recommended
+            space.
+        sampler: A sampler's name, or the whole ``sampler`` section.
+        output: Folder for the database, the adapters and the report.
+        seed: Seed of the proposals and of training.
+        display: Shows progress; nothing by default.
+        **sections: Further sections as in a YAML file (docs/configuration.md), such as
+            ``objective={"cost_weight": 0.2}`` or ``data={"max_length": 256}``.
+
+    Raises:
+        UserError: If an argument is wrong, if model, data or disk cannot be used, or if the first
+            trials all fail the same way.
+        KeyboardInterrupt: On Ctrl-C, after the running trial was told.
+    """
+    data = {**sections.pop("data", {}), "train": train}
+    if validation is not None:
+        data["validation"] = validation
+    chosen = {"name": sampler} if isinstance(sampler, str) else dict(sampler)
+    content: dict[str, Any] = {
+        **sections,
+        "name": sections.get("name", Path(output).name),
+        "model": {"name": model} if isinstance(model, str) else dict(model),
+        "data": data,
+        "space": space,
+        "sampler": {"seed": seed, **chosen},
+        "training": {"seed": seed, **sections.get("training", {})},
+        "budget": {"trials": trials, **sections.get("budget", {})},
+        "output": str(output),
+    }
+    result = runner.run(study_spec.parse(content, "tune"), display=display)
+    if result.ended_by == "interruption":
+        raise KeyboardInterrupt
+    if result.ended_by == "failures":
+        raise UserError(f"the first trials all failed the same way: {result.reason}")
+    best = outcome.best_of(result.study.get_trials())
+    return TuningResult(
+        study=result.study,
+        best_configuration=dict(best.user_attrs["configuration"]) if best else None,
+        best_score=outcome.final_score(best) if best else None,
+        adapter=result.best_adapter,
+    )

@@ -1,0 +1,117 @@
+"""How configurations, numbers and times are written for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
+
+from optuna_lora_rl.vocabulary import DEFAULTS
+
+_SHORT = {
+    "lora_rank": "r",
+    "lora_alpha": "α",
+    "learning_rate": "lr",
+    "lora_dropout": "dropout",
+    "batch_size": "batch",
+    "weight_decay": "decay",
+    "warmup_ratio": "warm-up",
+    "num_train_epochs": "epochs",
+    "max_steps": "steps",
+    "loraplus_lr_ratio": "LoRA+",
+    "max_grad_norm": "clip",
+    "bias": "bias",
+    "layers": "layers",
+}
+# Their values speak for themselves.
+_BARE = {"target_modules", "init_lora_weights", "optim", "lr_scheduler_type"}
+_FLAGS = {"use_rslora": "rsLoRA", "use_dora": "DoRA"}
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def compact(configuration: Mapping[str, Any], shown: Sequence[str] | None = None) -> str:
+    """A configuration in one line, such as ``r 16 · α 32 · lr 3e-4 · all-linear``.
+
+    Args:
+        configuration: The parameters.
+        shown: Which of them to name; by default those that differ from the defaults, and rank,
+            alpha, learning rate and targets.
+    """
+    always = {"lora_rank", "lora_alpha", "learning_rate", "target_modules"}
+    parts = []
+    for name in _order(configuration):
+        value = configuration[name]
+        if shown is not None and name not in shown:
+            continue
+        if shown is None and name not in always and value == DEFAULTS.get(name):
+            continue
+        if name in _FLAGS:
+            parts += [_FLAGS[name]] if value else []
+        elif name in _BARE:
+            parts.append(str(value))
+        else:
+            parts.append(f"{_SHORT.get(name, name)} {number(value)}")
+    return " · ".join(parts)
+
+
+def _order(configuration: Mapping[str, Any]) -> list[str]:
+    first = ["lora_rank", "lora_alpha", "learning_rate", "target_modules"]
+    return [n for n in first if n in configuration] + [n for n in configuration if n not in first]
+
+
+def number(value: Any) -> str:
+    """A parameter's value: three digits, and powers of ten as people write them."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if value != 0 and not 1e-3 <= abs(value) < 1e5:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def domain(distribution: Any) -> str:
+    """What a tuned parameter may be, such as ``2 to 64 (log)`` or ``qv, mlp``."""
+    choices = getattr(distribution, "choices", None)
+    if choices is not None:
+        return ", ".join(number(choice) for choice in choices)
+    text = f"{number(distribution.low)} to {number(distribution.high)}"
+    if distribution.log:
+        return f"{text} (log)"
+    step = distribution.step
+    return text if step in (None, 1) else f"{text} by {number(step)}"
+
+
+def score(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def count(value: float) -> str:
+    """A number of parameters, such as ``1.2 M``."""
+    for limit, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if value >= limit:
+            return f"{value / limit:.3g}{unit}"
+    return f"{value:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """A time, such as ``4.2 s``, ``1:05`` (minutes) or ``2:10:00`` (hours)."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def sparkline(values: Sequence[float | None]) -> str:
+    """Values as a row of bars; a dot where there is none."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "·" * len(values)
+    low, high = min(known), max(known)
+    span = (high - low) or 1.0
+    top = len(_BARS) - 1
+    return "".join(
+        "·" if value is None else _BARS[round((value - low) / span * top)] for value in values
+    )
