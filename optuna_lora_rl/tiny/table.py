@@ -126,7 +126,7 @@ def _loss(run: Measurement) -> float:
     return float("inf") if run.loss is None else run.loss
 
 
-def document(rows: Sequence[Row], plan: Plan, command: str) -> str:
+def document(rows: Sequence[Row], plan: Plan, *, command: str, records: Path) -> str:
     """Return the page: the table, what its columns mean, and the command that made it."""
     versions = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
     lines = "\n".join(row.markdown() for row in rows)
@@ -149,13 +149,16 @@ Made by
 
     {command}
 
-with Python {platform.python_version()}, {versions}. The runs are recorded beside the studies;
-the same command goes on with a measurement that was stopped.
+with Python {platform.python_version()},
+{versions}.
+Every run is recorded in `{records.as_posix()}`; the same command goes on with a measurement that
+was stopped.
 """
 
 
 def measure_task(task: str, plan: Plan, records: Path) -> str:
     """Measure one task in this process, on one thread, and return its name."""
+    import optuna
     import torch
 
     from optuna_lora_rl.finetuning.options import DataOptions
@@ -164,6 +167,7 @@ def measure_task(task: str, plan: Plan, records: Path) -> str:
     from optuna_lora_rl.finetuning.options import TrainingOptions
     from optuna_lora_rl.finetuning.trial import FineTuner
 
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(1)
     tuner = FineTuner(
         model=ModelOptions(name="tiny"),
@@ -217,7 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = [row for row in (summarise(task, plan, measured) for task in tasks) if row]
     command = shlex.join(["python", "-m", "optuna_lora_rl.tiny.table", *given])
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(document(rows, plan, command), encoding="utf-8")
+    page = document(rows, plan, command=command, records=options.records)
+    options.output.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 from transformers import AutoTokenizer
 
 from optuna_lora_rl import tiny
-from optuna_lora_rl.tiny import standard_library
 
 WEIGHTS = tiny.MODEL_FOLDER / "model.safetensors"
 
@@ -52,7 +51,7 @@ def test_code_never_seen_costs_far_less_than_by_token_frequencies(
     assert mean < 0.5 * math.log(len(tokenizer))
 
 
-def test_it_continues_the_alphabet_and_stops(model_and_tokenizer: tuple[Any, Any]) -> None:
+def test_it_copies_letters_and_stops(model_and_tokenizer: tuple[Any, Any]) -> None:
     model, tokenizer = model_and_tokenizer
     prompt = tokenizer("copy d k m ->", return_tensors="pt")
     out = model.generate(**prompt, max_new_tokens=12, do_sample=False)
@@ -86,4 +85,3 @@ def test_the_model_card_states_losses_and_the_command() -> None:
 
 def test_no_checkpoint_is_shipped() -> None:
     assert not list(tiny.MODEL_FOLDER.glob("*.pt*"))
-    assert standard_library.pretraining_files()

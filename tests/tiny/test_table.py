@@ -56,10 +56,16 @@ def test_no_row_before_every_run_is_there(missing: int) -> None:
 def test_the_page_states_the_command_and_the_versions() -> None:
     row = table.summarise("dates-small", PLAN, RUNS)
     assert row is not None
-    page = table.document([row], PLAN, "python -m optuna_lora_rl.tiny.table --steps 5")
+    page = table.document(
+        [row],
+        PLAN,
+        command="python -m optuna_lora_rl.tiny.table --steps 5",
+        records=Path("studies/runs.jsonl"),
+    )
     assert "    python -m optuna_lora_rl.tiny.table --steps 5\n" in page
     assert "| `dates-small` | 4.000 | 3.000 | 2.000 | 1.100 | 72% |" in page
     assert "torch" in page
+    assert "`studies/runs.jsonl`" in page
     assert "in 1 of\n1 tasks" in page
 
 
