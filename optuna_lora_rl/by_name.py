@@ -78,10 +78,8 @@ def build(
     if not isinstance(options, Mapping):
         raise UserError(f"{subject}: options must be a mapping, but are {options!r}")
     given = given or {}
-    allowed = {
-        **{name: [] for name in given},
-        **{n: types for n, types in sayable_options(factory).items() if n not in hidden},
-    }
+    sayable = sayable_options(factory)
+    allowed = {name: [] for name in given} | {n: sayable[n] for n in sayable if n not in hidden}
     if twice := given.keys() & options.keys():
         raise UserError(f"{subject}: option {min(twice)!r} is given twice")
     checked = {

@@ -1,14 +1,15 @@
 """Optuna's pruners by name, with options checked and defaults that suit fine-tuning.
 
-A trial reports its score at a handful of evaluations (four, say), under the number of optimizer
-steps done: 10, 20, 30, 40. Optuna's pruners compare trials *at equal steps*, and most count
-resources in steps. Hence three differences from Optuna's own defaults:
+A fine-tuning run reports its score a handful of times: four, say. Studies of this package number
+these evaluations 1, 2, 3, 4, so that trials of different batch sizes are compared at the same
+share of their training; an objective of one's own may as well report under optimizer steps: 10,
+20, 30, 40. Hence three differences from Optuna's defaults:
 
 - ``median`` and ``percentile`` judge a trial only against at least three others that reported at
-  the very same step (``n_min_trials``), since batch sizes move the steps of the evaluations.
-- ``successive-halving`` and ``hyperband`` start their first rung at the first evaluation where
-  the study knows its step. Optuna's own ``auto`` puts the rungs of a 40-step trial at 1, 4 and
-  16, so that one report at step 10 would have to win two halvings at once.
+  the very same step (``n_min_trials``).
+- ``successive-halving`` and ``hyperband`` start their first rung at the first evaluation, where
+  ``create`` is told its step. Optuna's ``auto`` puts the rungs of a 40-step trial at 1, 4 and 16,
+  so that one report at step 10 would have to win two halvings at once.
 - their ``reduction_factor`` is 2, since four evaluations leave no room for factors of 3 or 4.
 
 >>> from optuna_lora_rl import pruners
@@ -85,10 +86,10 @@ def create(
         name: one of ``NAMES``.
         options: keyword arguments of the Optuna class. For ``patient``, ``wrapped_pruner`` is
             another pruner's name, a mapping ``{name: ..., option: ...}``, or null for none.
-        first_step: optimizer step of a trial's first evaluation, where the study knows it; the
-            default of ``min_resource``.
-        last_step: optimizer step of a trial's last evaluation, where the study knows it; the
-            default of hyperband's ``max_resource``.
+        first_step: step under which a trial first reports, where that is known; the default of
+            ``min_resource``.
+        last_step: step under which a trial last reports, where that is known; the default of
+            hyperband's ``max_resource``.
 
     Raises:
         UserError: unknown name or option, wrong type, or a value out of range.
@@ -141,7 +142,7 @@ def check(
             "not prune; use pruner 'none', or one objective"
         )
     if isinstance(pruner, optuna.pruners.WilcoxonPruner) and evaluations is not None:
-        p_threshold = (options or {}).get("p_threshold", 0.1)
+        p_threshold = float((options or {}).get("p_threshold", 0.1))
         # The smallest one-sided p-value of n paired differences is 2^-n (all n worse).
         if 0.5 ** (evaluations - 1) >= p_threshold:
             raise UserError(

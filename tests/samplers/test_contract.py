@@ -196,7 +196,7 @@ def test_objectives_without_parameters_or_with_one_value_each_run(make: SamplerF
         optuna.distributions.CategoricalDistribution([None, True, 1.5, "a"]),
         optuna.distributions.CategoricalDistribution([f"c{i}" for i in range(60)]),
     ],
-    ids=str,
+    ids=lambda distribution: str(distribution)[:60],
 )
 def test_odd_ranges(
     make: SamplerFactory, distribution: optuna.distributions.BaseDistribution

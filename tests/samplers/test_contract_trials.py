@@ -59,28 +59,29 @@ def test_fixed_parameters_are_left_to_their_value(make: SamplerFactory) -> None:
         assert (params["lora_rank"], params["target_modules"]) == (7, "mlp")
 
 
-def violations(make: SamplerFactory, how: str, seed: int, n_trials: int = 30) -> int:
-    """How many of the last two thirds of trials lie where they must not."""
+def violations(make: SamplerFactory, how: str, seed: int) -> int:
+    """How many of 20 trials, after 10, lie where they must not; that side looks best."""
+    space = {name: FloatDistribution(0.0, 1.0) for name in "vwxy"}
     study = optuna.create_study(sampler=make(seed=seed))
     bad = []
-    for _ in range(n_trials):
-        trial = study.ask(SPACE)
-        x, y = trial.params["x"], trial.params["y"]
-        bad.append(x > 0.5)
-        if how == "failed" and bad[-1]:
+    for _ in range(30):
+        trial = study.ask(space)
+        v, w, x, y = (trial.params[name] for name in "vwxy")
+        bad.append(x > 0.4)
+        if how == "constrained":
+            trial.set_constraint("x", x - 0.4)
+        elif bad[-1]:
             study.tell(trial, state=TrialState.FAIL)
             continue
-        if how == "constrained":
-            trial.set_constraint("x", x - 0.5)
-        study.tell(trial, (y - 0.5) ** 2 - x)  # the forbidden side looks best
-    return sum(bad[n_trials // 3 :])
+        study.tell(trial, (v - 0.6) ** 2 + (w - 0.8) ** 2 + (y - 0.3) ** 2 - x)
+    return sum(bad[10:])
 
 
 @pytest.mark.parametrize("how", ["failed", "constrained"])
 def test_what_failed_or_violated_a_constraint_is_avoided(make: SamplerFactory, how: str) -> None:
-    ours = sum(violations(make, how, seed) for seed in range(3))
-    blind = sum(violations(optuna.samplers.RandomSampler, how, seed) for seed in range(3))
-    assert ours < 0.75 * blind, (ours, blind)
+    ours = sum(violations(make, how, seed) for seed in range(2))
+    blind = sum(violations(optuna.samplers.RandomSampler, how, seed) for seed in range(2))
+    assert ours < 0.6 * blind, (ours, blind)
 
 
 def test_a_study_in_which_all_failed_goes_on_elsewhere(make: SamplerFactory) -> None:
