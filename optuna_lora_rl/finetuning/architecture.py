@@ -14,6 +14,7 @@ from typing import Literal
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PretrainedConfig
     from transformers import PreTrainedModel
 
 Role = Literal["query", "key", "value", "fused", "attention-output", "mlp-in", "mlp-out", "other"]
@@ -26,6 +27,7 @@ _MLP = re.compile(
     r"mlp|ffn|feed_?forward|expert|intermediate|^(fc\d?|fc_in|fc_out|lin\d|w[123]|wi|wi_\d"
     r"|gate_proj|up_proj|down_proj|gate_up_proj|dense_h_to_4h|dense_4h_to_h)$"
 )
+_PARALLEL = ("codegen", "cohere", "cohere2", "gptj", "phi")
 _ATTENTION = re.compile(r"att")
 # As PEFT finds the layer of a module: the first number in its path.
 _LAYER = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
@@ -68,6 +70,7 @@ class Architecture:
         fan_in_fan_out: Whether the weights are stored transposed (GPT-2's Conv1D).
         bias_parameters: Number of parameters in biases, those of norms and head included.
         attention_width: Features that attention mixes: heads times their size.
+        parallel: Whether attention and MLP of a block read the same input (GPT-J, GPT-NeoX, Phi).
     """
 
     model_type: str
@@ -81,6 +84,7 @@ class Architecture:
     fan_in_fan_out: bool
     bias_parameters: int
     attention_width: int
+    parallel: bool
 
 
 def read(model: PreTrainedModel) -> Architecture:
@@ -110,6 +114,7 @@ def read(model: PreTrainedModel) -> Architecture:
             (linear.inputs for linear in linears if linear.role == "attention-output"),
             default=config.hidden_size,
         ),
+        parallel=_is_parallel(config),
     )
 
 
@@ -117,6 +122,11 @@ def layer_of(name: str) -> int | None:
     """Returns the index of the block that a module or parameter path lies in."""
     match = _LAYER.match(name)
     return int(match["index"]) if match else None
+
+
+def _is_parallel(config: PretrainedConfig) -> bool:
+    said = getattr(config, "use_parallel_residual", getattr(config, "parallel_attn", None))
+    return config.model_type in _PARALLEL if said is None else bool(said)
 
 
 def _linears(model: PreTrainedModel) -> Iterator[LinearModule]:

@@ -53,6 +53,7 @@ _STAGES = {
     "mlp-out": 4,
 }
 _ATTENTION_STAGE = 1
+_MLP_STAGE = 3
 # Bytes of optimizer state for a trainable parameter, by how the optimizer's name begins.
 _MOMENTS = (
     (("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "adamw_torch_8bit"), 2.0),
@@ -160,9 +161,17 @@ def estimate(
 
 @dataclass(frozen=True)
 class _Flow:
-    """Where gradients flow: at module inputs above the lowest trained module."""
+    """Where gradients flow into modules: above the lowest trained module of its branch.
 
-    lowest: tuple[int, int]
+    Attributes:
+        layer: The lowest block with something trained, -1 for below all blocks.
+        attention: The lowest trained stage in that block.
+        mlp: The same for the MLP's stages; its own branch in parallel blocks.
+    """
+
+    layer: int
+    attention: int
+    mlp: int
 
     @classmethod
     def of(
@@ -173,13 +182,29 @@ class _Flow:
         checkpointing: bool,
     ) -> _Flow:
         all_biases = configuration.bias == "all" and architecture.bias_parameters > 0
-        if checkpointing or all_biases:
-            return cls((-1, 0))
-        places = [(-1 if m.layer is None else m.layer, _STAGES[m.role]) for m in chosen]
-        return cls(min(places))
+        layer = min(-1 if m.layer is None else m.layer for m in chosen)
+        if checkpointing or all_biases or layer < 0:
+            return cls(-1, 0, 0)
+        stages = [_STAGES[m.role] for m in chosen if m.layer == layer]
+        if not architecture.parallel:
+            return cls(layer, min(stages), min(stages))
+        nothing = len(_STAGES)
+        return cls(
+            layer,
+            min((stage for stage in stages if stage < _MLP_STAGE), default=nothing),
+            min((stage for stage in stages if stage >= _MLP_STAGE), default=nothing),
+        )
 
     def into(self, layer: int | None, stage: int) -> bool:
-        return layer is not None and (layer, stage) > self.lowest
+        if layer is None or layer != self.layer:
+            return layer is not None and layer > self.layer
+        return stage > (self.mlp if stage >= _MLP_STAGE else self.attention)
+
+    def out_of(self, module: LinearModule) -> bool:
+        if module.layer is None or module.layer != self.layer:
+            return module.layer is not None and module.layer > self.layer
+        stage = _STAGES[module.role]
+        return stage >= (self.mlp if stage >= _MLP_STAGE else self.attention)
 
 
 def _blocks_flops(
@@ -232,7 +257,7 @@ def _activation_bytes(
     tokens = work.micro_batch_size * work.length
     by_layer: dict[int, float] = {}
     for m in architecture.linears:
-        if m.layer is None or not flows.into(m.layer, _STAGES[m.role] + 1):
+        if m.layer is None or not flows.out_of(m):
             continue
         # The output feeds attention, an activation function or the residual stream; of the MLP's
         # products the backward pass reads both the value and its activation.

@@ -113,8 +113,8 @@ def set_aside(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row
     distinct = {content(row): row for row in reversed(rows)}
     if len(distinct) < 2:
         raise UserError(
-            f"data.train has {len(distinct)} distinct example; at least 2 are needed to set one "
-            "aside for validation"
+            f"data.train has too few distinct examples, {len(distinct)}; at least 2 are needed to "
+            "set one aside for validation"
         )
     count = min(len(distinct) - 1, max(1, round(fraction * len(distinct))))
     chosen = set(sorted(distinct, key=lambda text: _lot(text, seed))[:count])

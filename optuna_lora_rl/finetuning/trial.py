@@ -260,6 +260,7 @@ class FineTuner:
         """Trains an adapter; returns its progress, the steps done and what it took."""
         from optuna_lora_rl.finetuning.isolation import failures
         from optuna_lora_rl.finetuning.isolation import own_randomness
+        from optuna_lora_rl.finetuning.isolation import quick_collection
         from optuna_lora_rl.finetuning.lora import attached
         from optuna_lora_rl.finetuning.lora import lora_config
         from optuna_lora_rl.finetuning.lora import targets_of
@@ -275,8 +276,8 @@ class FineTuner:
         progress = self._progress(configuration, report, in_place)
         meter = Meter(device)
         try:
-            with quiet(), failures(progress.is_callers), own_randomness(seed), meter:
-                with attached(base.model, config, chosen) as adapter:
+            with quiet(), failures(progress.is_callers), own_randomness(seed):
+                with meter, quick_collection(), attached(base.model, config, chosen) as adapter:
                     in_place.append(adapter)
                     steps = self._fit(
                         adapter, configuration, seed, folder, trackers_name, progress.evaluated

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.finetuning import sources
+
+ROWS = [{"prompt": "a", "completion": "ä"}, {"prompt": "b", "completion": 'c, "d"\ne'}]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps({"version": 1, "data": rows}), encoding="utf-8")
+    elif path.suffix == ".csv":
+        import csv
+
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", sources.SUFFIXES)
+def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path / f"data{suffix}", ROWS)
+    assert sources.read(str(path), key="data.train", split="train") == ROWS
+
+
+def test_json_that_holds_one_object_a_line_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
+    assert sources.read(str(path), key="data.train", split="train") == ROWS
+
+
+def test_a_folder_gives_its_splits(tmp_path: Path) -> None:
+    write(tmp_path / "train-00000-of-00002.jsonl", ROWS[:1])
+    write(tmp_path / "train-00001-of-00002.jsonl", ROWS[1:])
+    write(tmp_path / "test.csv", ROWS[:1])
+    assert sources.read(str(tmp_path), key="data.train", split="train") == ROWS
+    assert sources.read(str(tmp_path), key="data.test", split="test") == ROWS[:1]
+
+
+def test_a_folder_of_one_file_is_its_training_split(tmp_path: Path) -> None:
+    write(tmp_path / "anything.parquet", ROWS)
+    write(tmp_path / "test.parquet", ROWS[:1])
+    assert sources.read(str(tmp_path), key="data.train", split="train") == ROWS
+
+
+def test_a_saved_dataset_gives_its_splits(tmp_path: Path) -> None:
+    from datasets import Dataset
+    from datasets import DatasetDict
+
+    DatasetDict({"train": Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "saved")
+    source = str(tmp_path / "saved")
+    assert sources.read(source, key="data.train", split="train") == ROWS
+    with pytest.raises(UserError, match="no split 'dev'; it has train"):
+        sources.read(source, key="data.train", split="dev")
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.train: there is no file '.*gone\.csv'"):
+        sources.read(str(tmp_path / "gone.csv"), key="data.train", split="train")
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no folder"):
+        sources.read(str(tmp_path / "gone"), key="data.train", split="train")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.jsonl", '{"text": "x"}\n{"text": ', "line 2 is no JSON"),
+        ("a.jsonl", '"text"\n', "line 1 is no JSON object"),
+        ("a.json", '["x", "y"]', "no list of objects"),
+        ("a.json", "", "no JSON"),
+        ("a.parquet", "no parquet", "cannot be read"),
+        ("a.csv", "prompt,completion\n", "has no example"),
+        ("a.jsonl", "", "has no example"),
+    ],
+)
+def test_a_broken_file_is_one_sentence(tmp_path: Path, name: str, text: str, words: str) -> None:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=words) as refused:
+        sources.read(str(path), key="data.train", split="train")
+    assert "\n" not in str(refused.value)
+
+
+def test_text_that_is_no_utf8_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"text\n\xff\xfe\n")
+    with pytest.raises(UserError, match="cannot be read"):
+        sources.read(str(path), key="data.train", split="train")
+
+
+def test_a_folder_without_data_says_what_it_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no file ending in \.jsonl"):
+        sources.read(str(tmp_path), key="data.train", split="train")
+    write(tmp_path / "train.csv", ROWS)
+    with pytest.raises(UserError, match=r"no file for the split 'test', only train\.csv"):
+        sources.read(str(tmp_path), key="data.test", split="test")
+
+
+def test_a_hub_name_without_network_is_one_sentence() -> None:
+    with pytest.raises(UserError, match="cannot be fetched from the hub") as refused:
+        sources.read("some-org/some-data", key="data.train", split="train")
+    assert "\n" not in str(refused.value)
+    assert str(refused.value).startswith("data.train: 'some-org/some-data'")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ConnectionError("Couldn't reach the Hugging Face Hub"), "no connection"),
+        (OSError("We couldn't connect to 'https://huggingface.co'"), "no connection"),
+        (OSError("401 Client Error. Access to model x is restricted: gated repo"), "is gated"),
+        (OSError("x is not a valid model identifier"), "neither here nor on the hub"),
+        (ValueError("Unknown split \"dev\". Should be one of ['train']."), "Unknown split"),
+    ],
+)
+def test_hub_failures_say_what_is_wrong(error: Exception, words: str) -> None:
+    assert words in sources.hub_failure("model", "a/b", error)
