@@ -34,12 +34,7 @@ _SAYABLE = {
     "None": "null",
     "dict": "a mapping",
     "Mapping": "a mapping",
-    "list": "a list",
-    "Sequence": "a list",
-    "tuple": "a list",
 }
-# Inside a container only these make no sense in a file.
-_UNSAYABLE_INSIDE = {"Callable", "FrozenTrial", "BaseSampler", "BasePruner"}
 
 
 def choose(kind: str, name: object, known: Mapping[str, T]) -> T:
@@ -79,7 +74,8 @@ def build(
         raise UserError(f"{subject}: options must be a mapping, but are {options!r}")
     given = given or {}
     sayable = sayable_options(factory)
-    allowed = {name: [] for name in given} | {n: sayable[n] for n in sayable if n not in hidden}
+    allowed: dict[str, list[str]] = {name: [] for name in given}
+    allowed |= {option: sayable[option] for option in sayable if option not in hidden}
     if twice := given.keys() & options.keys():
         raise UserError(f"{subject}: option {min(twice)!r} is given twice")
     checked = {
@@ -106,7 +102,9 @@ def sayable_options(factory: Callable[..., Any]) -> dict[str, list[str]]:
     """
     options = {}
     for name, parameter in inspect.signature(factory).parameters.items():
-        types = _sayable_types(inspect.formatannotation(parameter.annotation))
+        annotation = parameter.annotation
+        text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+        types = _sayable_types(text)
         if set(types) - {"None"}:
             options[name] = types
     return options
@@ -115,21 +113,16 @@ def sayable_options(factory: Callable[..., Any]) -> dict[str, list[str]]:
 def _sayable_types(annotation: str) -> list[str]:
     # Optuna's annotations are strings whose names exist only while type checking, so they are
     # read, not evaluated.
-    try:
-        node = ast.parse(annotation.strip("'\""), mode="eval").body
-    except SyntaxError:
-        return []
     types: list[str] = []
-    for part in _union(node):
+    for part in _union(ast.parse(annotation, mode="eval").body):
         if isinstance(part, ast.Constant) and part.value is None:
             types.append("None")
         elif isinstance(part, ast.Name) and part.id in _SAYABLE:
             types.append(part.id)
         elif isinstance(part, ast.Subscript) and isinstance(part.value, ast.Name):
-            inside = {n.id for n in ast.walk(part.slice) if isinstance(n, ast.Name)}
             if part.value.id == "Literal":
                 types += [repr(ast.literal_eval(n)) for n in _elements(part.slice)]
-            elif part.value.id in _SAYABLE and not inside & _UNSAYABLE_INSIDE:
+            elif part.value.id in _SAYABLE:
                 types.append(part.value.id)
     return types
 
@@ -189,8 +182,6 @@ def _convert(value: Any, type_name: str) -> tuple[bool, Any]:
             return isinstance(value, str), value
         case "dict" | "Mapping":
             return isinstance(value, Mapping), value
-        case "list" | "Sequence" | "tuple":
-            return isinstance(value, list | tuple), value
         case literal:
             return repr(value) == literal, value
 

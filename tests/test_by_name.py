@@ -58,6 +58,7 @@ def test_options_of_every_sayable_type_arrive() -> None:
             "oven: option 'degrees' is -1, but must be a number, between 0 and 999",
         ),
         ({"degrees": None}, "oven: option 'degrees' is None, but must be a number, between 0 a"),
+        ({"degrees": "hot"}, "oven: option 'degrees' is 'hot', but must be a number, between 0"),
         ({"degrees": 400}, "oven: An oven melts at 300"),
         ({"seed": 2}, "oven: option 'seed' is given twice"),
     ],
