@@ -127,11 +127,12 @@ def check(
         name: one of ``NAMES``.
         options: the pruner's options, as for ``create``.
         n_objectives: how many objectives the study has.
-        evaluations: how often one trial reports, where that is known.
+        evaluations: how often one trial reports, under the steps 1, 2, ..., where that is known.
 
     Raises:
-        UserError: the study has several objectives, which Optuna cannot prune; or ``wilcoxon``
-            has too few evaluations to ever be sure before the trial is over.
+        UserError: the study has several objectives, which Optuna cannot prune; or the pruner
+            would wait until the trial is over; or ``wilcoxon`` has too few evaluations to ever
+            be sure before that.
     """
     pruner = create(name, options)
     if isinstance(pruner, optuna.pruners.NopPruner):
@@ -141,7 +142,16 @@ def check(
             f"pruner {name!r} cannot be used with {n_objectives} objectives, which Optuna does "
             "not prune; use pruner 'none', or one objective"
         )
-    if isinstance(pruner, optuna.pruners.WilcoxonPruner) and evaluations is not None:
+    if evaluations is None:
+        return
+    for key in ("n_warmup_steps", "min_resource"):
+        steps = (options or {}).get(key, 0)
+        if isinstance(steps, int) and steps >= evaluations > 1:
+            raise UserError(
+                f"pruner {name!r}: option {key!r} is {steps}, but must be less than "
+                f"{evaluations}: a step is an evaluation, and a trial has {evaluations}"
+            )
+    if isinstance(pruner, optuna.pruners.WilcoxonPruner):
         p_threshold = float((options or {}).get("p_threshold", 0.1))
         # The smallest one-sided p-value of n paired differences is 2^-n (all n worse).
         if 0.5 ** (evaluations - 1) >= p_threshold:

@@ -130,6 +130,19 @@ def test_several_objectives_can_only_go_unpruned() -> None:
         pruners.check("median", n_objectives=2)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("median", {"n_warmup_steps": 30}), ("successive-halving", {"min_resource": 4})],
+)
+def test_a_pruner_that_would_wait_for_the_end_is_refused(
+    name: str, options: dict[str, Any]
+) -> None:
+    pruners.check(name, options)
+    pruners.check(name, options, evaluations=50)
+    with pytest.raises(UserError, match="less than 4: a step is an evaluation"):
+        pruners.check(name, options, evaluations=4)
+
+
 def test_wilcoxon_needs_enough_evaluations_to_be_sure_before_the_end() -> None:
     pruners.check("wilcoxon", evaluations=5)
     with pytest.raises(UserError, match="4 evaluations"):
