@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning import architecture
+from optuna_lora_rl.finetuning import hub
 from optuna_lora_rl.finetuning.architecture import Architecture
 from optuna_lora_rl.finetuning.options import ModelOptions
-from optuna_lora_rl.finetuning.sources import hub_failure
 
 
 @dataclass(frozen=True)
@@ -68,20 +69,18 @@ def load(options: ModelOptions, device: torch.device) -> Base:
         raise UserError(f"model.name: there is no folder {options.name!r}")
     if local and not (Path(name) / "config.json").exists():
         raise UserError(f"model.name: the folder {options.name!r} holds no model (config.json)")
-    shared: dict[str, Any] = {
-        "revision": options.revision,
-        "trust_remote_code": options.trust_remote_code,
-    }
-    if local:
-        shared.pop("revision")
+    shared: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     attention = {}
     if options.attn_implementation is not None:
         attention["attn_implementation"] = options.attn_implementation
+    if not local:
+        shared["revision"] = options.revision
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **shared)
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=_dtype(options.dtype, device), **attention, **shared
-        )
+        with nullcontext() if local else hub.no_waiting():
+            tokenizer = AutoTokenizer.from_pretrained(name, **shared)
+            model = AutoModelForCausalLM.from_pretrained(
+                name, dtype=_dtype(options.dtype, device), **attention, **shared
+            )
     except Exception as error:
         raise UserError(f"model.name: {_failure(options, local, error)}") from None
     if tokenizer.pad_token_id is None:
@@ -107,12 +106,12 @@ def load(options: ModelOptions, device: torch.device) -> Base:
 
 def _failure(options: ModelOptions, local: bool, error: Exception) -> str:
     if options.attn_implementation is not None and "attn" in f"{error}".lower():
-        reason = str(error).strip().splitlines()[0]
+        reason = hub.first_line(error)
         return f"attn_implementation {options.attn_implementation!r} cannot be used: {reason}"
     if local:
-        reason = str(error).strip().splitlines()[0]
+        reason = hub.first_line(error)
         return f"the folder {options.name!r} cannot be loaded as a causal language model: {reason}"
-    return hub_failure("model", options.name, error)
+    return hub.failure("model", options.name, error)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

@@ -23,8 +23,9 @@ _LOGGERS = ("trl", "peft", "accelerate", "datasets", "huggingface_hub")
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences progress bars, the libraries' logs below errors, and harmless warnings."""
+    """Silences progress bars, logs below errors, harmless warnings and telemetry."""
     import datasets
+    from huggingface_hub import constants
     from transformers.utils import logging as transformers_logging
 
     verbosity = transformers_logging.get_verbosity()
@@ -34,6 +35,8 @@ def quiet() -> Iterator[None]:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    telemetry_off = constants.HF_HUB_DISABLE_TELEMETRY
+    constants.HF_HUB_DISABLE_TELEMETRY = True
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
@@ -47,5 +50,6 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
         if not data_bars:
             datasets.enable_progress_bars()
+        constants.HF_HUB_DISABLE_TELEMETRY = telemetry_off
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)

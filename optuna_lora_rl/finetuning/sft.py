@@ -26,6 +26,7 @@ from trl import SFTTrainer
 
 from optuna_lora_rl.finetuning.configuration import Configuration
 from optuna_lora_rl.finetuning.failure import FineTuningError
+from optuna_lora_rl.finetuning.hub import first_line
 from optuna_lora_rl.finetuning.options import TrainingOptions
 from optuna_lora_rl.finetuning.quiet import quiet
 
@@ -124,7 +125,7 @@ def train(
         trainer = _trainer(model, tokenizer, datasets, settings, [callback])
         trainer.optimizer = _loraplus(trainer, model, configuration)
     except (ValueError, TypeError, ImportError) as error:
-        raise FineTuningError("configuration", _first_line(error)) from error
+        raise FineTuningError("configuration", first_line(error)) from error
     with _closing(trainer, options):
         trainer.train()
     if callback.raised is not None:
@@ -267,8 +268,3 @@ def _closing(trainer: SFTTrainer, options: TrainingOptions) -> Iterator[None]:
         if "wandb" in options.report_to:
             # transformers would write the next trial into the same W&B run.
             import_module("wandb").finish()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.finetuning import hub
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -161,37 +162,7 @@ def _read_hub(source: str, key: str, split: str, subset: str | None) -> list[Row
     from datasets import load_dataset
 
     try:
-        return list(load_dataset(source, subset, split=split))
+        with hub.no_waiting():
+            return list(load_dataset(source, subset, split=split))
     except Exception as error:
-        raise UserError(f"{key}: {hub_failure('data set', source, error)}") from None
-
-
-def hub_failure(kind: str, name: str, error: Exception) -> str:
-    """Says in one sentence why something could not be had from the hub.
-
-    Args:
-        kind: ``"model"`` or ``"data set"``.
-        name: What was asked for.
-        error: What huggingface_hub, datasets or transformers raised.
-    """
-    chain = " ".join(f"{type(link).__name__} {link}" for link in _chain(error))
-    if "GatedRepo" in chain or "gated repo" in chain:
-        return (
-            f"the {kind} {name!r} is gated; accept its terms on the hub and log in (hf auth login)"
-        )
-    offline = ("Offline", "offline", "Connect", "connect", "resolve", "Timeout", "MaxRetry")
-    missing = ("RepositoryNotFound", "NotFoundError: Dataset", "404", "is not a valid model")
-    if any(word in chain for word in offline) and not any(word in chain for word in missing[:1]):
-        return (
-            f"{name!r} is no local file or folder, and the {kind} cannot be fetched from the hub: "
-            "there is no connection"
-        )
-    if any(word in chain for word in missing):
-        return f"there is no {kind} {name!r}, neither here nor on the hub"
-    return f"the {kind} {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}"
-
-
-def _chain(error: BaseException | None) -> Iterable[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+        raise UserError(f"{key}: {hub.failure('data set', source, error)}") from None

@@ -12,6 +12,7 @@ from trl import SFTTrainer
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning.data import Splits
+from optuna_lora_rl.finetuning.hub import first_line
 from optuna_lora_rl.finetuning.lora import restored
 from optuna_lora_rl.finetuning.model import Base
 from optuna_lora_rl.finetuning.options import TrainingOptions
@@ -63,7 +64,7 @@ def tokenise(
     except (ValueError, RuntimeError, TypeError, KeyError) as error:
         raise UserError(
             f"data.train: the {splits.kind} examples cannot be tokenised with the tokenizer of "
-            f"{base.name!r}: {str(error).strip().splitlines()[0]}"
+            f"{base.name!r}: {first_line(error)}"
         ) from error
     for name, dataset in prepared.items():
         if not len(dataset):

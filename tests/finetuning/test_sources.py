@@ -119,17 +119,3 @@ def test_a_hub_name_without_network_is_one_sentence() -> None:
         sources.read("some-org/some-data", key="data.train", split="train")
     assert "\n" not in str(refused.value)
     assert str(refused.value).startswith("data.train: 'some-org/some-data'")
-
-
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (ConnectionError("Couldn't reach the Hugging Face Hub"), "no connection"),
-        (OSError("We couldn't connect to 'https://huggingface.co'"), "no connection"),
-        (OSError("401 Client Error. Access to model x is restricted: gated repo"), "is gated"),
-        (OSError("x is not a valid model identifier"), "neither here nor on the hub"),
-        (ValueError("Unknown split \"dev\". Should be one of ['train']."), "Unknown split"),
-    ],
-)
-def test_hub_failures_say_what_is_wrong(error: Exception, words: str) -> None:
-    assert words in sources.hub_failure("model", "a/b", error)

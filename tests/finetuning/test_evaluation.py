@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.finetuning import evaluation
+from optuna_lora_rl.finetuning.evaluation import Evaluation
+
+labels = st.lists(st.sampled_from(["yes", "no", "maybe"]), min_size=1, max_size=20)
+
+
+def test_answers_are_compared_exactly_and_as_labels() -> None:
+    given = [" 12", "Yes\nbecause", "no", ""]
+    found = evaluation.compare(given, ["12", "yes", "maybe", "12"])
+    assert found["exact_match"] == 0.25
+    assert found["accuracy"] == 0.5
+    # F1 of "12" is 2/3, of "yes" 1, of "maybe" 0.
+    assert found["f1"] == pytest.approx((2 / 3 + 1 + 0) / 3)
+
+
+@given(expected=labels)
+def test_right_answers_score_one(expected: list[str]) -> None:
+    found = evaluation.compare(expected, expected)
+    assert found == {"exact_match": 1.0, "accuracy": 1.0, "f1": 1.0}
+
+
+def test_quality_is_the_gain_over_the_untuned_model() -> None:
+    before = Evaluation(loss=2.0, token_accuracy=0.25, exact_match=0.5)
+    after = {"loss": 0.5, "token_accuracy": 0.75, "exact_match": 0.25}
+    assert evaluation.quality("loss", after, before) == 0.75
+    assert evaluation.quality("token_accuracy", after, before) == 0.5
+    assert evaluation.quality("exact_match", after, before) == -0.25
+
+
+@pytest.fixture(scope="module")
+def loaded(random_llama: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers import AutoTokenizer
+
+    return (
+        AutoModelForCausalLM.from_pretrained(random_llama).eval(),
+        AutoTokenizer.from_pretrained(random_llama),
+    )
+
+
+def test_padding_and_batching_do_not_change_answers(loaded: Any) -> None:
+    model, tokenizer = loaded
+    rows = [{"prompt": "12+3=" * n, "completion": "x"} for n in (1, 4, 2, 7)]
+    asked = evaluation.questions(rows, tokenizer, count=10, seed=0, longest_prompt=64)
+    together = evaluation.answers(model, tokenizer, asked, max_new_tokens=6, batch_size=4)
+    alone = evaluation.answers(model, tokenizer, asked, max_new_tokens=6, batch_size=1)
+    assert together == alone
+    assert all(together)
+
+
+def test_chat_asks_for_the_last_answer(loaded: Any) -> None:
+    turns = [
+        {"role": "user", "content": "2+2"},
+        {"role": "assistant", "content": "4"},
+    ]
+    rows = [{"messages": turns}, {"messages": turns[:1]}]
+    asked = evaluation.questions(rows, loaded[1], count=10, seed=0, longest_prompt=64)
+    assert asked.answers == ("4",)
+    assert loaded[1].decode(asked.prompts[0]) == "u>2+2\na>"
+
+
+def test_long_prompts_keep_their_end(loaded: Any) -> None:
+    rows = [{"prompt": "abcdef", "completion": "x"}]
+    asked = evaluation.questions(rows, loaded[1], count=1, seed=0, longest_prompt=2)
+    assert loaded[1].decode(asked.prompts[0]) == "ef"
+
+
+def test_plain_text_asks_nothing(loaded: Any) -> None:
+    with pytest.raises(UserError, match="need prompt/completion data"):
+        evaluation.questions([{"messages": []}], loaded[1], count=1, seed=0, longest_prompt=8)
