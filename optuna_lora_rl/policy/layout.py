@@ -167,9 +167,9 @@ def layout_of(space: Space) -> Layout:
     )
 
 
-def stack(layouts: Sequence[Layout]) -> Layout:
-    """Several layouts in one batch, padded to the most dimensions."""
-    D = max(layout.real.shape[1] for layout in layouts)
+def stack(layouts: Sequence[Layout], width: int = 0) -> Layout:
+    """Several layouts in one batch, padded to the most dimensions, at least ``width``."""
+    D = max(width, *(layout.real.shape[1] for layout in layouts))
     padding = {"real": 0.0, "unordered": 0.0, "levels": 2.0, "log_density": 0.0, "log_l": 0.0}
     padding |= {"default": 0.5, "sweep": 0.5}
 

@@ -37,6 +37,11 @@ from optuna_lora_rl.policy.surrogate import fit
 Feasibility = Callable[[Tensor], Tensor]
 
 
+# In nats: more than the prior or expected improvement make of the first steps, and little enough
+# for the network to overrule.
+_OPENING = 3.0
+
+
 @dataclass(frozen=True)
 class Settings:
     """Constants of the residual policy.
@@ -52,7 +57,7 @@ class Settings:
     """
 
     beta: float = 1.0
-    prior_trials: float = 3.0
+    prior_trials: float = 1.5
     failure_noise: float = 0.05
     candidates: int = 256
     rounds: int = 4
@@ -125,7 +130,7 @@ def _opening(source: Tensor, layout: Layout, observed: Observed) -> Tensor:
     start = (layout.real.sum(1)[:, None] + 2).clamp_max(8)
     default = (source == SOURCES.index("default"))[None] & (n == 0)
     spread = (source == SOURCES.index("uniform"))[None] & (n > 0) & (n < start)
-    return 30.0 * (default | (spread & ~layout.is_lora[:, None])).double()
+    return _OPENING * (default | (spread & ~layout.is_lora[:, None])).double()
 
 
 def decide(

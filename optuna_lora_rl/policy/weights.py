@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -37,11 +36,6 @@ def load(path: Path | str | None = None) -> Scorer:
     file = SHIPPED if path is None else Path(path)
     if not file.is_file():
         raise UserError(f"weights: there is no file {file}")
-    return _load(file, file.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=8)
-def _load(file: Path, changed: int) -> Scorer:
     try:
         with safe_open(str(file), framework="pt") as content:
             metadata = content.metadata() or {}
