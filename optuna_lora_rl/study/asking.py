@@ -91,7 +91,7 @@ def _parse(said: str) -> dict[str, Any]:
 
 
 def _values(content: dict[str, Any], n_objectives: int) -> list[float]:
-    values = content["values"] if "values" in content else [content.get("value")]
+    values: Any = content["values"] if "values" in content else [content.get("value")]
     right = isinstance(values, list) and len(values) == n_objectives
     if not right or not all(_is_finite(value) for value in values):
         wanted = (

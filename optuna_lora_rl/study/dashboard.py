@@ -121,7 +121,7 @@ def _study_note(study: optuna.Study, spec: StudySpec) -> str:
         "reference configuration.",
     ]
     if best is not None:
-        configuration = wording.compact(best.user_attrs.get("configuration", best.params))
+        configuration = outcome.configuration(best)
         lines += [
             "",
             f"**Best: trial {best.number}**, score {wording.score(outcome.final_score(best))}: "

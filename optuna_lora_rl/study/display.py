@@ -63,8 +63,9 @@ class LineDisplay(Display):
     def opens(self, spec: StudySpec, trials: Sequence[FrozenTrial]) -> None:
         self._spec = spec
         self._print(headline(spec))
-        if trials:
-            self._print(f"going on after {_trials(Usage.of(trials).trials)}")
+        done = Usage.of(trials).trials
+        if done:
+            self._print(f"going on after {_trials(done)}")
 
     def works_on(self, what: str) -> None:
         self._print(what)
@@ -77,7 +78,7 @@ class LineDisplay(Display):
         seconds = wording.duration(trial.user_attrs.get("seconds", 0.0))
         self._print(
             f"trial {trial.number:>3} ({done})  {_result(trial)}  {seconds:>6}  "
-            f"{_configuration(trial)}" + (f"  [best {_brief(best)}]" if best else "")
+            f"{outcome.configuration(trial)}" + (f"  [best {_brief(best)}]" if best else "")
         )
 
     def says(self, sentence: str) -> None:
@@ -92,26 +93,30 @@ class LiveDisplay(Display):
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._live = Live(
-            console=console, refresh_per_second=4, transient=True, get_renderable=self._render
-        )
         self._spec: StudySpec | None = None
         self._trials: Sequence[FrozenTrial] = ()
+        self._tuned: Sequence[str] = ()
         self._doing = ""
         self._running: tuple[int, Mapping[str, Any]] | None = None
         self._scores: list[float | None] = []
         self._metrics: Mapping[str, float] = {}
         self._opened = self._trial_started = time.monotonic()
         self._share_before = 0.0
+        # Last: it renders at once.
+        self._live = Live(
+            console=console, refresh_per_second=4, transient=True, get_renderable=self._render
+        )
 
     def opens(self, spec: StudySpec, trials: Sequence[FrozenTrial]) -> None:
         self._spec, self._trials = spec, trials
+        self._tuned = list(spec.lora_space().distributions())
         self._opened = time.monotonic()
         self._share_before = Usage.of(trials).share(spec.budget)
         self._console.print()
         self._live.start()
-        if trials:
-            self.says(f"going on after {_trials(Usage.of(trials).trials)}")
+        done = Usage.of(trials).trials
+        if done:
+            self.says(f"going on after {_trials(done)}")
 
     def works_on(self, what: str) -> None:
         self._running, self._doing = None, what
@@ -132,7 +137,7 @@ class LiveDisplay(Display):
         line = Text.assemble(
             (f"  {'★' if is_best else ' '} {trial.number:>3}  ", "yellow" if is_best else "dim"),
             (_result(trial), "bold" if is_best else _style(trial)),
-            (f"  {_configuration(trial)}", "" if is_best else "dim"),
+            (f"  {outcome.configuration(trial)}", "" if is_best else "dim"),
         )
         self._console.print(line, no_wrap=True, overflow="ellipsis", crop=True)
 
@@ -169,13 +174,15 @@ class LiveDisplay(Display):
             # The running trial fills its part, evaluation by evaluation.
             part = len(self._scores) / self._spec.training.evaluations
             share = min(1.0, share + part / self._spec.budget.trials)
-        return ProgressBar(total=1.0, completed=share, complete_style="cyan")
+        bar = Table.grid(expand=True)
+        bar.add_row(ProgressBar(total=1.0, completed=share, complete_style="cyan"))
+        return bar
 
     def _rows(self) -> list[tuple[str, RenderableType]]:
         rows: list[tuple[str, RenderableType]] = []
         if self._running:
             number, configuration = self._running
-            rows.append((f"trial {number}", Text(wording.compact(configuration))))
+            rows.append((f"trial {number}", Text(wording.compact(configuration, self._tuned))))
             rows.append(("", self._running_scores()))
         else:
             rows.append(("", Text(self._doing, style="dim")))
@@ -185,7 +192,7 @@ class LiveDisplay(Display):
                 (
                     "best",
                     Text.assemble(
-                        (_brief(best), "bold green"), (f"  {_configuration(best)}", "dim")
+                        (_brief(best), "bold green"), (f"  {outcome.configuration(best)}", "dim")
                     ),
                 )
             )
@@ -216,7 +223,7 @@ class LiveDisplay(Display):
         done = Usage.of(self._trials).share(self._spec.budget) - self._share_before
         left = 1.0 - self._share_before - done
         parts = [wording.duration(elapsed)]
-        if done > 0:
+        if done > 0 and left > 0:
             parts.append(f"about {wording.duration(elapsed / done * left)} left")
         return Text(" · ".join(parts), style="dim")
 
@@ -240,10 +247,6 @@ def _result(trial: FrozenTrial) -> str:
 
 def _brief(trial: FrozenTrial) -> str:
     return f"{wording.score(outcome.final_score(trial))} (trial {trial.number})"
-
-
-def _configuration(trial: FrozenTrial) -> str:
-    return wording.compact(trial.user_attrs.get("configuration", trial.params))
 
 
 def _style(trial: FrozenTrial) -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import optuna
+from optuna.study import StudyDirection
 
 from optuna_lora_rl import pruners
 from optuna_lora_rl import samplers
@@ -37,7 +38,7 @@ def open_study(spec: StudySpec, *, heartbeat: bool = True) -> optuna.Study:
     """
     callback = _run_stale_trial_again if heartbeat else None
     storage = open_storage(spec.storage_url, stale_trial_callback=callback)
-    directions = ["maximize"] if spec.n_objectives == 1 else ["maximize", "minimize"]
+    directions = [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE][: spec.n_objectives]
     _forget_if_empty(storage, spec, len(directions))
     study = optuna.create_study(
         study_name=spec.name,

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import psutil
 from optuna.trial import TrialState
 
+from optuna_lora_rl.study import wording
+
 if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
@@ -62,6 +64,11 @@ def best_of(trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
     """The completed trial with the highest score; of equal ones the first."""
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     return max(complete, key=lambda trial: final_score(trial) or 0.0, default=None)
+
+
+def configuration(trial: FrozenTrial) -> str:
+    """What the trial tried, in one line."""
+    return wording.compact(trial.user_attrs.get("configuration", trial.params), trial.params)
 
 
 def mark_owner(trial: optuna.Trial) -> None:

@@ -19,6 +19,7 @@ from optuna.distributions import check_distribution_compatibility
 from optuna.distributions import distribution_to_json
 from optuna.distributions import json_to_distribution
 
+import optuna_lora_rl
 from optuna_lora_rl.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ TUNED = "tuned"
 _IRRELEVANT = {"training.report_to", "objective.objectives"}
 _ANOTHER = "choose another study name or storage"
 _CHUNK_BYTES = 1 << 20
+# Of the built-in model; another version of the package may have others.
+_WEIGHTS = Path(optuna_lora_rl.__file__).parent / "tiny" / "weights" / "model.safetensors"
 
 
 def describe(spec: StudySpec) -> dict[str, Any]:
@@ -45,8 +48,8 @@ def describe(spec: StudySpec) -> dict[str, Any]:
         "space": spec.lora_space().fixed(),
     }
     flat = {key: value for key, value in _flatten(sections) if key not in _IRRELEVANT}
-    for key in ("data.train", "data.validation", "data.test"):
-        content = _content(flat.get(key))
+    for key in ("model.name", "data.train", "data.validation", "data.test"):
+        content = _content(_WEIGHTS if flat.get(key) == "tiny" else flat.get(key))
         if content:
             flat[f"{key} (content)"] = content
     return dict(json.loads(json.dumps(flat)))
@@ -94,7 +97,8 @@ def _differences(
         if before == now:
             continue
         if key.endswith("(content)"):
-            yield f"the file {new.get(key.split()[0])} of {key.split()[0]} has changed"
+            section = key.split()[0]
+            yield f"the content of {new.get(section)} ({section}) has changed"
         elif key in old and key in new:
             yield f"{key} was {before!r} and is now {now!r}"
         elif parameter in formerly_tuned or f"{parameter}_ratio" in formerly_tuned:

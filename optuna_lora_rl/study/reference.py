@@ -35,14 +35,14 @@ class Key:
 
     Attributes:
         name: The key.
-        type: What values it takes, in words.
+        values: What values it takes, in words.
         default: Its default as YAML, or None where it has to be given.
         description: What it means.
         section: The model of the section that it opens, if it does.
     """
 
     name: str
-    type: str
+    values: str
     default: str | None
     description: str
     section: type[BaseModel] | None
@@ -51,8 +51,9 @@ class Key:
 def keys(model: type[BaseModel]) -> Iterator[Key]:
     """The keys of a section, in the order of its model."""
     for name, field in model.model_fields.items():
-        section = field.annotation if _is_section(field.annotation) else None
-        yield Key(name, words(field.annotation), _default(field), field.description or "", section)
+        kind: Any = field.annotation
+        section = kind if _is_section(kind) else None
+        yield Key(name, words(kind), _default(field), field.description or "", section)
 
 
 def words(annotation: Any) -> str:
@@ -102,7 +103,7 @@ def _table(model: type[BaseModel], prefix: str = "") -> str:
     ]
     for name, key in _leaves(model, prefix):
         default = "required" if key.default is None else f"`{key.default}`"
-        rows.append(f"| `{name}` | {key.type} | {default} | {_cell(key.description)} |")
+        rows.append(f"| `{name}` | {key.values} | {default} | {_cell(key.description)} |")
     return "\n".join(rows)
 
 
@@ -141,7 +142,7 @@ def _names() -> str:
 def _default(field: FieldInfo) -> str | None:
     if field.is_required():
         return None
-    value = field.get_default(call_default_factory=True)  # type: ignore[call-arg]
+    value = field.get_default(call_default_factory=True)
     if isinstance(value, BaseModel):
         value = value.model_dump(mode="json", exclude_none=True)
     return as_yaml(value)

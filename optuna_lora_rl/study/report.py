@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import warnings
 from collections.abc import Iterable
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,11 +73,14 @@ def importances(study: optuna.Study) -> dict[str, float]:
         return {}
     from optuna.importance import PedAnovaImportanceEvaluator
 
-    return optuna.importance.get_param_importances(
-        study,
-        evaluator=PedAnovaImportanceEvaluator(),
-        target=lambda trial: outcome.final_score(trial) or 0.0,
-    )
+    with warnings.catch_warnings():
+        # PED-ANOVA looks at the lowest values, hence the minus; it warns of that in any case.
+        warnings.simplefilter("ignore", UserWarning)
+        return optuna.importance.get_param_importances(
+            study,
+            evaluator=PedAnovaImportanceEvaluator(),
+            target=lambda trial: -(outcome.final_score(trial) or 0.0),
+        )
 
 
 def write(study: optuna.Study, spec: StudySpec) -> Path:
@@ -162,7 +166,7 @@ def _figures(trials: Sequence[FrozenTrial], best: int, spec: StudySpec) -> str:
                 color="#94a3b8",
                 line=False,
                 dots=True,
-                titles=[f"trial {t.number}: {_words(t)}" for t, _ in scored],
+                titles=[f"trial {t.number}: {outcome.configuration(t)}" for t, _ in scored],
             ),
             charts.Series(incumbent, steps=True),
         ],
@@ -175,16 +179,10 @@ def _figures(trials: Sequence[FrozenTrial], best: int, spec: StudySpec) -> str:
         x="optimizer step",
         y="validation loss",
     )
-    priced = [(t, t.user_attrs) for t, _ in complete if "quality" in t.user_attrs]
+    priced = [t for t, _ in complete if "quality" in t.user_attrs]
     trade = charts.chart(
         [
-            charts.Series(
-                [(a["cost"], a["quality"]) for t, a in priced if (t.number == best) is chosen],
-                color=charts.ACCENT if chosen else "#94a3b8",
-                line=False,
-                dots=True,
-                titles=[_words(t) for t, _ in priced if (t.number == best) is chosen],
-            )
+            _trade([t for t in priced if (t.number == best) is chosen], best=chosen)
             for chosen in (False, True)
         ],
         x=f"cost (1 = reference run, {spec.objective.cost_source})",
@@ -203,6 +201,16 @@ def _curve(trial: FrozenTrial, *, best: bool) -> charts.Series:
     points = [(float(row["step"]), float(row["loss"])) for row in rows if "loss" in row]
     color, width = (charts.ACCENT, 3.0) if best else (charts.QUIET, 1.2)
     return charts.Series(points, color=color, width=width)
+
+
+def _trade(trials: Sequence[FrozenTrial], *, best: bool) -> charts.Series:
+    return charts.Series(
+        [(t.user_attrs["cost"], t.user_attrs["quality"]) for t in trials],
+        color=charts.ACCENT if best else "#94a3b8",
+        line=False,
+        dots=True,
+        titles=[outcome.configuration(t) for t in trials],
+    )
 
 
 def _importances(study: optuna.Study) -> str:
@@ -228,7 +236,7 @@ def _table(trials: Sequence[FrozenTrial], spec: StudySpec) -> str:
         attrs = trial.user_attrs
         cells = [str(trial.number), wording.score(outcome.final_score(trial))]
         cells += [wording.number(attrs[k]) if k in attrs else "–" for k in columns]
-        cells.append(_words(trial))
+        cells.append(outcome.configuration(trial))
         rows += "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
     return f"<h2>The best trials</h2><table class=wide><tr>{heads}<th></th></tr>{rows}</table>"
 
@@ -238,14 +246,10 @@ def _failures(trials: Sequence[FrozenTrial]) -> str:
     rows = "".join(
         f"<tr><td>{t.number}</td><td>{html.escape(outcome.failure(t) or 'not known')}</td>"
         f"<td>{html.escape(str(t.user_attrs.get(outcome.MESSAGE, '')))}</td>"
-        f"<td>{html.escape(_words(t))}</td></tr>"
+        f"<td>{html.escape(outcome.configuration(t))}</td></tr>"
         for t in failed
     )
     return f"<h2>Failed trials</h2><table class=wide>{rows}</table>" if rows else ""
-
-
-def _words(trial: FrozenTrial) -> str:
-    return wording.compact(trial.user_attrs.get("configuration", trial.params))
 
 
 def _is_number(value: Any) -> bool:

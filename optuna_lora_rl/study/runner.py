@@ -64,7 +64,12 @@ def run(spec: StudySpec, *, display: Display | None = None) -> RunResult:
     Raises:
         UserError: If model, data, storage or disk cannot be used.
     """
-    with database_errors(spec.storage_url), _quiet(), Interruption() as interruption:
+    with (
+        database_errors(spec.storage_url),
+        _quiet(),
+        _threads(spec),
+        Interruption() as interruption,
+    ):
         worker = _Worker(spec, display or Display(), interruption)
         try:
             return worker.run()
@@ -178,6 +183,26 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            # What libraries deprecate among themselves is not for the user to mend.
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
             yield
     finally:
         optuna.logging.set_verbosity(before)
+
+
+@contextmanager
+def _threads(spec: StudySpec) -> Iterator[None]:
+    """One thread for the built-in model.
+
+    It is too small for more: they would wait for each other, for ages on a busy machine, and
+    sums in another order would make results depend on the number of cores.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    if spec.model.name == "tiny":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -56,9 +56,9 @@ class SamplerChoice(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="allow")
 
-    name: SamplerName = Field("rl", description="The sampler; `rl` is the learned one.")
+    name: SamplerName = Field(default="rl", description="The sampler; `rl` is the learned one.")
     seed: int = Field(
-        0,
+        default=0,
         ge=0,
         lt=2**32,
         description="Seed of the proposals. The same file with the same seed proposes the same "
@@ -77,7 +77,7 @@ class PrunerChoice(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="allow")
 
     name: PrunerName = Field(
-        "none",
+        default="none",
         description="The pruner. It sees the score after each of a trial's evaluations; its steps "
         "count evaluations. Optuna cannot prune a study of two objectives.",
     )
@@ -94,17 +94,17 @@ class Budget(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
     trials: Count | None = Field(
-        20,
+        default=20,
         description="Number of trials, over all runs and workers. Completed, pruned and failed "
         "trials count; killed and interrupted ones do not. `null` means no limit.",
     )
     hours: Positive | None = Field(
-        None,
+        default=None,
         description="Hours of training, added over all trials, runs and workers (so GPU hours, "
         "not hours on the clock). No trial starts after that; the running one ends normally.",
     )
     cost: Positive | None = Field(
-        None,
+        default=None,
         description="Total cost of the trials, in runs of the reference configuration. No trial "
         "starts after that.",
     )
@@ -129,12 +129,12 @@ class StudySpec(BaseModel):
     model: ModelOptions = Field(description="The base model; `model: tiny` is short for its name.")
     data: DataOptions = Field(description="The data; `data: file.jsonl` is short for data.train.")
     space: dict[str, Any] | None = Field(
-        None,
+        default=None,
         description="What is tuned, fixed or tied, parameter by parameter; see below. `null` "
         "means the recommended space.",
     )
     target_sets: dict[str, list[str]] = Field(
-        {},
+        default={},
         description="Names for lists of module-name suffixes, to be used as values of "
         "`target_modules`.",
     )
@@ -145,19 +145,23 @@ class StudySpec(BaseModel):
         default_factory=ObjectiveOptions, description="What makes a configuration good."
     )
     sampler: SamplerChoice = Field(
-        SamplerChoice(), description="Who proposes; `sampler: tpe` is short for its name."
+        default_factory=SamplerChoice,
+        description="Who proposes; `sampler: tpe` is short for its name.",
     )
     pruner: PrunerChoice = Field(
-        PrunerChoice(), description="Who stops trials early; `pruner: median` is short."
+        default_factory=PrunerChoice,
+        description="Who stops trials early; `pruner: median` is short.",
     )
-    budget: Budget = Field(Budget(), description="When it ends; `budget: 20` is short for trials.")
+    budget: Budget = Field(
+        default_factory=Budget, description="When it ends; `budget: 20` is short for trials."
+    )
     storage: str | None = Field(
-        None,
+        default=None,
         description="SQLAlchemy URL of the database, such as `postgresql://user@host/name` for "
         "several workers; `null` means `study.db` in the output folder.",
     )
     output: str | None = Field(
-        None,
+        default=None,
         description="Folder for adapters, report and database; `null` means `runs/<name>`.",
     )
 

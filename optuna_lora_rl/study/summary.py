@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from optuna_lora_rl.study.runner import RunResult
     from optuna_lora_rl.study.spec import StudySpec
 
+# Columns of a terminal from which the table has room for all it knows.
+_WIDE = 100
+
 
 def standing(console: Console, study: optuna.Study, spec: StudySpec) -> None:
     """How far the study is, its best trials, and what they gained."""
@@ -36,8 +39,11 @@ def standing(console: Console, study: optuna.Study, spec: StudySpec) -> None:
         _say(console, "No trial has been completed yet.")
         return
     console.print()
-    console.print(_table(best))
-    _say(console, _gain(study, best[0], spec))
+    console.print(_table(best, console.width))
+    console.print(_gain(study, best[0]))
+    if "cost" in best[0].user_attrs:
+        words = f"The best run cost {best[0].user_attrs['cost']:.2f} of the reference run."
+        _say(console, Text(words, style="dim"))
 
 
 def progress(trials: Sequence[FrozenTrial], spec: StudySpec) -> str:
@@ -132,46 +138,46 @@ def best(console: Console, study: optuna.Study, spec: StudySpec, *, as_json: boo
     console.print(rows, highlight=False)
 
 
-def _table(trials: Sequence[FrozenTrial]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), header_style="dim", pad_edge=False)
-    for name in ("trial", "score", "quality", "cost", "loss", "parameters", "time"):
+def _table(trials: Sequence[FrozenTrial], width: int) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False, padding=(0, 1))
+    columns = ["trial", "score", "quality", "cost", "loss", "params"]
+    columns += ["time"] if width >= _WIDE else []
+    for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("configuration", overflow="fold")
     for place, trial in enumerate(trials):
         attrs = trial.user_attrs
+        cells: dict[str, str] = {
+            "trial": str(trial.number),
+            "score": wording.score(outcome.final_score(trial)),
+            **{k: f"{attrs[k]:.3f}" for k in ("quality", "cost", "loss") if k in attrs},
+        }
+        if "trainable_parameters" in attrs:
+            cells["params"] = wording.count(attrs["trainable_parameters"])
+        if "seconds" in attrs:
+            cells["time"] = wording.duration(attrs["seconds"])
         table.add_row(
-            str(trial.number),
-            wording.score(outcome.final_score(trial)),
-            *(_cell(attrs, key, "{:.3f}") for key in ("quality", "cost", "loss")),
-            wording.count(attrs["trainable_parameters"])
-            if "trainable_parameters" in attrs
-            else "–",
-            wording.duration(attrs["seconds"]) if "seconds" in attrs else "–",
-            wording.compact(attrs.get("configuration", trial.params)),
+            *(cells.get(name, "–") for name in columns),
+            outcome.configuration(trial),
             style="bold green" if place == 0 else "",
         )
     return table
 
 
-def _gain(study: optuna.Study, best: FrozenTrial, spec: StudySpec) -> Text:
-    """The best trial against the untuned model, and against the reference run's cost."""
+def _gain(study: optuna.Study, best: FrozenTrial) -> Table:
+    """What the best adapter does, beside what the untuned model does."""
     untuned: dict[str, Any] = study.user_attrs.get(report.UNTUNED, {})
-    metric, attrs = spec.objective.metric, best.user_attrs
-    text = Text()
-    if metric in untuned and metric in attrs:
-        name = metric.replace("_", " ")
-        text.append(f"Validation {name} {untuned[metric]:.3f} untuned, ")
-        text.append(f"{attrs[metric]:.3f} with the best adapter", style="bold")
-    if "cost" in attrs:
-        text.append(f"; it cost {attrs['cost']:.2f} of a reference run.")
-    test = {k: v for k, v in study.user_attrs.get(report.TEST, {}).items() if k != "trial"}
-    if metric in test:
-        text.append(f" On the test split: {metric.replace('_', ' ')} {test[metric]:.3f}.")
-    return text
-
-
-def _cell(attrs: dict[str, Any], key: str, form: str) -> str:
-    return form.format(attrs[key]) if key in attrs else "–"
+    test: dict[str, Any] = study.user_attrs.get(report.TEST, {})
+    has_test = test.get("trial") == best.number and len(test) > 1
+    table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False, padding=(0, 1))
+    table.add_column("validation")
+    for name in ("untuned", "best adapter", *(["on the test split"] if has_test else [])):
+        table.add_column(name, justify="right")
+    for metric in (name for name in untuned if name in best.user_attrs and name != "quality"):
+        cells = [f"{untuned[metric]:.3f}", f"{best.user_attrs[metric]:.3f}"]
+        cells += [f"{test[metric]:.3f}"] if has_test and metric in test else []
+        table.add_row(metric.replace("_", " "), *cells)
+    return table
 
 
 def _say(console: Console, text: Text | str) -> None:

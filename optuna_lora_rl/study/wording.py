@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
@@ -26,29 +27,28 @@ _SHORT = {
 # Their values speak for themselves.
 _BARE = {"target_modules", "init_lora_weights", "optim", "lr_scheduler_type"}
 _FLAGS = {"use_rslora": "rsLoRA", "use_dora": "DoRA"}
+_USUAL = {*_FLAGS, "init_lora_weights", "loraplus_lr_ratio", "bias", "layers"}
 _BARS = "▁▂▃▄▅▆▇█"
 
 
-def compact(configuration: Mapping[str, Any], shown: Sequence[str] | None = None) -> str:
-    """A configuration in one line, such as ``r 16 · α 32 · lr 3e-4 · all-linear``.
+def compact(configuration: Mapping[str, Any], tuned: Collection[str]) -> str:
+    """What is tuned of a configuration, in one line: ``r 16 · α 32 · lr 3e-4 · all-linear``.
 
     Args:
-        configuration: The parameters.
-        shown: Which of them to name; by default those that differ from the defaults, and rank,
-            alpha, learning rate and targets.
+        configuration: The parameters by name.
+        tuned: Names of Optuna's parameters; a tuned ratio shows the parameter it gives.
     """
-    always = {"lora_rank", "lora_alpha", "learning_rate", "target_modules"}
+    shown = {name.removesuffix("_ratio") for name in tuned} | set(tuned)
     parts = []
     for name in _order(configuration):
         value = configuration[name]
-        if shown is not None and name not in shown:
+        # What is off, or as usual, goes without saying.
+        if name not in shown or (name in _USUAL and value == DEFAULTS[name]):
             continue
-        if shown is None and name not in always and value == DEFAULTS.get(name):
-            continue
-        if name in _FLAGS:
-            parts += [_FLAGS[name]] if value else []
-        elif name in _BARE:
+        if name in _BARE:
             parts.append(str(value))
+        elif name in _FLAGS:
+            parts.append(_FLAGS[name])
         else:
             parts.append(f"{_SHORT.get(name, name)} {number(value)}")
     return " · ".join(parts)
@@ -63,7 +63,7 @@ def number(value: Any) -> str:
     """A parameter's value: three digits, and powers of ten as people write them."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
-    if value != 0 and not 1e-3 <= abs(value) < 1e5:
+    if value != 0 and not 1e-2 <= abs(value) < 1e5:
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
