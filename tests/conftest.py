@@ -51,6 +51,12 @@ def random_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[[], Any]:
+    """Makes a tokenizer with one token for each printable ASCII character."""
+    return character_tokenizer
+
+
 @pytest.fixture
 def write_rows(tmp_path: Path) -> Callable[..., str]:
     """Writes rows as a JSONL file and returns its path."""

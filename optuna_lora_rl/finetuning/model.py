@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,7 @@ def load(options: ModelOptions, device: torch.device) -> Base:
 
 
 def _failure(options: ModelOptions, local: bool, error: Exception) -> str:
-    if options.attn_implementation is not None and "attn" in f"{error}".lower():
+    if options.attn_implementation is not None and re.search("attn|attention", f"{error}".lower()):
         reason = hub.first_line(error)
         return f"attn_implementation {options.attn_implementation!r} cannot be used: {reason}"
     if local:

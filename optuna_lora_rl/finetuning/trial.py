@@ -199,6 +199,7 @@ class FineTuner:
         """
         from optuna_lora_rl.finetuning.lora import loaded
         from optuna_lora_rl.finetuning.preparation import questions
+        from optuna_lora_rl.finetuning.quiet import quiet
 
         prepared = self._prepared
         base, rows, dataset = prepared.base, prepared.splits.test, prepared.tokens.test
@@ -206,7 +207,7 @@ class FineTuner:
             return None
         asked = questions(base, rows, self.data, self.objective)
         before = Evaluation(**self._evaluate_base(dataset, asked))
-        with loaded(base.model, adapter) as adapted:
+        with quiet(), loaded(base.model, adapter) as adapted:
             after = Evaluation(**self._evaluate(adapted, dataset, asked))
         gained = quality(self.objective.metric, after.metrics(), before)
         return replace(after, quality=gained)

@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 from optuna_lora_rl.finetuning import cost
 from optuna_lora_rl.finetuning.configuration import Configuration
 
+# transformers renames what PEFT still calls by the old name.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+
 LENGTH = 48
 SEQUENCES = 4
 VARIANTS: tuple[dict[str, Any], ...] = (
@@ -84,7 +87,6 @@ def test_estimate_agrees_with_torchs_counter(name: str, target: str) -> None:
         assert estimate.trainable_parameters == trainable, parameters
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
 def test_checkpointing_is_counted_as_one_more_forward(name: str) -> None:
     # A little too high: torch stops recomputing once it has what the backward pass reads.

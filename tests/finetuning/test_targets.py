@@ -11,6 +11,9 @@ from optuna_lora_rl.finetuning.targets import layer_indices
 from optuna_lora_rl.finetuning.targets import peft_names
 from optuna_lora_rl.finetuning.targets import select
 
+# transformers renames what PEFT still calls by the old name.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+
 SMALL = {"vocab_size": 64}
 LLAMA_LIKE = {
     **SMALL,
