@@ -151,7 +151,7 @@ def _other(options: DataOptions, name: str, kind: Kind) -> list[Row] | None:
         source, split = options.train, name
     elif source is None:
         source, key = options.train, f"data.{name}_split"
-    default = name if source.startswith(sources.TINY) else options.split
+    default = name if source.startswith(sources.TINY) else "train"
     found, rows = _examples(options, source, key, split or default)
     if found != kind:
         raise UserError(

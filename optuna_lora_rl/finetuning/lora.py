@@ -17,6 +17,7 @@ from peft import PeftModel
 from peft import get_peft_model
 from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch import nn
@@ -27,6 +28,7 @@ from optuna_lora_rl.finetuning.architecture import Architecture
 from optuna_lora_rl.finetuning.architecture import LinearModule
 from optuna_lora_rl.finetuning.configuration import Configuration
 from optuna_lora_rl.finetuning.failure import FineTuningError
+from optuna_lora_rl.finetuning.hub import first_line
 from optuna_lora_rl.finetuning.quiet import quiet
 from optuna_lora_rl.finetuning.targets import peft_names
 from optuna_lora_rl.finetuning.targets import select
@@ -45,7 +47,7 @@ class Adapter:
     initial: dict[str, Tensor]
 
     def weights(self) -> dict[str, Tensor]:
-        return dict(get_peft_model_state_dict(self.model))
+        return _weights(self.model)
 
     @property
     def trainable_parameters(self) -> int:
@@ -64,12 +66,21 @@ class Adapter:
         PiSSA and OLoRA train against a base from which their first directions were taken. Their
         adapter is therefore written as the plain LoRA of twice the rank that makes the same
         update: BA - B0 A0 = [B | -B0] [A ; A0].
+
+        Raises:
+            UserError: When the folder cannot be written, which is no fault of the trial.
         """
         config = copy.deepcopy(self.model.peft_config["default"])
-        if str(config.init_lora_weights).startswith(("pissa", "olora")):
-            self._save_difference(config, folder)
-        else:
-            self.model.save_pretrained(str(folder))
+        try:
+            if str(config.init_lora_weights).startswith(("pissa", "olora")):
+                self._save_difference(config, folder)
+            else:
+                self.model.save_pretrained(str(folder), save_embedding_layers=False)
+        except (OSError, SafetensorError) as error:
+            reason = first_line(error)
+            raise UserError(
+                f"the adapter cannot be written to {str(folder)!r}: {reason}"
+            ) from None
 
     def _save_difference(self, config: LoraConfig, folder: Path) -> None:
         weights = {}
@@ -153,10 +164,7 @@ def attached(
     """
     with restored(base, _at_risk(base, config, chosen)):
         model = get_peft_model(base, config)
-        initial = {
-            name: weight.detach().cpu().clone()
-            for name, weight in get_peft_model_state_dict(model).items()
-        }
+        initial = {name: weight.detach().cpu().clone() for name, weight in _weights(model).items()}
         yield Adapter(model=model, initial=initial)
 
 
@@ -217,6 +225,11 @@ def _at_risk(
             if name.endswith("bias"):
                 at_risk[name] = parameter
     return at_risk
+
+
+def _weights(model: PeftModel) -> dict[str, Tensor]:
+    # Told to leave embeddings out, PEFT need not ask the hub whether they were resized.
+    return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
 
 
 def _strip(base: nn.Module) -> None:

@@ -138,7 +138,7 @@ class DataOptions(_Section):
     split: str = Field(
         default="train",
         min_length=1,
-        description="Split of a hub data set or folder to train on.",
+        description="Split of a hub data set or folder to train on; the hub's may be slices.",
         examples=["train", "train[:5000]"],
     )
     validation_split: str | None = Field(
@@ -169,7 +169,8 @@ class DataOptions(_Section):
     max_length: PositiveInt = Field(
         default=512,
         ge=2,
-        description="Longest sequence, in tokens; what is longer is cut at the end.",
+        description="Longest sequence, in tokens; what is longer is cut at the end. Never more "
+        "than the model's positions.",
         examples=[512, 2048],
     )
     max_train_samples: PositiveInt | None = Field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,6 +60,8 @@ def prepare(
     Raises:
         UserError: When either cannot be had, or they do not fit the options.
     """
+    device = model.device_of(training.use_cpu)
+    _check_device(model_options, training, device)
     with quiet(), own_randomness():
         splits = data.load(data_options)
         if objective.metric in GENERATED_METRICS and splits.kind == "text":
@@ -66,8 +69,6 @@ def prepare(
                 f"objective.metric: {objective.metric} compares answers, but text examples ask "
                 "nothing; take loss or token_accuracy, or prompt/completion data"
             )
-        device = model.device_of(training.use_cpu)
-        _check_device(model_options, training, device)
         base = model.load(model_options, device)
         made = tokens.tokenise(
             splits,
@@ -115,6 +116,11 @@ def _check_device(
         raise UserError(
             "training.packing needs model.attn_implementation flash_attention_2: with any other "
             "kernel packed examples attend to each other"
+        )
+    if device.type == "cuda" and torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            f"{torch.cuda.device_count()} GPUs are visible to one process, which TRL does not "
+            "train on; set CUDA_VISIBLE_DEVICES to one of them and start a worker for each"
         )
     if device.type == "cpu" and (training.packing or training.precision == "fp16"):
         key = "packing" if training.packing else "precision fp16"

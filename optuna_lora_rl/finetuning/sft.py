@@ -123,7 +123,7 @@ def train(
     }
     try:
         trainer = _trainer(model, tokenizer, datasets, settings, [callback])
-        trainer.optimizer = _loraplus(trainer, model, configuration)
+        trainer.optimizer = _optimizer(trainer, model, configuration)
     except (ValueError, TypeError, ImportError) as error:
         raise FineTuningError("configuration", first_line(error)) from error
     with _closing(trainer, options):
@@ -237,12 +237,13 @@ def _warmup(configuration: Configuration, plan: Plan) -> int:
     return math.ceil(configuration.warmup_ratio * plan.steps)
 
 
-def _loraplus(
+def _optimizer(
     trainer: SFTTrainer, model: nn.Module, configuration: Configuration
 ) -> torch.optim.Optimizer | None:
+    # Asked for in any case: an optimizer that is not installed shall show before training starts.
+    kind, arguments = trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
     if configuration.loraplus_lr_ratio == 1:
         return None
-    kind, arguments = trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
     rate = arguments.pop("lr")
     optimizer: torch.optim.Optimizer = create_loraplus_optimizer(
         model,

@@ -142,6 +142,25 @@ class FineTuner:
         except FineTuningError as error:
             raise UserError(f"objective.reference: {error.message}") from None
 
+    def traits(self) -> dict[str, int | float]:
+        """Returns what there is to learn from and with: sizes of data and model, rows left out."""
+        splits, tokens = self._prepared.splits, self._prepared.tokens
+        lengths, architecture = self._prepared.lengths, self._prepared.base.architecture
+        return {
+            "train_examples": len(tokens.train),
+            "validation_examples": len(tokens.validation),
+            "test_examples": 0 if tokens.test is None else len(tokens.test),
+            "overlapping_examples": splits.overlapping,
+            "blank_examples": splits.blank,
+            "unlearnable_examples": tokens.unlearnable,
+            "mean_tokens": sum(lengths) / len(lengths),
+            "longest_tokens": max(lengths),
+            "model_parameters": architecture.parameters,
+            "model_layers": architecture.layers,
+            "hidden_size": architecture.hidden,
+            "vocabulary": architecture.vocabulary,
+        }
+
     def baseline(self) -> Evaluation:
         """Returns the untuned model's evaluation on the validation set, measured once."""
         return self._baseline

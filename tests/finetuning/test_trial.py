@@ -423,6 +423,27 @@ def test_what_cannot_work_is_said_before_any_trial(
     assert "\n" not in str(refused.value)
 
 
+def test_several_gpus_in_one_process_are_refused(
+    make_tuner: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(UserError, match="2 GPUs are visible to one process"):
+        make_tuner(use_cpu=None).prepare()
+
+
+def test_mixed_precision_leaves_the_base_as_it_was(make_tuner: Make, base_hash: Hash) -> None:
+    tuner = make_tuner(precision="bf16", dtype="bfloat16")
+    attributes = set(tuner_ready(tuner)._prepared.base.model.__dict__)
+    first, second = tuner.run(QUICK), tuner.run(QUICK)
+    assert first.curve == second.curve
+    assert first.quality > 0
+    assert set(tuner._prepared.base.model.__dict__) == attributes
+
+
 def test_generated_metrics_need_questions(
     make_tuner: Make, write_rows: Callable[..., str]
 ) -> None:
@@ -472,3 +493,19 @@ def test_results_are_plain(tuner: FineTuner) -> None:
         assert type(getattr(result, name)) is float, name
     for name in ("steps", "trainable_parameters", "peak_memory_bytes"):
         assert type(getattr(result, name)) is int, name
+
+
+def test_traits_say_what_there_is(tuner: FineTuner) -> None:
+    traits = tuner.traits()
+    assert traits["train_examples"] + traits["validation_examples"] == 60
+    assert traits["model_layers"] == 2 and traits["hidden_size"] == 32
+    assert 5 < traits["mean_tokens"] <= traits["longest_tokens"] <= 8
+
+
+def test_an_optimizer_that_is_not_installed_fails_before_training(
+    tuner: FineTuner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(FineTuningError) as failed:
+        tuner.run({**QUICK, "optim": "adamw_bnb_8bit"})
+    assert failed.value.reason == "configuration"

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.finetuning import model
+from optuna_lora_rl.finetuning.options import ModelOptions
+
+CPU = torch.device("cpu")
+
+
+def load(folder: Path, **options: Any) -> model.Base:
+    return model.load(ModelOptions(name=str(folder), **options), CPU)
+
+
+def test_a_local_model_is_loaded_frozen(random_llama: Path) -> None:
+    base = load(random_llama)
+    assert base.model.dtype == torch.float32
+    assert not base.model.training
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+    assert base.architecture.layers == 2 and base.architecture.hidden == 32
+
+
+def test_the_built_in_model_is_loaded_by_its_name() -> None:
+    base = model.load(ModelOptions(), CPU)
+    assert Path(base.name).is_dir()
+    assert base.architecture.model_type == "llama"
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end(random_llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(random_llama, tmp_path / "copy")
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["pad_token"] = None
+    path.write_text(json.dumps(config))
+    base = load(folder)
+    assert base.tokenizer.pad_token_id == base.tokenizer.eos_token_id
+    assert base.model.config.pad_token_id == base.tokenizer.eos_token_id
+
+
+def test_the_fingerprint_follows_the_weights(random_llama: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+    from safetensors.torch import save_file
+
+    folder = shutil.copytree(random_llama, tmp_path / "copy")
+    assert load(folder).fingerprint == load(random_llama).fingerprint
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert load(folder).fingerprint != load(random_llama).fingerprint
+    assert load(random_llama, dtype="bfloat16").fingerprint != load(random_llama).fingerprint
+
+
+def test_weights_that_are_no_language_model_are_one_sentence(
+    random_llama: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(random_llama, tmp_path / "copy")
+    (folder / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="cannot be loaded as a causal language model") as refused:
+        load(folder)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("/no/such/folder", "there is no folder"),
+        ("./nothing", "there is no folder"),
+        ("org/model", "no connection"),
+    ],
+)
+def test_a_model_that_is_not_there_is_named(name: str, words: str) -> None:
+    with pytest.raises(UserError, match=words) as refused:
+        model.load(ModelOptions(name=name), CPU)
+    assert str(refused.value).startswith("model.name: ")
+
+
+def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no model \(config\.json\)"):
+        load(tmp_path)
