@@ -30,6 +30,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+# Columns of output that goes to a file or a pipe.
+_FILE_WIDTH = 140
+
 StudyFile = Annotated[Path, typer.Argument(metavar="STUDY.YAML", help="The study's file.")]
 Overrides = Annotated[
     list[str],
@@ -261,9 +264,11 @@ def _load(file: Path, overrides: Sequence[str]) -> StudySpec:
 
 
 def _console() -> Console:
+    """The terminal, or a file that is wide enough for a table."""
     from rich.console import Console
 
-    return Console()
+    console = Console()
+    return console if console.is_terminal else Console(width=_FILE_WIDTH)
 
 
 def _again(file: Path, overrides: Sequence[str]) -> str:

@@ -126,7 +126,10 @@ class StudySpec(BaseModel):
         pattern=r"^[^/\\]+$",
         description="The study's name in the storage; the file's name where nothing is said.",
     )
-    model: ModelOptions = Field(description="The base model; `model: tiny` is short for its name.")
+    model: ModelOptions = Field(
+        default_factory=ModelOptions,
+        description="The base model; `model: tiny` is short for its name.",
+    )
     data: DataOptions = Field(description="The data; `data: file.jsonl` is short for data.train.")
     space: dict[str, Any] | None = Field(
         default=None,

@@ -48,25 +48,37 @@ def open_storage(
         UserError: If the URL is malformed, or the database cannot be reached or written.
     """
     _make_folder(url)
-    is_sqlite = url.startswith("sqlite")
-    connect_args = {"timeout": _SQLITE_TIMEOUT} if is_sqlite else {}
-    # Two workers that start together may both find no tables; the second try finds them.
-    for attempt in range(3):
-        try:
-            with database_errors(url), warnings.catch_warnings():
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    with database_errors(url), warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        for wait in (0.2, 0.4, 0.8, 1.6, None):
+            try:
                 return RDBStorage(
                     url,
-                    engine_kwargs={"connect_args": connect_args},
+                    engine_kwargs={"connect_args": _connect_args(url)},
                     heartbeat_interval=HEARTBEAT_INTERVAL if stale_trial_callback else None,
                     grace_period=GRACE_PERIOD,
                     heartbeat_stale_trial_callback=stale_trial_callback,
                 )
-        except UserError as error:
-            if attempt == 2 or "already exists" not in str(error):
-                raise
-            time.sleep(0.5)
+            except Exception as error:
+                # Workers that start together all find no tables and all create them; the
+                # slower ones find them there at the next try.
+                if wait is None or not _is_race(error):
+                    raise
+                time.sleep(wait)
     raise AssertionError("unreachable")
+
+
+def _connect_args(url: str) -> dict[str, float]:
+    return {"timeout": _SQLITE_TIMEOUT} if url.startswith("sqlite") else {}
+
+
+def _is_race(error: Exception) -> bool:
+    from sqlalchemy import exc
+
+    words = str(error).lower()
+    return isinstance(error, exc.DatabaseError) and any(
+        word in words for word in ("already exists", "unique", "duplicate")
+    )
 
 
 @contextmanager

@@ -100,19 +100,19 @@ def ending(console: Console, result: RunResult, spec: StudySpec, *, command: str
     console.print()
     _say(console, Text(opening, style=style))
     standing(console, result.study, spec)
-    rows = Table.grid(padding=(0, 2))
-    rows.add_column(style="dim")
-    rows.add_column(overflow="fold")
-    if result.best_adapter is not None:
-        rows.add_row("best adapter", f"{result.best_adapter}/ (PEFT format)")
+    rows = [("dashboard", f"optuna-lora-rl dashboard {command}")]
     report_file = spec.folder / report.FILE
     if report_file.exists():
-        rows.add_row("report", str(report_file))
-    rows.add_row("dashboard", f"optuna-lora-rl dashboard {command}")
+        rows.insert(0, ("report", str(report_file)))
+    if result.best_adapter is not None:
+        rows.insert(0, ("best adapter", f"{result.best_adapter}/ (PEFT format)"))
     if result.ended_by != "budget":
-        rows.add_row("go on", f"optuna-lora-rl run {command}")
+        rows.append(("go on", f"optuna-lora-rl run {command}"))
     console.print()
-    console.print(rows, highlight=False)
+    for name, content in rows:
+        # Never broken into lines: they are there to be copied.
+        line = Text.assemble((f"{name:>12}  ", "dim"), content)
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 def best(console: Console, study: optuna.Study, spec: StudySpec, *, as_json: bool) -> None:

@@ -1,0 +1,139 @@
+"""Small studies: a file in a temporary folder, and a tuner that needs no model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from optuna_lora_rl.finetuning import trial as trial_module
+from optuna_lora_rl.finetuning.evaluation import Evaluation
+from optuna_lora_rl.finetuning.trial import TrialResult
+from optuna_lora_rl.study import spec as study_spec
+from optuna_lora_rl.study.spec import StudySpec
+
+# A real study whose trials take a fraction of a second.
+SMALL: dict[str, Any] = {
+    "model": "tiny",
+    "data": {
+        "train": "tiny:dates-small",
+        "max_train_samples": 16,
+        "max_validation_samples": 8,
+        "max_test_samples": 8,
+    },
+    "space": {
+        "lora_rank": {"low": 2, "high": 8, "log": True},
+        "learning_rate": {"low": 1e-4, "high": 1e-2, "log": True},
+        "target_modules": ["qv", "attention"],
+        "batch_size": 4,
+        "max_steps": 4,
+    },
+    "objective": {"reference": {"max_steps": 4, "batch_size": 4}},
+    "training": {"evaluations": 2},
+    "sampler": "tpe",
+    "budget": 3,
+}
+
+MakeSpec = Callable[..., StudySpec]
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with dotted keys replaced."""
+    content = json.loads(json.dumps(base))
+    for key, value in changes.items():
+        *path, last = key.split(".")
+        section = content
+        for part in path:
+            section = section.setdefault(part, {})
+        section[last] = value
+    return content
+
+
+@pytest.fixture
+def study_file(tmp_path: Path) -> Callable[..., Path]:
+    """Writes ``small.yaml`` with the given keys changed; its output is a temporary folder."""
+
+    def write(changes: dict[str, Any] | None = None) -> Path:
+        file = tmp_path / "small.yaml"
+        content = merged(SMALL | {"output": str(tmp_path / "out")}, changes or {})
+        file.write_text(yaml.safe_dump(content), encoding="utf-8")
+        return file
+
+    return write
+
+
+@pytest.fixture
+def make_spec(study_file: Callable[..., Path]) -> MakeSpec:
+    """The spec of ``small.yaml`` with the given keys changed."""
+    return lambda changes=None: study_spec.load(study_file(changes))
+
+
+class PaperTuner:
+    """A fine-tuner on paper: quality is best at learning rate 1e-3, cost grows with rank.
+
+    ``failures`` are raised, one a trial, before the trials begin to succeed.
+    """
+
+    failures: list[BaseException | None] = []  # noqa: RUF012
+    seeds: list[int] = []  # noqa: RUF012
+    tested: list[Path] = []  # noqa: RUF012
+
+    def __init__(self, model: Any, data: Any, training: Any, objective: Any, **_: Any) -> None:
+        self.training, self.objective = training, objective
+
+    def prepare(self) -> None:
+        pass
+
+    def baseline(self) -> Evaluation:
+        return Evaluation(loss=2.0, token_accuracy=0.25)
+
+    def run(
+        self, configuration: Any, *, seed: int, report: Any, folder: Path, trackers_name: str
+    ) -> TrialResult:
+        PaperTuner.seeds.append(seed)
+        failure = PaperTuner.failures.pop(0) if PaperTuner.failures else None
+        if failure is not None:
+            raise failure
+        quality = 1 - 0.2 * abs(math.log10(configuration["learning_rate"] / 1e-3))
+        cost = configuration["lora_rank"] / 8
+        curve = []
+        evaluations = min(self.training.evaluations, 4)
+        for evaluation in range(1, evaluations + 1):
+            share = evaluation / evaluations
+            score = share * quality - self.objective.cost_weight * cost
+            curve.append({"step": evaluation, "loss": 2 - share * quality, "score": score})
+            report(evaluation, score, {"loss": 2 - share * quality, "quality": share * quality})
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_text("{}", encoding="utf-8")
+        return TrialResult(
+            quality=quality,
+            score=quality - self.objective.cost_weight * cost,
+            cost=cost,
+            cost_parts={"estimated": {"time": cost, "total": cost}},
+            metrics={"loss": 2 - quality, "token_accuracy": 0.5},
+            curve=curve,
+            steps=4,
+            seconds=0.5,
+            peak_memory_bytes=1 << 20,
+            flops=1.0,
+            bytes=1.0,
+            trainable_parameters=100,
+            stopped_early=False,
+        )
+
+    def test(self, adapter: Path) -> Evaluation | None:
+        PaperTuner.tested.append(adapter)
+        return Evaluation(loss=1.5, token_accuracy=0.5)
+
+
+@pytest.fixture
+def paper(monkeypatch: pytest.MonkeyPatch) -> type[PaperTuner]:
+    """Replaces the fine-tuner by one on paper."""
+    PaperTuner.failures, PaperTuner.seeds, PaperTuner.tested = [], [], []
+    monkeypatch.setattr(trial_module, "FineTuner", PaperTuner)
+    return PaperTuner

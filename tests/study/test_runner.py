@@ -1,0 +1,184 @@
+"""Running a study: to its number, again, with failures, in two objectives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.finetuning.failure import FineTuningError
+from optuna_lora_rl.pruners import NAMES as PRUNERS
+from optuna_lora_rl.study import runner
+from tests.study.conftest import MakeSpec
+from tests.study.conftest import PaperTuner
+
+
+def scores(study: optuna.Study) -> list[tuple[dict, float | None]]:
+    return [(trial.params, trial.value) for trial in study.trials]
+
+
+def test_a_real_study_leaves_an_adapter_that_plain_peft_loads(make_spec: MakeSpec) -> None:
+    spec = make_spec({"training.report_to": ["tensorboard"]})
+    result = runner.run(spec)
+    assert result.ended_by == "budget"
+    assert [trial.state for trial in result.study.trials] == [TrialState.COMPLETE] * 3
+    best = result.study.best_trial
+    assert result.best_adapter == spec.folder / "best"
+    assert [folder.name for folder in (spec.folder / "adapters").iterdir()] == [
+        f"trial-{best.number:04d}"
+    ]
+    facts = json.loads((result.best_adapter / "best.json").read_text())
+    assert facts["score"] == best.value and facts["trial"] == best.number
+    assert facts["configuration"]["lora_rank"] == best.params["lora_rank"]
+    assert set(facts["untuned"]) >= {"loss", "token_accuracy"} and "loss" in facts["test"]
+
+    from peft import AutoPeftModelForCausalLM
+
+    model = AutoPeftModelForCausalLM.from_pretrained(str(result.best_adapter))
+    assert model.peft_config["default"].r == best.params["lora_rank"]
+    for name in ("quality", "cost", "trainable_parameters", "seconds", "peak_memory_mb", "loss"):
+        assert isinstance(best.user_attrs[name], int | float)
+    assert best.user_attrs["source"] == "tpe"
+
+
+def test_the_same_file_twice_gives_the_same_trials(make_spec: MakeSpec, tmp_path: Path) -> None:
+    first = runner.run(make_spec({"budget": 4, "output": str(tmp_path / "a")}))
+    again = runner.run(make_spec({"budget": 4, "output": str(tmp_path / "b")}))
+    assert scores(first.study) == scores(again.study)
+
+
+@pytest.mark.parametrize("sampler", ["rl", "tpe", "random", "gp"])
+def test_an_interrupted_study_proposes_what_an_uninterrupted_one_does(
+    paper: type[PaperTuner], make_spec: MakeSpec, tmp_path: Path, sampler: str
+) -> None:
+    # rl is told how many trials there will be, so the number is the same in both.
+    changes = {"budget": 6, "sampler": sampler}
+    whole = runner.run(make_spec(changes | {"output": str(tmp_path / "whole")}))
+    paper.failures = [None, None, None, KeyboardInterrupt()]
+    broken = make_spec(changes | {"output": str(tmp_path / "broken")})
+    assert runner.run(broken).ended_by == "interruption"
+    resumed = runner.run(broken)
+    kept = [trial for trial in resumed.study.trials if trial.state == TrialState.COMPLETE]
+    assert [t.params for t in kept[:4]] == [t.params for t in whole.study.trials[:4]]
+    assert len(kept) == 6
+
+
+def test_running_again_goes_on_to_the_wished_number(
+    paper: type[PaperTuner], make_spec: MakeSpec
+) -> None:
+    assert len(runner.run(make_spec({"budget": 3})).study.trials) == 3
+    assert len(runner.run(make_spec({"budget": 3})).study.trials) == 3
+    result = runner.run(make_spec({"budget": 5}))
+    assert len(result.study.trials) == 5
+    assert len({trial.params["learning_rate"] for trial in result.study.trials}) == 5
+    assert set(paper.seeds) == {0}
+
+
+def test_the_test_split_is_read_once_for_each_final_best(
+    paper: type[PaperTuner], make_spec: MakeSpec
+) -> None:
+    runner.run(make_spec({"budget": 3}))
+    result = runner.run(make_spec({"budget": 3}))
+    assert len(paper.tested) == 1
+    assert result.study.user_attrs["test"]["trial"] == result.study.best_trial.number
+
+
+@pytest.mark.parametrize(
+    ("budget", "trials"),
+    [({"trials": None, "cost": 1.0}, 2), ({"trials": 4, "cost": 100.0}, 4)],
+)
+def test_the_nearest_limit_ends_the_study(
+    paper: type[PaperTuner], make_spec: MakeSpec, budget: dict, trials: int
+) -> None:
+    # Rank 4 costs half a reference run.
+    spec = make_spec({"budget": budget, "space.lora_rank": 4})
+    assert len(runner.run(spec).study.trials) == trials
+
+
+def test_hours_count_over_all_runs(paper: type[PaperTuner], make_spec: MakeSpec) -> None:
+    # A trial on paper takes half a second.
+    spec = make_spec({"budget": {"trials": None, "hours": 1.2 / 3600}})
+    assert len(runner.run(spec).study.trials) == 3
+    assert len(runner.run(spec).study.trials) == 3
+
+
+def test_a_failing_trial_is_recorded_and_the_study_goes_on(
+    paper: type[PaperTuner], make_spec: MakeSpec
+) -> None:
+    paper.failures = [
+        FineTuningError("diverged", "the loss is not finite"),
+        FineTuningError("out-of-memory", "CUDA out of memory"),
+        ZeroDivisionError("a bug of somebody's"),
+    ]
+    study = runner.run(make_spec({"budget": 5})).study
+    assert [trial.state.name for trial in study.trials] == ["FAIL"] * 3 + ["COMPLETE"] * 2
+    assert [trial.user_attrs.get("failure") for trial in study.trials[:3]] == [
+        "diverged",
+        "out-of-memory",
+        "error",
+    ]
+    assert "ZeroDivisionError" in study.trials[2].user_attrs["failure_message"]
+
+
+def test_three_equal_failures_stop_the_study(
+    paper: type[PaperTuner], make_spec: MakeSpec
+) -> None:
+    paper.failures = [FineTuningError("error", f"no column at row {n}") for n in range(9)]
+    result = runner.run(make_spec({"budget": 9}))
+    assert result.ended_by == "failures" and result.reason == "no column at row 0"
+    assert len(result.study.trials) == 3 and result.best_adapter is None
+
+
+def test_later_equal_failures_do_not_stop_it(
+    paper: type[PaperTuner], make_spec: MakeSpec
+) -> None:
+    paper.failures = [None, *(FineTuningError("diverged", "not finite") for _ in range(4))]
+    assert runner.run(make_spec({"budget": 6})).ended_by == "budget"
+
+
+@pytest.mark.parametrize("pruner", PRUNERS)
+def test_every_pruner_runs(paper: type[PaperTuner], make_spec: MakeSpec, pruner: str) -> None:
+    options = {"threshold": {"lower": 0.2}, "wilcoxon": {"p_threshold": 0.5}}.get(pruner, {})
+    spec = make_spec(
+        {
+            "budget": 12,
+            "pruner": {"name": pruner, **options},
+            "training.evaluations": 4,
+            "sampler": "random",
+        }
+    )
+    study = runner.run(spec).study
+    states = {trial.state for trial in study.trials}
+    assert len(study.trials) == 12 and TrialState.FAIL not in states
+    if pruner in ("median", "percentile", "successive-halving", "threshold"):
+        assert TrialState.PRUNED in states
+    for trial in study.get_trials(states=[TrialState.PRUNED]):
+        assert 0 < trial.user_attrs["cost"] < trial.params["lora_rank"] / 8
+
+
+def test_a_pareto_study_keeps_the_front(paper: type[PaperTuner], make_spec: MakeSpec) -> None:
+    spec = make_spec({"objective.objectives": ["quality", "cost"], "budget": 8})
+    result = runner.run(spec)
+    front = {trial.number for trial in result.study.best_trials}
+    kept = {int(folder.name[-4:]) for folder in (spec.folder / "adapters").iterdir()}
+    assert front <= kept and len(kept - front) <= 1
+    facts = json.loads((spec.folder / "best" / "best.json").read_text())
+    assert facts["score"] == max(trial.user_attrs["score"] for trial in result.study.trials)
+
+
+def test_a_full_disk_is_one_sentence_and_the_trial_is_run_again(
+    paper: type[PaperTuner], make_spec: MakeSpec
+) -> None:
+    full = OSError(28, "No space left on device", "adapter_model.safetensors")
+    wrapped = FineTuningError("error", "OSError")
+    wrapped.__cause__ = full
+    paper.failures = [None, wrapped]
+    with pytest.raises(UserError, match="no room is left on the disk at adapter_model"):
+        runner.run(make_spec())
+    study = runner.run(make_spec()).study
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL"] + ["COMPLETE"] * 2
+    assert study.trials[2].params == study.trials[1].params
