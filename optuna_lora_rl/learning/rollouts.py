@@ -22,8 +22,10 @@ from optuna_lora_rl.policy.ppo import PPOSettings
 from optuna_lora_rl.policy.ppo import Transitions
 from optuna_lora_rl.policy.ppo import generalised_advantages
 
-# While training, actions are drawn from softmax(SHARPNESS * logits); at work the best is taken.
-SHARPNESS = 4.0
+# At work the candidate with the best logit is taken; PPO draws from softmax(SHARPNESS * logits),
+# which is nearly as greedy. Imitation takes the logits as they are: log expected improvement is
+# an estimate of the log expected reward, which is what it corrects.
+SHARPNESS = 6.0
 
 
 @dataclass
@@ -33,7 +35,7 @@ class Rollout:
     Args:
         features: of every step, each tensor's first axis M.
         residual: logits without the network, shape (M, N).
-        target: distribution over the candidates that a clairvoyant would draw from, (M, N).
+        target: the reward that each candidate would have earned, shape (M, N).
         privileged: the critic's view of the truth, shape (M, P).
         actions: chosen candidates, shape (T, B).
         logprobs: of the actions, shape (T, B).
@@ -76,22 +78,24 @@ def select(features: Features, rows: Tensor) -> Features:
     return Features(features.values[rows], features.context[rows], features.valid[rows])
 
 
-def log_probabilities(network: Scorer, features: Features, residual: Tensor) -> Tensor:
+def log_probabilities(
+    network: Scorer, features: Features, residual: Tensor, sharpness: float = SHARPNESS
+) -> Tensor:
     """Of all candidates under the policy that training draws from, shape (m, N)."""
-    return torch.log_softmax(SHARPNESS * (residual + network(features)), -1)
+    return torch.log_softmax(sharpness * (residual + network(features)), -1)
 
 
 def clairvoyant(tasks: Tasks, x: Tensor, valid: Tensor, regret: Tensor) -> Tensor:
-    """The imitation target: candidates by the reward that each would earn, shape (B, N).
+    """The reward that each candidate would earn, shape (B, N), given the regret so far (B,).
 
-    Where no candidate improves on the regret so far, shape (B,), there is nothing to imitate: 0.
+    Cross-entropy against it makes the policy proportional to the expected reward of a candidate.
+    It must not be normalised by step: that would reward likely improvements, not large ones.
     """
     score, failed = tasks.score(x)
     floor = tasks.floor[:, None]
     found = torch.where(failed, math.inf, (1.0 - score).clamp_min(0.0))
     gain = (regret[:, None] + floor).log() - (torch.minimum(found, regret[:, None]) + floor).log()
-    weight = gain.clamp_min(0.0) * valid
-    return (weight / weight.sum(1, keepdim=True).clamp_min(1e-9)).float()
+    return (gain.clamp_min(0.0) * valid).float()
 
 
 def collect(
@@ -121,6 +125,8 @@ def collect(
             value = critic(features, privileged)
             x, valid = decision.candidates.x, decision.candidates.valid
             target = clairvoyant(tasks, x, valid, environment.regret)
+            if not environment.steps:  # the first trial is the default, there is no choice
+                target = torch.zeros_like(target)
             reward = environment.step(action[:, 0]).reward
             chosen = logprob.gather(1, action)[:, 0]
             seen.append(features)

@@ -18,6 +18,7 @@ from dataclasses import asdict
 from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,12 @@ class TrainingSettings:
     """
 
     seed: int = 0
-    imitation_updates: int = 60
-    ppo_updates: int = 150
+    imitation_updates: int = 160
+    ppo_updates: int = 110
     batch: int = 128
     tasks: int = 3000
-    validation_tasks: int = 256
-    validate_every: int = 15
+    validation_tasks: int = 400
+    validate_every: int = 20
     width: int = 64
     imitation_learning_rate: float = 1e-3
     ppo: PPOSettings = field(default_factory=PPOSettings)
@@ -121,16 +122,17 @@ class Trainer:
 
     def _imitate(self, rollout: Rollout) -> dict[str, float]:
         """Cross-entropy to the clairvoyant, and the critic to the returns seen on the way."""
-        self._set_learning_rate(self.settings.imitation_learning_rate)
+        done = self.update / self.settings.imitation_updates
+        self._set_learning_rate(self.settings.imitation_learning_rate * (1.0 - 0.9 * done))
         data = rollout.transitions(self.settings.ppo)
-        losses = []
+        losses, scale = [], rollout.target.sum(1).mean()
         for _ in range(2):
             order = torch.randperm(len(rollout), generator=self.generator)
             for rows in order.split(self.settings.ppo.minibatch_size):
                 features = select(rollout.features, rows)
-                log_p = log_probabilities(self.network, features, rollout.residual[rows])
+                log_p = log_probabilities(self.network, features, rollout.residual[rows], 1.0)
                 finite = torch.where(features.valid, log_p, torch.zeros_like(log_p))
-                imitation = -(rollout.target[rows] * finite).sum(1).mean()
+                imitation = -(rollout.target[rows] / scale * finite).sum(1).mean()
                 value = self.critic(features, rollout.privileged[rows])
                 loss = imitation + 0.5 * ((value - data.returns[rows]) ** 2).mean()
                 self.optimizer.zero_grad()
@@ -173,17 +175,14 @@ class Trainer:
         if mean > self.best["score"]:
             state = {k: v.clone() for k, v in self.network.state_dict().items()}
             self.best = {"score": mean, "update": self.update, "network": state}
-            weights.save(self.network, self.output / "weights.safetensors", self._notes(mean))
+            self.export("weights.safetensors", {"validation_gain": f"{mean:.4f}"})
         by_trial = {f"gain_at_{k}": float(gain[:, i].mean()) for i, k in enumerate(CHECKPOINTS)}
         return {"validation_gain": mean, "gain_low": low, "gain_high": high, **by_trial}
 
-    def _notes(self, score: float) -> dict[str, str]:
-        settings = json.dumps(asdict(self.settings))
-        return {
-            "settings": settings,
-            "update": str(self.update),
-            "validation_gain": f"{score:.4f}",
-        }
+    def export(self, name: str, notes: dict[str, str]) -> None:
+        """Write the network as it is now to a file of the run's folder."""
+        origin = {"settings": json.dumps(asdict(self.settings)), "update": str(self.update)}
+        weights.save(self.network, self.output / name, {**origin, **notes})
 
     def save(self) -> None:
         """Write a checkpoint from which the same run goes on."""
@@ -244,7 +243,8 @@ def train(
 
     Args:
         output: folder for ``weights.safetensors`` (the best on the validation tasks),
-            ``checkpoint.pt`` and ``metrics.jsonl``; a run in it is continued.
+            ``imitation.safetensors`` (what PPO started from), ``checkpoint.pt`` and
+            ``metrics.jsonl``; a run in it is continued.
         settings: of the run.
         minutes: stop after so long, at the next update; the run can be continued.
         report: called with the metrics of every update.
@@ -261,6 +261,8 @@ def train(
             metrics = trainer.step()
             every = trainer.settings.validate_every
             last = trainer.update in (trainer.settings.imitation_updates, trainer.updates)
+            if trainer.update == trainer.settings.imitation_updates:
+                trainer.export("imitation.safetensors", {})
             if trainer.update % every == 0 or last:
                 metrics |= trainer.validate()
                 trainer.save()
@@ -291,29 +293,53 @@ def settings_from(values: dict[str, Any]) -> TrainingSettings:
         if name != "ppo" and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise UserError(f"{name} is {value!r}, but must be a number")
     inner = values.get("ppo", {})
-    unknown = set(inner) - {f.name for f in fields(PPOSettings)}
-    if unknown:
-        raise UserError(f"ppo: {sorted(unknown)[0]} is no setting of PPO")
+    if not isinstance(inner, dict):
+        raise UserError(f"ppo is {inner!r}, but must hold names and values")
+    allowed = [f.name for f in fields(PPOSettings)]
+    for name, value in inner.items():
+        if name not in allowed:
+            raise UserError(f"ppo: {name} is no setting of PPO: {', '.join(sorted(allowed))}")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"ppo: {name} is {value!r}, but must be a number")
     return TrainingSettings(**{**values, "ppo": PPOSettings(**inner)})
+
+
+def load_settings(path: Path) -> TrainingSettings:
+    """Settings from a YAML file such as ``studies/policy.yaml``.
+
+    Raises:
+        UserError: no such file, not a mapping, or as ``settings_from``.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold names and values of training settings")
+    return settings_from(values)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line of this module."""
     parser = argparse.ArgumentParser(description="Train the policy of RLSampler.")
     parser.add_argument("--output", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--settings", type=Path, help="YAML file; the options below overrule it")
     parser.add_argument("--minutes", type=float, help="stop after so many minutes")
     for setting in fields(TrainingSettings):
         if setting.name != "ppo":
             kind = float if setting.name == "imitation_learning_rate" else int
             parser.add_argument(f"--{setting.name.replace('_', '-')}", type=kind)
     given = vars(parser.parse_args(arguments))
-    output, minutes = given.pop("output"), given.pop("minutes")
-    values = {name: value for name, value in given.items() if value is not None}
+    output, minutes, file = given.pop("output"), given.pop("minutes"), given.pop("settings")
+    settings = TrainingSettings() if file is None else load_settings(file)
+    settings = replace(settings, **{k: v for k, v in given.items() if v is not None})
 
     def report(metrics: dict[str, float]) -> None:
         print(json.dumps({name: round(value, 4) for name, value in metrics.items()}), flush=True)
 
-    print(train(output, settings_from(values), minutes=minutes, report=report))
+    print(train(output, settings, minutes=minutes, report=report))
 
 
 if __name__ == "__main__":

@@ -60,11 +60,11 @@ class PPOSettings:
         target_kl: stop the passes of an update beyond this ``approx_kl``.
     """
 
-    learning_rate: float = 3e-4
+    learning_rate: float = 2e-4
     gamma: float = 0.98
     gae_lambda: float = 0.98
     clip_coef: float = 0.15
-    ent_coef: float = 0.003
+    ent_coef: float = 0.001
     vf_coef: float = 0.5
     max_grad_norm: float = 0.5
     update_epochs: int = 4

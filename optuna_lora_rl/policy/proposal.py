@@ -37,9 +37,9 @@ from optuna_lora_rl.policy.surrogate import fit
 Feasibility = Callable[[Tensor], Tensor]
 
 
-# In nats: more than the prior or expected improvement make of the first steps, and little enough
-# for the network to overrule.
-_OPENING = 3.0
+# In nats. The first trial is the default, whatever the network says: a define-by-run study's first
+# trial has no joint proposal anyway. The space-filling start is a bias that it may overrule.
+_FIRST, _SPREAD = 60.0, 3.0
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def _opening(source: Tensor, layout: Layout, observed: Observed) -> Tensor:
     start = (layout.real.sum(1)[:, None] + 2).clamp_max(8)
     default = (source == SOURCES.index("default"))[None] & (n == 0)
     spread = (source == SOURCES.index("uniform"))[None] & (n > 0) & (n < start)
-    return _OPENING * (default | (spread & ~layout.is_lora[:, None])).double()
+    return _FIRST * default + _SPREAD * (spread & ~layout.is_lora[:, None])
 
 
 def decide(

@@ -126,9 +126,15 @@ def publish(storage: BaseStorage, trial_id: int, params: Mapping[str, Any]) -> N
         storage.set_trial_system_attr(trial_id, key, text[start : start + _CHUNK])
 
 
-def parameters_of(trial: FrozenTrial) -> dict[str, Any]:
-    """A trial's parameters; for a running one also those that were proposed but not yet asked."""
-    if trial.state.is_finished():
+def parameters_of(trial: FrozenTrial, *, unused: bool = False) -> dict[str, Any]:
+    """A trial's parameters; for a running one also those that were proposed but not yet asked.
+
+    Args:
+        trial: any trial.
+        unused: for a finished trial also what was proposed but never asked for, since the
+            objective's conditions did not need it.
+    """
+    if trial.state.is_finished() and not unused:
         return trial.params
     chunks: list[str] = []
     while (chunk := trial.system_attrs.get(f"{RELATIVE_PARAMS_KEY}:{len(chunks)}")) is not None:
@@ -148,6 +154,7 @@ def read_history(
     directions: Sequence[StudyDirection],
     *,
     current: int | None = None,
+    unused: bool = False,
 ) -> History:
     """Read the trials that have at least one parameter of the space.
 
@@ -156,13 +163,14 @@ def read_history(
         space: the dimensions to read.
         directions: one per objective.
         current: number of the trial that is being proposed; it is left out.
+        unused: place a trial also by proposed parameters that its objective did not ask for.
     """
     told = [
         trial
         for trial in sorted(trials, key=lambda trial: trial.number)
         if trial.number != current and trial.state != TrialState.WAITING
     ]
-    told_points = [space.encode(parameters_of(trial)) for trial in told]
+    told_points = [space.encode(parameters_of(trial, unused=unused)) for trial in told]
     kept = [i for i, point in enumerate(told_points) if len(space) and not np.isnan(point).all()]
     rows = [told[i] for i in kept]
     n, m = len(rows), len(directions)

@@ -163,7 +163,9 @@ class RLSampler(BaseSampler):
             seed = self._seed
         generator = _generator(seed, trial.number, space.names)
         trials = study.get_trials(deepcopy=False)
-        history = read_history(trials, space, study.directions, current=trial.number)
+        # A conditional parameter that was proposed and not asked for counts as tried: otherwise
+        # the surrogate would take it for unexplored, and propose it without end.
+        history = read_history(trials, space, study.directions, current=trial.number, unused=True)
         point, why = self._propose(space, _recent_and_best(history), generator)
         params = space.decode(point)
         publish(study._storage, trial._trial_id, params)

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from optuna_lora_rl.learning.environment import TuningEnvironment
+from optuna_lora_rl.learning.environment import rollout_regret
+from optuna_lora_rl.learning.tasks import Tasks
+from optuna_lora_rl.learning.tasks import draw_tasks
+from optuna_lora_rl.policy.candidates import uniform_points
+from optuna_lora_rl.policy.roles import ROLES
+
+
+@pytest.fixture(scope="module")
+def tasks() -> Tasks:
+    return draw_tasks(60, seed=5)
+
+
+def test_a_seed_gives_the_same_tasks(tasks: Tasks) -> None:
+    again = draw_tasks(60, seed=5)
+    assert torch.equal(again.best, tasks.best)
+    assert again.spaces == tasks.spaces
+    assert not torch.equal(draw_tasks(60, seed=6).best, tasks.best)
+
+
+def test_nothing_beats_the_known_best_by_much_and_the_median_is_the_median(tasks: Tasks) -> None:
+    generator = torch.Generator().manual_seed(0)
+    score, failed = tasks.score(tasks.layout.snap(uniform_points(tasks.layout, 512, generator)))
+    alive = torch.where(failed, torch.nan, score)
+    assert alive.nan_to_num(-9.0).amax() < 1.05
+    assert alive.nanmedian(1).values.abs().median() < 0.1
+    assert 0.0 < failed.double().mean() < 0.2
+
+
+def test_tasks_are_of_many_kinds(tasks: Tasks) -> None:
+    lora_truth, shift, _, lora_space = tasks.truth.T
+    assert 0.55 < lora_space.mean() < 0.9
+    assert 0.15 < (shift.abs() > 0.7).float().sum() / lora_truth.sum() < 0.7
+    widths = {len(space) for space in tasks.spaces}
+    assert min(widths) <= 3
+    assert max(widths) >= 7
+
+
+def test_the_ridge_couples_learning_rate_and_alpha_over_rank(tasks: Tasks) -> None:
+    """Where both are tuned, a higher alpha / rank wants a lower learning rate."""
+    lr, rank, alpha = (ROLES.index(role) for role in ("learning_rate", "rank", "alpha"))
+    has = tasks.layout.has_role
+    rows = torch.nonzero(has[:, lr] & has[:, rank] & has[:, alpha] & tasks.surface.is_lora)[:, 0]
+    assert len(rows) >= 3
+    for row in rows.tolist():
+        layout, surface = tasks.layout[row : row + 1], tasks.surface[row : row + 1]
+        grid = torch.linspace(0, 1, 101, dtype=torch.float64)
+        x = layout.default[:, None].repeat(1, 101, 1)
+        column = int(layout.role_column[0, alpha])
+        peaks = []
+        for u in (0.2, 0.8):
+            x[:, :, column] = u
+            x[:, :, int(layout.role_column[0, lr])] = grid
+            value, _ = surface(x, layout)
+            peaks.append(int(value.argmax()))
+        assert peaks[1] <= peaks[0]
+
+
+def test_rewards_add_up_to_the_fall_of_the_log_regret(tasks: Tasks) -> None:
+    generator = torch.Generator().manual_seed(0)
+    environment = TuningEnvironment(tasks, 4, generator)
+    start, total = (environment.regret + tasks.floor).log(), torch.zeros(len(tasks))
+    while not environment.done:
+        logits = environment.decide(None).logits
+        total += environment.step(logits.argmax(1)).reward
+    fall = start - (environment.regret + tasks.floor).log()
+    assert total.numpy() == pytest.approx(fall.numpy(), abs=1e-4)
+
+
+def test_late_results_are_pending_first(tasks: Tasks) -> None:
+    lag = torch.full((len(tasks),), 2)
+    environment = TuningEnvironment(tasks, 5, torch.Generator().manual_seed(0), lag=lag)
+    seen = []
+    while not environment.done:
+        observed = environment.observe()
+        seen.append((int(observed.mask[0].sum()), int(observed.pending_mask[0].sum())))
+        environment.step(environment.decide(None).logits.argmax(1))
+    assert seen == [(0, 0), (0, 1), (0, 2), (1, 2), (2, 2)]
+
+
+def test_the_residual_policy_beats_random_search_on_training_tasks(tasks: Tasks) -> None:
+    policy = rollout_regret(tasks, 10, None, 0)[:, -1]
+    random = rollout_regret(tasks, 10, None, 0, random=True)[:, -1]
+    gain = (random + 0.01).log() - (policy + 0.01).log()
+    assert gain.mean() > 2 * gain.std() / len(gain) ** 0.5

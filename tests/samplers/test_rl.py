@@ -1,0 +1,219 @@
+"""What RLSampler promises beyond the contract of any sampler (``test_contract.py``)."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from optuna_lora_rl import RLSampler
+from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.samplers import proposal
+from optuna_lora_rl.samplers.history import read_history
+from optuna_lora_rl.samplers.history import space_of
+from optuna_lora_rl.samplers.rl import _recent_and_best
+
+Objective = Callable[[optuna.Trial], float]
+
+
+def _lora(best: float, low: float = 1e-6, high: float = 1e-1) -> Objective:
+    """A ridge of learning rate and alpha / rank with a cliff; the rest matters less."""
+
+    def objective(trial: optuna.Trial) -> float:
+        lr = trial.suggest_float("learning_rate", low, high, log=True)
+        rank = trial.suggest_int("lora_rank", 2, 256, log=True)
+        alpha = trial.suggest_int("lora_alpha", 1, 512, log=True)
+        targets = trial.suggest_categorical("target_modules", ["qv", "attention", "all-linear"])
+        dropout = trial.suggest_float("lora_dropout", 0.0, 0.3)
+        off = math.log10(lr / best) + 0.5 * math.log10(alpha / rank / 2)
+        if off > 1.2:
+            raise FloatingPointError
+        size = {"qv": 0.1, "attention": 0.05, "all-linear": 0.0}[targets]
+        return 1 - math.exp(-2 * off * off) + 0.1 / rank**0.5 + size + 0.1 * dropout
+
+    return objective
+
+
+def _study(objective: Objective, trials: int, **arguments: object) -> optuna.Study:
+    study = optuna.create_study(sampler=RLSampler(**{"seed": 0, **arguments}))
+    study.optimize(objective, n_trials=trials, catch=(FloatingPointError,))
+    return study
+
+
+@pytest.mark.parametrize("lr", ["learning_rate", "lr"])
+@pytest.mark.parametrize("rank", ["r", "lora_rank", "lora_r"])
+def test_the_first_trial_is_what_a_guide_recommends(lr: str, rank: str) -> None:
+    study = optuna.create_study(sampler=RLSampler(seed=3))
+    trial = study.ask()
+    alpha = trial.suggest_int("lora_alpha", 1, 512)
+    chosen_rank = trial.suggest_categorical(rank, [4, 8, 16, 32, 64, 128])
+    assert chosen_rank in (16, 32)
+    assert 1e-4 <= trial.suggest_float(lr, 1e-6, 1e-2, log=True) <= 5e-4
+    assert trial.suggest_float("lora_dropout", 0, 0.2) == 0
+    assert trial.suggest_categorical("target_modules", ["qv", "all-linear"]) == "all-linear"
+    assert 16 <= alpha <= 64
+    second = study.ask()
+    second.suggest_categorical(rank, [4, 8, 16, 32, 64, 128])
+    assert second.params != trial.params
+
+
+def test_alpha_asked_after_the_rank_is_twice_the_rank() -> None:
+    trial = optuna.create_study(sampler=RLSampler(seed=0)).ask()
+    rank = trial.suggest_int("lora_rank", 4, 256, log=True)
+    assert 1 <= trial.suggest_int("lora_alpha", 1, 512, log=True) / rank <= 2.3
+
+
+@pytest.mark.parametrize(("low", "high", "best"), [(1e-6, 1e-1, 2e-2), (1e-4, 1.0, 3e-2)])
+def test_it_lets_go_of_the_guide_within_five_trials(low: float, high: float, best: float) -> None:
+    nearest = []
+    for seed in range(3):
+        study = _study(_lora(best, low, high), 5, seed=seed)
+        tried = [trial.params["learning_rate"] for trial in study.trials]
+        nearest.append(min(abs(math.log10(lr / best)) for lr in tried))
+    assert np.median(nearest) < 0.6
+
+
+def test_it_beats_random_search_on_a_lora_surface() -> None:
+    def median_best(sampler: Callable[[int], optuna.samplers.BaseSampler]) -> float:
+        found = []
+        for seed in range(5):
+            study = optuna.create_study(sampler=sampler(seed))
+            study.optimize(_lora(1e-3), n_trials=10, catch=(FloatingPointError,))
+            found.append(study.best_value)
+        return float(np.median(found))
+
+    learned = median_best(lambda seed: RLSampler(seed=seed))
+    random = median_best(lambda seed: optuna.samplers.RandomSampler(seed=seed))
+    assert learned < 0.5 * random
+
+
+def test_it_maximises_a_function_it_knows_nothing_of() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        x, y = trial.suggest_float("x", -3, 3), trial.suggest_float("y", -3, 3)
+        return -((x - 1.234) ** 2) - (y + 0.567) ** 2
+
+    study = optuna.create_study(direction="maximize", sampler=RLSampler(seed=0))
+    study.optimize(objective, n_trials=25)
+    assert study.best_value > -0.01
+
+
+def test_what_failed_is_not_proposed_again_and_small_spaces_are_exhausted() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        choice = trial.suggest_categorical("choice", list("abcdefgh"))
+        if choice in "bdf":
+            raise FloatingPointError
+        return float(ord(choice))
+
+    study = _study(objective, 12)
+    tried = [trial.params["choice"] for trial in study.trials]
+    assert sorted(tried[:8]) == list("abcdefgh")
+    assert not set(tried[8:]) & set("bdf")
+
+
+def test_a_trial_says_why_it_was_proposed() -> None:
+    study = _study(_lora(1e-3), 3)
+    first, second, third = (proposal(trial) for trial in study.trials)
+    assert first == {"source": "default"}
+    assert second is not None
+    assert set(second) == {"source", "mean", "std", "log_ei", "log_prior", "logit"}
+    assert third is not None
+    assert all(math.isfinite(v) for v in third.values() if isinstance(v, float))
+
+
+def test_conditional_parameters_are_proposed_together_with_the_rest() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        if trial.suggest_categorical("use_dora", [False, True]):
+            return abs(trial.suggest_float("dora_scale", 0, 1) - 0.3)
+        return 0.4 + 0.2 * (trial.suggest_float("other", 0, 1) - 0.6) ** 2
+
+    study = _study(objective, 20)
+    late = [trial for trial in study.trials if trial.number > 6]
+    assert all(proposal(trial).keys() > {"source"} for trial in late)  # type: ignore[union-attr]
+    assert study.best_value < 0.1
+
+
+def test_several_objectives_spread_along_the_front() -> None:
+    def objective(trial: optuna.Trial) -> tuple[float, float]:
+        x, y = trial.suggest_float("x", 0, 1), trial.suggest_float("y", 0, 1)
+        return x**2 + y, (x - 1) ** 2 + y
+
+    study = optuna.create_study(directions=["minimize"] * 2, sampler=RLSampler(seed=0))
+    study.optimize(objective, n_trials=30)
+    front = sorted(trial.params["x"] for trial in study.best_trials)
+    assert len(front) >= 6
+    assert front[-1] - front[0] > 0.6
+
+
+def test_a_long_study_is_remembered_by_its_best_and_its_latest() -> None:
+    study = optuna.create_study()
+    distributions = {"x": optuna.distributions.FloatDistribution(0, 1)}
+    for i in range(500):
+        study.add_trial(
+            optuna.create_trial(
+                params={"x": i / 500}, distributions=distributions, value=abs(i - 100.0)
+            )
+        )
+    history = _recent_and_best(
+        read_history(study.trials, space_of(distributions), study.directions)
+    )
+    assert len(history) <= 200
+    assert {100, 499} <= set(history.numbers.tolist())
+    study.sampler = RLSampler(seed=0)
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
+    assert study.trials[-1].state == TrialState.COMPLETE
+
+
+def test_roles_and_the_horizon_can_be_given() -> None:
+    study = optuna.create_study(
+        sampler=RLSampler(seed=0, n_trials=10, roles={"speed": "learning_rate", "k": "rank"})
+    )
+    trial = study.ask()
+    assert 1e-4 <= trial.suggest_float("speed", 1e-6, 1e-2, log=True) <= 5e-4
+    assert 16 <= trial.suggest_int("k", 1, 300, log=True) <= 32
+
+
+def test_without_its_network_it_still_proposes() -> None:
+    with_network, without = _study(_lora(1e-3), 4), _study(_lora(1e-3), 4, learned=False)
+    assert with_network.trials[0].params == without.trials[0].params
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seed": -1}, "seed is -1"),
+        ({"n_trials": 0}, "n_trials is 0"),
+        ({"n_candidates": 3}, "n_candidates is 3"),
+        ({"roles": {"lr": "speed"}}, "roles: lr is 'speed', but must be one of learning_rate"),
+        ({"weights": "nowhere.safetensors"}, "weights: there is no file nowhere.safetensors"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        RLSampler(**arguments)
+
+
+def test_it_works_without_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _study(_lora(1e-3), 6)
+
+
+def test_it_is_light_to_import() -> None:
+    code = (
+        "import sys; from optuna_lora_rl import RLSampler; RLSampler();"
+        "print(*sorted({m.split('.')[0] for m in sys.modules}"
+        " & {'transformers', 'trl', 'peft', 'scipy', 'sklearn', 'pandas', 'datasets'}))"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root
+    )
+    assert done.stdout.strip() == ""
