@@ -155,7 +155,10 @@ def sentence(model: type[BaseModel], mistake: Mapping[str, Any]) -> str:
         return f"{key} is missing; it has to be given"
     message = str(mistake["msg"]).removeprefix("Value error, ")
     if mistake["type"] == "value_error":
-        return f"{key}: {message}" if key and not message.startswith(key) else message
+        # A model's own sentences begin with their key as the section knows it.
+        if location and re.match(rf"{re.escape(str(location[-1]))}[ .]", message):
+            return ".".join([*map(str, location[:-1]), message])
+        return f"{key}: {message}" if key else message
     if mistake["type"] in {"model_type", "dict_type"}:
         return f"{key} is {mistake['input']!r}, but must hold keys with values"
     wanted = message.replace("Input should be", "must be").replace("a valid ", "a ")

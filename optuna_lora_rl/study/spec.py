@@ -17,6 +17,7 @@ from typing import Literal
 from pydantic import BaseModel
 from pydantic import ConfigDict
 from pydantic import Field
+from pydantic import field_validator
 from pydantic import model_validator
 
 from optuna_lora_rl.errors import UserError
@@ -123,7 +124,6 @@ class StudySpec(BaseModel):
 
     name: str = Field(
         min_length=1,
-        pattern=r"^[^/\\]+$",
         description="The study's name in the storage; the file's name where nothing is said.",
     )
     model: ModelOptions = Field(
@@ -167,6 +167,13 @@ class StudySpec(BaseModel):
         default=None,
         description="Folder for adapters, report and database; `null` means `runs/<name>`.",
     )
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str) -> str:
+        if "/" in name or "\\" in name:
+            raise ValueError(f"name is {name!r}, but names a folder too and must have no slash")
+        return name
 
     @model_validator(mode="after")
     def _fits_together(self) -> StudySpec:
