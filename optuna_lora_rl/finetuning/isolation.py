@@ -7,6 +7,8 @@ import random
 from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextlib import suppress
+from types import FrameType
 
 import numpy as np
 import torch
@@ -56,11 +58,13 @@ def failures(is_callers: Callable[[BaseException], bool]) -> Iterator[None]:
 
 
 @contextmanager
-def quick_collection() -> Iterator[None]:
-    """Spares the garbage collector, for the block, what was there before it.
+def collected() -> Iterator[None]:
+    """Frees what the block made, cycles and all, without walking what was there before it.
 
-    accelerate collects at the start of each training run, and walking the hundreds of thousands
-    of objects that the libraries keep takes longer than twenty steps of a small model.
+    A trainer is a knot of references that keeps the optimizer's state in memory until the
+    collector unties it, and the collector rarely comes by itself. accelerate calls it at the
+    start of each training run, but walking the hundreds of thousands of objects that the
+    libraries keep takes longer than twenty steps of a small model. Frozen objects it skips.
     """
     if gc.get_freeze_count():
         # Somebody else's arrangement; undoing ours would undo theirs.
@@ -69,5 +73,25 @@ def quick_collection() -> Iterator[None]:
     gc.freeze()
     try:
         yield
+    except BaseException as error:
+        _let_go(error)
+        raise
     finally:
+        gc.collect()
         gc.unfreeze()
+
+
+def _let_go(error: BaseException | None) -> None:
+    # The frames of a traceback, and those that called them, hold the trainer for as long as
+    # somebody holds the error.
+    while error is not None:
+        step = error.__traceback__
+        while step is not None:
+            frame: FrameType | None = step.tb_frame
+            while frame is not None:
+                # Frames that still run refuse.
+                with suppress(RuntimeError):
+                    frame.clear()
+                frame = frame.f_back
+            step = step.tb_next
+        error = error.__cause__ or error.__context__

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import re
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -77,10 +79,11 @@ class Adapter:
             else:
                 self.model.save_pretrained(str(folder), save_embedding_layers=False)
         except (OSError, SafetensorError) as error:
-            reason = first_line(error)
+            cause = _system_error(error, folder)
+            reason = getattr(cause, "strerror", None) or first_line(cause)
             raise UserError(
                 f"the adapter cannot be written to {str(folder)!r}: {reason}"
-            ) from None
+            ) from cause
 
     def _save_difference(self, config: LoraConfig, folder: Path) -> None:
         weights = {}
@@ -230,6 +233,14 @@ def _at_risk(
 def _weights(model: PeftModel) -> dict[str, Tensor]:
     # Told to leave embeddings out, PEFT need not ask the hub whether they were resized.
     return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
+
+
+def _system_error(error: Exception, folder: Path) -> Exception:
+    # safetensors gives the system's error as text only.
+    number = re.search(r"os error (\d+)", str(error))
+    if number is None:
+        return error
+    return OSError(int(number[1]), os.strerror(int(number[1])), str(folder))
 
 
 def _strip(base: nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import platform
 from collections.abc import Mapping
@@ -278,9 +277,9 @@ class FineTuner:
         trackers_name: str | None,
     ) -> tuple[Progress, int, Measured]:
         """Trains an adapter; returns its progress, the steps done and what it took."""
+        from optuna_lora_rl.finetuning.isolation import collected
         from optuna_lora_rl.finetuning.isolation import failures
         from optuna_lora_rl.finetuning.isolation import own_randomness
-        from optuna_lora_rl.finetuning.isolation import quick_collection
         from optuna_lora_rl.finetuning.lora import attached
         from optuna_lora_rl.finetuning.lora import lora_config
         from optuna_lora_rl.finetuning.lora import targets_of
@@ -297,7 +296,7 @@ class FineTuner:
         meter = Meter(device)
         try:
             with quiet(), failures(progress.is_callers), own_randomness(seed):
-                with meter, quick_collection(), attached(base.model, config, chosen) as adapter:
+                with meter, collected(), attached(base.model, config, chosen) as adapter:
                     in_place.append(adapter)
                     steps = self._fit(
                         adapter, configuration, seed, folder, trackers_name, progress.evaluated
@@ -360,12 +359,9 @@ class FineTuner:
         return steps
 
     def _release(self) -> None:
-        # A trainer is a knot of references: until the collector unties it, the optimizer's state
-        # stays on the GPU.
         if self._prepared.device.type == "cuda":
             import torch
 
-            gc.collect()
             torch.cuda.empty_cache()
         if {"deepspeed", "fsdp"} & set(self.training.extra):
             # Sharding takes the model apart for good: the next trial needs a fresh one.

@@ -99,6 +99,22 @@ def test_a_folder_that_cannot_be_written_is_the_users_matter(
             adapter.save(tmp_path / "file" / "adapter")
 
 
+def test_a_full_disk_is_known_by_its_number(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors import SafetensorError
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(lora, "save_file", full)
+    with attach(model, init_lora_weights="olora") as adapter:
+        with pytest.raises(UserError, match="No space left on device") as refused:
+            adapter.save(tmp_path)
+    assert isinstance(refused.value.__cause__, OSError)
+    assert refused.value.__cause__.errno == 28
+
+
 def test_hooks_of_others_stay(model: Any) -> None:
     seen: list[int] = []
     embeddings = model.get_input_embeddings()

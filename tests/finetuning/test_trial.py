@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import math
 import random
@@ -219,6 +220,32 @@ def test_even_an_interrupt_leaves_the_base_as_it_was(tuner: FineTuner, base_hash
     with pytest.raises(KeyboardInterrupt):
         tuner.run({**QUICK, "init_lora_weights": "olora"}, report=report)
     assert base_hash(tuner) == before
+
+
+@pytest.mark.parametrize("ending", ["whole", "pruned", "failed"])
+def test_nothing_of_a_run_stays_in_memory(tuner: FineTuner, ending: str) -> None:
+    from peft.tuners.lora import LoraLayer
+    from trl import SFTTrainer
+
+    def living() -> list[type]:
+        kinds = [type(thing) for thing in gc.get_objects()]
+        return [kind for kind in kinds if issubclass(kind, SFTTrainer | LoraLayer)]
+
+    def report(step: int, score: float, metrics: Mapping[str, float]) -> None:
+        if ending == "pruned":
+            raise Pruned
+
+    fast = {"learning_rate": 1e20, "max_grad_norm": 0.0, "optim": "sgd"}
+    kept: BaseException | None = None
+    # What earlier tests left behind.
+    gc.collect()
+    before = living()
+    try:
+        tuner.run({**QUICK, **(fast if ending == "failed" else {})}, report=report)
+    except (Pruned, FineTuningError) as error:
+        kept = error
+    assert living() == before
+    assert (kept is None) == (ending == "whole")
 
 
 def test_a_diverging_run_is_stopped_as_soon_as_it_is_seen(
