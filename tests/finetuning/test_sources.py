@@ -114,6 +114,17 @@ def test_a_folder_without_data_says_what_it_looked_for(tmp_path: Path) -> None:
         sources.read(str(tmp_path), key="data.test", split="test")
 
 
+def test_a_hub_name_is_loaded_with_its_subset_and_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def load_dataset(name: str, subset: str | None, *, split: str) -> datasets.Dataset:
+        return datasets.Dataset.from_list([{"text": f"{name} {subset} {split}"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = sources.read("org/set", key="data.train", split="train[:1]", subset="main")
+    assert rows == [{"text": "org/set main train[:1]"}]
+
+
 def test_a_hub_name_without_network_is_one_sentence() -> None:
     with pytest.raises(UserError, match="cannot be fetched from the hub") as refused:
         sources.read("some-org/some-data", key="data.train", split="train")

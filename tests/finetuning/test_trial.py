@@ -120,6 +120,88 @@ def test_trained_biases_are_put_back(
         assert loss_of_saved(tuner, adapter) == pytest.approx(result.metrics["loss"], rel=1e-4)
 
 
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "gpt_neox": {"hidden_size": 16, "intermediate_size": 32},
+    "opt": {"hidden_size": 16, "ffn_dim": 32, "word_embed_proj_dim": 16},
+    "qwen2": {"hidden_size": 16, "intermediate_size": 32, "num_key_value_heads": 1},
+    "gemma2": {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    },
+    "phi": {"hidden_size": 16, "intermediate_size": 32},
+    "mistral": {"hidden_size": 16, "intermediate_size": 32, "num_key_value_heads": 1},
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_other_architectures_train_and_come_back(
+    make_tuner: Make,
+    make_tokenizer: Callable[[], Any],
+    base_hash: Hash,
+    tmp_path: Path,
+    name: str,
+) -> None:
+    import torch
+    from transformers import AutoConfig
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path / name)
+    ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "eos")}
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 32}
+    config = AutoConfig.for_model(
+        name, vocab_size=len(tokenizer), **sizes, **ids, **ARCHITECTURES[name]
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
+    tuner = tuner_ready(make_tuner(name=str(tmp_path / name)))
+    before = base_hash(tuner)
+    for variant in ({"target_modules": "qv"}, {"init_lora_weights": "olora", "layers": "1"}):
+        adapter = tmp_path / "adapter" / variant.get("init_lora_weights", "default")
+        result = tuner.run({**QUICK, "lora_rank": 2, **variant}, folder=adapter)
+        assert base_hash(tuner) == before
+        assert loss_of_saved(tuner, adapter) == pytest.approx(result.metrics["loss"], rel=1e-4)
+
+
+def test_further_arguments_reach_the_trainer(make_tuner: Make, base_hash: Hash) -> None:
+    noisy = tuner_ready(make_tuner(extra={"neftune_noise_alpha": 50.0}))
+    before = base_hash(noisy)
+    embeddings = noisy._prepared.base.model.get_input_embeddings()
+    attributes = set(embeddings.__dict__)
+    assert noisy.run(QUICK).quality != make_tuner().run(QUICK).quality
+
+    def report(step: int, score: float, metrics: Mapping[str, float]) -> None:
+        raise Pruned
+
+    with pytest.raises(Pruned):
+        noisy.run(QUICK, report=report)
+    assert base_hash(noisy) == before
+    assert set(embeddings.__dict__) == attributes and not embeddings._forward_hooks
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"loraplus_lr_ratio": 16.0},
+        {"weight_decay": 0.5},
+        {"warmup_ratio": 1.0},
+        {"lr_scheduler_type": "constant"},
+        {"max_grad_norm": 1e-3, "optim": "sgd"},
+        {"lora_dropout": 0.5},
+        {"lora_alpha": 64.0},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"batch_size": 4},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_every_parameter_makes_a_difference(tuner: FineTuner, change: dict[str, Any]) -> None:
+    assert tuner.run({**QUICK, **change}).quality != tuner.run(QUICK).quality
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(map(str, variant)))
 def test_a_saved_adapter_loads_onto_the_original_model(
     tuner: FineTuner, tmp_path: Path, variant: dict[str, Any]
