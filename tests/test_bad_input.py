@@ -100,7 +100,10 @@ IN_THE_FILE: dict[str, tuple[dict[str, Any], str]] = {
         "training.extra.learning_rate is set by each trial",
     ),
     "unknown tracker": ({"training.report_to": ["excel"]}, "training.report_to.0 is 'excel'"),
-    "name with a slash": ({"name": "a/b"}, "name is 'a/b', but names a folder too and must have no slash"),
+    "name with a slash": (
+        {"name": "a/b"},
+        "name is 'a/b', but names a folder too and must have no slash",
+    ),
     "url of no database": ({"storage": "study.db"}, "study.db is not a database URL"),
     "database that cannot be reached": (
         {"storage": "postgresql+psycopg://me:secret@127.0.0.1:1/x"},
@@ -166,7 +169,10 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "best before the first run": (["best", "FILE"], "has not begun"),
     "tell without JSON": (["tell", "FILE", "trial 3"], "not valid JSON"),
     "tell without a trial": (["tell", "FILE", "{}"], "must be a JSON object such as"),
-    "tell with an unknown key": (["tell", "FILE", '{"trial": 0, "vaule": 1}'], "unknown key vaule"),
+    "tell with an unknown key": (
+        ["tell", "FILE", '{"trial": 0, "vaule": 1}'],
+        "unknown key vaule",
+    ),
     "unknown contestant": (
         ["compare", "FILE", "-o", "out", "--samplers", "rl,best"],
         "--samplers: 'best' is not known",
@@ -197,9 +203,7 @@ def write(folder: Path, changes: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("case", IN_THE_FILE)
-def test_mistakes_in_the_file(
-    case: str, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_in_the_file(case: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes, sentence = IN_THE_FILE[case]
     said = said_of(["run", write(folder, changes)], capsys)
     assert sentence in said and len(said.splitlines()) == 1

@@ -124,18 +124,14 @@ def test_a_failing_trial_is_recorded_and_the_study_goes_on(
     assert "ZeroDivisionError" in study.trials[2].user_attrs["failure_message"]
 
 
-def test_three_equal_failures_stop_the_study(
-    paper: type[PaperTuner], make_spec: MakeSpec
-) -> None:
+def test_three_equal_failures_stop_the_study(paper: type[PaperTuner], make_spec: MakeSpec) -> None:
     paper.failures = [FineTuningError("error", f"no column at row {n}") for n in range(9)]
     result = runner.run(make_spec({"budget": 9}))
     assert result.ended_by == "failures" and result.reason == "no column at row 0"
     assert len(result.study.trials) == 3 and result.best_adapter is None
 
 
-def test_later_equal_failures_do_not_stop_it(
-    paper: type[PaperTuner], make_spec: MakeSpec
-) -> None:
+def test_later_equal_failures_do_not_stop_it(paper: type[PaperTuner], make_spec: MakeSpec) -> None:
     paper.failures = [None, *(FineTuningError("diverged", "not finite") for _ in range(4))]
     assert runner.run(make_spec({"budget": 6})).ended_by == "budget"
 

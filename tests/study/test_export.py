@@ -1,0 +1,51 @@
+"""Adapters that leave the study."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.study import export
+from optuna_lora_rl.study import opening
+from optuna_lora_rl.study import runner
+from tests.study.conftest import MakeSpec
+
+
+def test_the_best_adapter_and_any_configuration_load_in_plain_peft(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    from peft import AutoPeftModelForCausalLM
+    from peft import LoraConfig
+    from peft import get_peft_model
+
+    spec = make_spec({"budget": 2})
+    runner.run(spec)
+    study = opening.load_study(spec)
+    best = study.best_trial
+    other = 1 - best.number
+
+    assert export.to_peft(study, spec, tmp_path / "best")
+    model = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "best"))
+    assert model.peft_config["default"].r == best.params["lora_rank"]
+
+    # Only the best weights are kept; the other's configuration is ready to train with.
+    assert not export.to_peft(study, spec, tmp_path / "other", other)
+    config = LoraConfig.from_pretrained(str(tmp_path / "other"))
+    assert config.r == study.trials[other].params["lora_rank"]
+    fresh = get_peft_model(model.get_base_model(), config)
+    assert any("lora_A" in name for name, _ in fresh.named_parameters())
+    written = json.loads((tmp_path / "other" / "adapter_config.json").read_text())
+    assert Path(written["base_model_name_or_path"]).is_dir()
+
+
+def test_what_cannot_be_exported(make_spec: MakeSpec, paper: object, tmp_path: Path) -> None:
+    spec = make_spec({"budget": 1})
+    runner.run(spec)
+    study = opening.load_study(spec)
+    with pytest.raises(UserError, match="trial 7 does not exist"):
+        export.to_peft(study, spec, tmp_path / "x", 7)
+    with pytest.raises(UserError, match="exists and is not empty"):
+        export.to_peft(study, spec, spec.folder)

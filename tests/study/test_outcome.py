@@ -1,0 +1,111 @@
+"""What counts, who owns a running trial, and when it is time to give up."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import optuna
+import psutil
+import pytest
+from optuna.trial import TrialState
+from optuna.trial import create_trial
+
+from optuna_lora_rl.study import outcome
+from optuna_lora_rl.study.budget import Usage
+from optuna_lora_rl.study.spec import Budget
+
+HERE = socket.gethostname()
+STARTED = psutil.Process().create_time()
+
+
+def failed(reason: str | None, message: str = "") -> optuna.trial.FrozenTrial:
+    attrs = {} if reason is None else {"failure": reason, "failure_message": message}
+    return create_trial(state=TrialState.FAIL, user_attrs=attrs)
+
+
+def running(**attrs: object) -> optuna.trial.FrozenTrial:
+    return create_trial(state=TrialState.RUNNING, user_attrs=attrs)
+
+
+@pytest.mark.parametrize(
+    ("trial", "counts"),
+    [
+        (create_trial(value=1.0), True),
+        (create_trial(state=TrialState.PRUNED), True),
+        (failed("diverged"), True),
+        (failed("told"), True),
+        (failed("killed"), False),
+        (failed("interrupted"), False),
+        (failed(None), False),
+        (running(), False),
+    ],
+)
+def test_what_counts(trial: optuna.trial.FrozenTrial, counts: bool) -> None:
+    assert outcome.counts(trial) == counts
+
+
+@pytest.mark.parametrize(
+    ("attrs", "gone"),
+    [
+        ({"host": HERE, "pid": os.getpid(), "process_started": STARTED}, False),
+        # The number was given to another process since.
+        ({"host": HERE, "pid": os.getpid(), "process_started": STARTED - 100}, True),
+        ({"host": HERE, "pid": 2**22 + 1, "process_started": STARTED}, True),
+        ({"host": f"not-{HERE}", "pid": 2**22 + 1, "process_started": STARTED}, False),
+        ({}, False),
+    ],
+)
+def test_a_process_is_gone_only_if_it_was_here(attrs: dict, gone: bool) -> None:
+    assert outcome.owner_is_gone(running(**attrs)) == gone
+
+
+def test_a_killed_trial_is_run_again_once() -> None:
+    study = optuna.create_study()
+    for _ in range(3):
+        trial = study.ask()
+        trial.suggest_float("x", 0, 1)
+        outcome.mark_owner(trial)
+        trial.set_user_attr("pid", 2**22 + 1)
+        assert outcome.recover(study) == [trial.number]
+    first, again, another, *_ = study.trials
+    assert again.params == first.params and again.user_attrs["retry_of"] == 0
+    assert another.params != first.params
+
+
+def test_trials_of_other_machines_are_left_alone() -> None:
+    study = optuna.create_study()
+    study.ask().set_user_attr("host", "elsewhere")
+    study.ask()
+    assert outcome.recover(study) == []
+    assert all(trial.state == TrialState.RUNNING for trial in study.trials)
+
+
+@pytest.mark.parametrize(
+    ("own", "hopeless"),
+    [
+        (
+            [failed("error", "row 1 of 5 is bad")] + [failed("error", "row 2 of 5 is bad")] * 2,
+            True,
+        ),
+        ([failed("diverged", "loss nan"), *[failed("diverged", "loss inf")] * 2], True),
+        ([failed("diverged")] * 2, False),
+        ([failed("diverged"), failed("out-of-memory"), failed("diverged")], False),
+        ([failed("error", "a"), failed("error", "b"), failed("error", "a")], False),
+        ([failed("interrupted")] * 3, False),
+    ],
+)
+def test_three_equal_failures_are_hopeless(own: list, hopeless: bool) -> None:
+    assert (outcome.hopeless(own, own) is not None) == hopeless
+    assert outcome.hopeless(own, [create_trial(value=1.0), *own]) is None
+
+
+def test_other_workers_trials_count_as_long_as_they_run() -> None:
+    alive = running(host="elsewhere", pid=1, process_started=0.0)
+    usage = Usage.of([create_trial(value=1.0, user_attrs={"seconds": 1800, "cost": 2.0}), alive])
+    assert usage == Usage(trials=1, running=1, hours=0.5, cost=2.0)
+    assert usage.exhausted(Budget(trials=2)) == "1 of 2 trials"
+    assert usage.exhausted(Budget(trials=3)) is None
+    assert usage.exhausted(Budget(trials=None, hours=0.4)) == "0.5 of 0.4 hours"
+    assert usage.exhausted(Budget(trials=None, cost=2.0)) == "cost 2 of 2"
+    assert usage.share(Budget(trials=4, hours=1)) == 0.5

@@ -1,0 +1,102 @@
+"""Two different problems never mix in one study."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.study import runner
+from tests.study.conftest import MakeSpec
+from tests.study.conftest import PaperTuner
+
+pytestmark = pytest.mark.usefixtures("paper")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"objective.cost_weight": 0.2},
+            "objective.cost_weight was 0.1 and is now 0.2: scores of the study 'small' would not "
+            "compare; choose another study name or storage",
+        ),
+        ({"data.max_length": 64}, "data.max_length was 512 and is now 64"),
+        ({"training.seed": 1}, "training.seed was 0 and is now 1"),
+        ({"space.max_steps": 8}, "space.max_steps was 4 and is now 8"),
+        ({"space.bias": ["none", "all"]}, "space.bias was fixed at 'none' and is now tuned"),
+        ({"space.lora_rank": 4}, "space.lora_rank was tuned and is now fixed at 4"),
+        (
+            {"space.target_modules": ["qv", "mlp"]},
+            "space.target_modules was a choice of qv, attention and is now a choice of qv, mlp",
+        ),
+        (
+            {"space.lora_rank": {"low": 2, "high": 8}},
+            "space.lora_rank was a log int range and is now a linear int range",
+        ),
+        (
+            {"objective.objectives": ["quality", "cost"]},
+            "was begun with 1 objective(s): choose another study name or storage",
+        ),
+    ],
+)
+def test_another_problem_is_refused_with_the_difference(
+    make_spec: MakeSpec, changes: dict[str, Any], sentence: str
+) -> None:
+    runner.run(make_spec({"budget": 1}))
+    with pytest.raises(UserError) as refused:
+        runner.run(make_spec(changes))
+    assert sentence in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"budget": {"trials": 2, "hours": 1.0}},
+        {"budget": 2, "sampler": "random"},
+        {"budget": 2, "pruner": "median"},
+        {"budget": 2, "training.report_to": ["tensorboard"]},
+        {"budget": 2, "space.learning_rate": {"low": 1e-3, "high": 1e-1, "log": True}},
+    ],
+)
+def test_what_may_change(make_spec: MakeSpec, changes: dict[str, Any]) -> None:
+    runner.run(make_spec({"budget": 1}))
+    assert len(runner.run(make_spec(changes)).study.trials) == 2
+
+
+def test_before_the_first_trial_anything_may_change(
+    make_spec: MakeSpec, paper: type[PaperTuner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: PaperTuner) -> None:
+        raise UserError("data.columns: no such column")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(paper, "prepare", refuse)
+        with pytest.raises(UserError, match="no such column"):
+            runner.run(make_spec())
+    changed = {"data.columns": {"prompt": "q"}, "objective.objectives": ["quality", "cost"]}
+    assert runner.run(make_spec(changed)).ended_by == "budget"
+
+
+def test_a_data_file_that_changed_is_refused(
+    make_spec: MakeSpec, study_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a"}\n')
+    changes = {"data": {"train": str(rows)}, "budget": 1}
+    runner.run(make_spec(changes))
+    rows.write_text('{"text": "b"}\n')
+    with pytest.raises(UserError, match=r"rows.jsonl \(data.train\) has changed"):
+        runner.run(make_spec(changes))
+
+
+def test_a_study_of_another_program_is_refused(make_spec: MakeSpec, tmp_path: Path) -> None:
+    import optuna
+
+    url = f"sqlite:///{tmp_path / 'other.db'}"
+    optuna.create_study(study_name="small", storage=url, direction="maximize").ask()
+    with pytest.raises(UserError, match="begun by another program"):
+        runner.run(make_spec({"storage": url}))

@@ -1,0 +1,64 @@
+"""What is left to look at: the report, and what the dashboard shows."""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+import pytest
+from optuna.artifacts import FileSystemArtifactStore
+from optuna.artifacts import get_all_artifact_meta
+
+from optuna_lora_rl.finetuning.failure import FineTuningError
+from optuna_lora_rl.study import charts
+from optuna_lora_rl.study import dashboard
+from optuna_lora_rl.study import runner
+from tests.study.conftest import MakeSpec
+from tests.study.conftest import PaperTuner
+
+
+def test_the_report_stands_alone_and_tells_the_best(
+    paper: type[PaperTuner], make_spec: MakeSpec
+) -> None:
+    paper.failures = [FineTuningError("diverged", "the loss <is> not finite")]
+    spec = make_spec({"budget": 14})
+    study = runner.run(spec).study
+    page = (spec.folder / "report.html").read_text()
+    assert page.count("<svg") == 3 and "http://" not in page.replace("http://www.w3.org", "")
+    assert f"{study.best_value:.4f}" in page and "Which parameters matter" in page
+    assert "the loss &lt;is&gt; not finite" in page and "<script" not in page
+
+
+def test_a_chart_is_valid_svg() -> None:
+    picture = charts.chart(
+        [
+            charts.Series(
+                [(0, 1.0), (1, float("nan")), (2, 3.0)], dots=True, titles=["<a>", "", "b"]
+            )
+        ],
+        x="step & time",
+        y="loss",
+    )
+    root = ElementTree.fromstring(picture)
+    assert len(root.findall("{*}circle")) == 2
+    assert charts.chart([charts.Series([])], x="x", y="y") == ""
+    assert "path" in charts.chart([charts.Series([(1, 5.0)])], x="x", y="y")
+
+
+def test_the_dashboard_has_names_notes_artifacts_and_a_figure(
+    paper: type[PaperTuner], make_spec: MakeSpec
+) -> None:
+    pytest.importorskip("optuna_dashboard")
+    from optuna_dashboard import get_note
+
+    spec = make_spec()
+    study = runner.run(spec).study
+    assert study.metric_names == ["score"]
+    assert f"Best: trial {study.best_trial.number}" in get_note(study)
+    attrs = study._storage.get_study_system_attrs(study._study_id)
+    assert any(f"dashboard:{study.best_trial._trial_id}:note_str" in key for key in attrs)
+    assert any(dashboard.FIGURE_ID in key for key in attrs)
+    meta = get_all_artifact_meta(study.best_trial, storage=study._storage)
+    assert {entry.filename for entry in meta} == {"adapter_config.json", "loss.svg"}
+    store = FileSystemArtifactStore(str(dashboard.artifact_folder(spec.folder)))
+    curve = next(entry for entry in meta if entry.filename == "loss.svg")
+    assert store.open_reader(curve.artifact_id).read().startswith(b"<svg")

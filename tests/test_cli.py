@@ -1,0 +1,142 @@
+# Fixtures are imported by name and then asked for by name.
+# ruff: noqa: F811
+
+"""The command line as a person meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from optuna_lora_rl import cli
+from optuna_lora_rl.study import runner
+from optuna_lora_rl.study import spec as study_spec
+from tests.study.conftest import MakeSpec
+from tests.study.conftest import PaperTuner
+from tests.study.conftest import make_spec  # noqa: F401
+from tests.study.conftest import paper  # noqa: F401
+from tests.study.conftest import study_file  # noqa: F401
+
+COMMANDS = ["init", "validate", "run", "status", "best", "ask", "tell", "export", "dashboard"]
+COMMANDS += ["compare"]
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "optuna_lora_rl", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COLUMNS": "100"},
+    )
+
+
+def output(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_names_every_command_and_how_to_begin() -> None:
+    said = command("--help")
+    assert said.returncode == 0 and "optuna-lora-rl init study.yaml" in said.stdout
+    assert all(name in said.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_teaches_by_an_example(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert f"Example: optuna-lora-rl {name} " in output([name, "--help"], capsys)
+
+
+def test_help_and_validate_load_no_heavy_library(tmp_path: Path) -> None:
+    code = (
+        "import sys; from optuna_lora_rl import cli\n"
+        "for arguments in (['init', 'a.yaml'], ['validate', 'a.yaml', '--set', 'sampler=tpe']):\n"
+        "    try: cli.main(arguments)\n"
+        "    except SystemExit as end: assert not end.code, end.code\n"
+        "heavy = {'transformers', 'trl', 'peft', 'datasets', 'torch', 'pandas', 'plotly'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    root = str(Path(__file__).parents[1])
+    said = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": root},
+    )
+    assert said.stdout.splitlines()[-1:] == ["[]"], said.stderr
+
+
+def test_run_status_best_and_export(
+    paper: type[PaperTuner],
+    make_spec: MakeSpec,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make_spec()
+    file = str(tmp_path / "small.yaml")
+    assert "Finished: 3 of 3 trials" in output(["run", file], capsys)
+    assert "3 of 3 trials (3 completed)" in output(["status", file], capsys)
+    best = json.loads(output(["best", file, "--json"], capsys))
+    assert best["configuration"]["max_steps"] == 4 and best["untuned"]["loss"] == 2.0
+    shown = output(["best", file], capsys)
+    assert "learning_rate" in shown and f"{best['score']:.4f}" in shown
+    exported = tmp_path / "adapter"
+    assert "wrote the adapter" in output(["export", file, "-o", str(exported)], capsys)
+    assert (exported / "adapter_config.json").exists()
+    asked = json.loads(output(["ask", file], capsys))
+    told = json.dumps({"trial": asked["trial"], "value": 99})
+    assert json.loads(output(["tell", file, told], capsys))["state"] == "COMPLETE"
+    assert json.loads(output(["best", file, "--json"], capsys))["score"] == 99
+
+
+def test_a_study_that_cannot_work_ends_with_status_1(
+    paper: type[PaperTuner],
+    make_spec: MakeSpec,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make_spec()
+    paper.failures = [RuntimeError("no such kernel")] * 9
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["run", str(tmp_path / "small.yaml"), "--set", "budget.trials=9"])
+    assert ended.value.code == 1
+    assert "all failed the same way: RuntimeError: no such kernel" in capsys.readouterr().out
+
+
+def test_the_dashboard_is_started_on_the_study_and_its_artifacts(
+    paper: type[PaperTuner],
+    make_spec: MakeSpec,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("optuna_dashboard")
+    spec = make_spec()
+    runner.run(spec)
+    started: list[list[str]] = []
+
+    def start(arguments: list[str]) -> subprocess.CompletedProcess:
+        started.append(arguments)
+        return subprocess.CompletedProcess(arguments, 0)
+
+    monkeypatch.setattr(subprocess, "run", start)
+    with pytest.raises(SystemExit):
+        cli.main(["dashboard", str(tmp_path / "small.yaml"), "--port", "8099"])
+    assert spec.storage_url in started[0] and "8099" in started[0]
+    assert str(spec.folder / "artifacts") in started[0]
+
+
+def test_init_then_validate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.yaml"
+    output(["init", str(file), "--trials", "7"], capsys)
+    assert study_spec.load(file).budget.trials == 7
+    assert "The file is valid." in output(["validate", str(file)], capsys)
+    output(["init", str(file), "--force"], capsys)
