@@ -66,7 +66,6 @@ class Architecture:
         hidden: Width of the residual stream.
         vocabulary: Rows of the output head.
         parameters: Number of base parameters.
-        weight_bytes: Bytes of the base parameters.
         fan_in_fan_out: Whether the weights are stored transposed (GPT-2's Conv1D).
         bias_parameters: Number of parameters in biases, those of norms and head included.
         attention_width: Features that attention mixes: heads times their size.
@@ -80,7 +79,6 @@ class Architecture:
     hidden: int
     vocabulary: int
     parameters: int
-    weight_bytes: int
     fan_in_fan_out: bool
     bias_parameters: int
     attention_width: int
@@ -103,9 +101,6 @@ def read(model: PreTrainedModel) -> Architecture:
         hidden=config.hidden_size,
         vocabulary=head.weight.shape[0] if head is not None else config.vocab_size,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        weight_bytes=sum(
-            parameter.numel() * parameter.element_size() for parameter in model.parameters()
-        ),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         bias_parameters=sum(
             parameter.numel() for name, parameter in model.named_parameters() if "bias" in name

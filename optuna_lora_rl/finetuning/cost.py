@@ -30,7 +30,9 @@ weights of mixture-of-experts layers that are no linear modules are not counted 
 
 Bytes: base weights; adapter weights and gradients in float32 and the optimizer's moments; the
 activations of one micro-batch that the backward pass reads, in the manner of Korthikanti et al.
-2022 (arXiv 2205.05198), restricted to blocks where gradients flow; one tile of logits.
+2022 (arXiv 2205.05198), restricted to blocks where gradients flow; one tile of logits. Numbers
+whose type is left to the machine (``auto``) count as float32, so that the bytes are the same on
+every machine.
 """
 
 from __future__ import annotations
@@ -80,6 +82,7 @@ class Work:
         length: T, the expected padded length in tokens.
         checkpointing: Whether activations are recomputed.
         itemsize: Bytes of an activation's number.
+        weight_itemsize: Bytes of a base weight's number.
     """
 
     steps: int
@@ -88,6 +91,7 @@ class Work:
     length: float
     checkpointing: bool = False
     itemsize: int = 4
+    weight_itemsize: int = 4
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,7 @@ def estimate(
         )
     trainable = trainable_parameters(configuration, architecture, chosen)
     memory = (
-        architecture.weight_bytes
+        architecture.parameters * work.weight_itemsize
         + trainable * (4 + 4 + _moments(configuration.optim))
         + _activation_bytes(configuration, architecture, chosen, work, flows)
     )

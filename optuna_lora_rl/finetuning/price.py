@@ -30,6 +30,7 @@ class Price:
 
     Args:
         prepared: Model and data.
+        dtype: Type of the base weights, as the options say it.
         training: How every run trains.
         objective: The weights and the reference configuration.
         target_sets: The user's own lists of module names.
@@ -38,11 +39,13 @@ class Price:
     def __init__(
         self,
         prepared: Prepared,
+        dtype: str,
         training: TrainingOptions,
         objective: ObjectiveOptions,
         target_sets: Mapping[str, Sequence[str]],
     ) -> None:
         self._prepared = prepared
+        self._dtype = dtype
         self._training = training
         self._weights = objective.cost.model_dump()
         self._target_sets = target_sets
@@ -64,7 +67,8 @@ class Price:
             micro_batch_size=min(plan.micro_batch_size, len(lengths)),
             length=cost.expected_padded_length(lengths, plan.micro_batch_size),
             checkpointing=self._training.gradient_checkpointing,
-            itemsize=4 if self._training.precision == "fp32" else base.model.dtype.itemsize,
+            itemsize=2 if self._training.precision in ("bf16", "fp16") else 4,
+            weight_itemsize=2 if self._dtype in ("bfloat16", "float16") else 4,
         )
         chosen = targets_of(configuration, base.architecture, self._target_sets)
         return cost.estimate(configuration, base.architecture, chosen, work)

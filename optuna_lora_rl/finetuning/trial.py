@@ -240,7 +240,9 @@ class FineTuner:
     def _price(self) -> Price:
         from optuna_lora_rl.finetuning.price import Price
 
-        return Price(self._prepared, self.training, self.objective, self.target_sets)
+        return Price(
+            self._prepared, self.model.dtype, self.training, self.objective, self.target_sets
+        )
 
     @cached_property
     def _baseline(self) -> Evaluation:

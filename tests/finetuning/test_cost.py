@@ -127,6 +127,8 @@ def estimate(**parameters: Any) -> cost.Estimate:
         micro_batch_size=parameters.pop("micro", 8),
         length=LENGTH,
         checkpointing=parameters.pop("checkpointing", False),
+        itemsize=parameters.pop("itemsize", 4),
+        weight_itemsize=parameters.pop("weight_itemsize", 4),
     )
     configuration = Configuration.of(parameters)
     chosen = lora.targets_of(configuration, read, {})
@@ -151,5 +153,8 @@ def test_memory_is_saved_where_it_should_be() -> None:
     assert estimate(micro=2).flops == plain.flops
     assert estimate(checkpointing=True).memory_bytes < plain.memory_bytes
     assert estimate(checkpointing=True).flops > plain.flops
+    assert estimate(itemsize=2).memory_bytes < plain.memory_bytes
+    halved = plain.memory_bytes - estimate(weight_itemsize=2).memory_bytes
+    assert halved == 2 * sum(parameter.numel() for parameter in model("llama").parameters())
     assert estimate(optim="sgd").memory_bytes < plain.memory_bytes
     assert estimate(optim="adamw_bnb_8bit").memory_bytes < plain.memory_bytes

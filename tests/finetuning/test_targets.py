@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 from typing import Any
 
@@ -193,6 +194,22 @@ def test_layers_mean_blocks(layers: str, count: int, expected: set[int]) -> None
     assert layer_indices(layers, count) == expected
 
 
+def test_unusual_names_fall_back_to_pefts_own_table() -> None:
+    linears = tuple(
+        architecture.LinearModule(f"model.layers.0.mixer.{name}", 0, "other", 8, 8, False)
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj")
+    )
+    read = dataclasses.replace(
+        architecture.read(model("llama")), model_type="nemotron_h", linears=linears
+    )
+    assert in_block(select(read, "qv")) == {
+        f"mixer.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+    }
+    unknown = dataclasses.replace(read, model_type="unknown")
+    with pytest.raises(UserError, match="names no linear module of this unknown model"):
+        select(unknown, "qv")
+
+
 def test_own_lists_mean_every_module_that_ends_so() -> None:
     read = architecture.read(model("llama"))
     sets = {"mine": ["o_proj", "mlp.up_proj"]}
@@ -207,6 +224,7 @@ def test_own_lists_mean_every_module_that_ends_so() -> None:
         ("wrong", "all", "no module 'dense'; there are down_proj, gate_proj"),
         ("typo", "all", "did you mean 'q_proj'?"),
         ("head", "all", "'lm_head' is no linear module that can be adapted"),
+        ("qv", "3-1", "this model has the layers 0 to 3"),
         ("qv", "2-4", "this model has the layers 0 to 3"),
     ],
 )
