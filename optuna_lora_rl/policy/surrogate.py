@@ -228,7 +228,7 @@ def fit(
         start: hyperparameters to start from, shape (B, D + 2); by default two starts, the
             prior's centre and short lengthscales with little noise, the better result kept.
         iterations: gradient steps; 0 takes ``start`` (or the prior's centre) as it is.
-        fit_rows: fit the hyperparameters on the first so many rows only.
+        fit_rows: fit the hyperparameters on at most so many rows, evenly spread.
     """
     y = torch.where(mask, y, torch.zeros_like(y))
     extra = torch.zeros_like(y) if extra is None else extra
@@ -237,7 +237,8 @@ def fit(
     )
     theta = centre if start is None else start
     if iterations and X.shape[1]:
-        rows = slice(0, fit_rows)
+        n = X.shape[1]
+        rows = torch.linspace(0, n - 1, min(n, fit_rows or n)).round().long()
         sqd = _squared_differences(X[:, rows], unordered)
         data = (sqd, y[:, rows], mask[:, rows], extra[:, rows], prior)
         theta, value = _minimise(theta, *data, iterations)

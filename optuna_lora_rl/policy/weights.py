@@ -49,7 +49,8 @@ def load(path: Path | str | None = None) -> Scorer:
                 f" optuna_lora_rl reads {expected!r}; train the policy again"
             )
     try:
-        with torch.random.fork_rng(devices=[]):  # layers draw their start from the global state
+        # Layers draw their start from the global state, on the default device.
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             network = Scorer(width=int(metadata["width"]))
         network.load_state_dict(tensors)
     except (KeyError, ValueError, RuntimeError) as error:

@@ -6,6 +6,8 @@ import hashlib
 import math
 import threading
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
@@ -166,7 +168,8 @@ class RLSampler(BaseSampler):
         # A conditional parameter that was proposed and not asked for counts as tried: otherwise
         # the surrogate would take it for unexplored, and propose it without end.
         history = read_history(trials, space, study.directions, current=trial.number, unused=True)
-        point, why = self._propose(space, _recent_and_best(history), generator)
+        with _on_cpu():
+            point, why = self._propose(space, _recent_and_best(history), generator)
         params = space.decode(point)
         publish(study._storage, trial._trial_id, params)
         study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL_KEY, why)
@@ -192,9 +195,9 @@ class RLSampler(BaseSampler):
         trials = study.get_trials(deepcopy=False)
         first = not any(t.number < trial.number and t.distributions for t in trials)
         column = space.names.index(param_name)
-        coordinate = draw_parameter(
-            space, space.encode(trial.params), column, None if first else generator
-        )
+        given = space.encode(trial.params)
+        with _on_cpu():
+            coordinate = draw_parameter(space, given, column, None if first else generator)
         if PROPOSAL_KEY not in trial.system_attrs:
             source = "default" if first else "prior"
             study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL_KEY, {"source": source})
@@ -278,7 +281,13 @@ def _recent_and_best(history: History) -> History:
 def _generator(seed: int, number: int, names: Sequence[str]) -> torch.Generator:
     """A private generator; the trial's number makes workers with one seed differ."""
     digest = hashlib.sha256(repr((seed, number, tuple(names))).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _on_cpu() -> AbstractContextManager[object]:
+    """Keeps the sampler's tensors on the CPU where the objective's program defaults elsewhere."""
+    device = torch.device("cpu")
+    return nullcontext() if torch.get_default_device() == device else device
 
 
 def _fresh_seed() -> int:

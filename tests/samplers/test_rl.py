@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
+import torch
 from optuna.trial import TrialState
 
 from optuna_lora_rl import RLSampler
@@ -198,6 +199,16 @@ def test_without_its_network_it_still_proposes() -> None:
 def test_bad_arguments_are_named(arguments: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         RLSampler(**arguments)
+
+
+def test_it_stays_on_the_cpu_whatever_the_programs_default_device() -> None:
+    usual = _study(_lora(1e-3), 4)
+    torch.set_default_device("meta")
+    try:
+        elsewhere = _study(_lora(1e-3), 4)
+    finally:
+        torch.set_default_device("cpu")
+    assert [t.params for t in elsewhere.trials] == [t.params for t in usual.trials]
 
 
 def test_it_works_without_a_warning() -> None:
