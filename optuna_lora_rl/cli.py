@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -255,6 +256,38 @@ def compare(
         overrides=overrides,
         console=_console(),
     )
+
+
+@app.command("train-policy")
+def train_policy(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the run; a run in it goes on.")
+    ],
+    settings: Annotated[
+        Path | None,
+        typer.Option("--settings", metavar="SETTINGS.YAML", help="Settings of the training run."),
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Stop after so long; the run can go on later.")
+    ] = None,
+) -> None:
+    """Train a policy for RLSampler, to be used as its weights.
+
+    Example: [bold]optuna-lora-rl train-policy --output policy --minutes 60[/], then
+    sampler: {name: rl, weights: policy/weights.safetensors} in a study's file.
+    """
+    from optuna_lora_rl.learning import training
+
+    chosen = training.TrainingSettings() if settings is None else training.load_settings(settings)
+    weights = training.train(output, chosen, minutes=minutes, report=_progress(_console()))
+    _console().print(f"the weights are in {weights}", highlight=False)
+
+
+def _progress(console: Console) -> Callable[[dict[str, float]], None]:
+    def report(metrics: dict[str, float]) -> None:
+        console.print("  ".join(f"{k} {v:.4g}" for k, v in metrics.items()), soft_wrap=True)
+
+    return report
 
 
 def _load(file: Path, overrides: Sequence[str]) -> StudySpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,7 +50,7 @@ def publish_best(study: optuna.Study, output: Path, facts: dict[str, Any]) -> Pa
     source = folder_of(output, best.number) if best else None
     if source is None or not (source / CONFIG_FILE).exists():
         return None
-    target, fresh = output / "best", output / ".best"
+    target, fresh = output / "best", output / f".best-{os.getpid()}"
     shutil.rmtree(fresh, ignore_errors=True)
     shutil.copytree(source, fresh)
     (fresh / BEST_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

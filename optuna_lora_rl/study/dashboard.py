@@ -100,11 +100,13 @@ def serve(spec: StudySpec, *, host: str, port: int) -> int:
 def _trial_note(trial: optuna.Trial, before: float | None) -> str:
     attrs = trial.user_attrs
     gain = "" if before is None else f" (before: {before:.4f})"
-    rows = "\n".join(f"| {name} | {value} |" for name, value in attrs["configuration"].items())
+    configuration = attrs["configuration"].items()
+    rows = "\n".join(f"| {name} | {wording.number(value)} |" for name, value in configuration)
     return (
         f"**The best so far: score {attrs['score']:.4f}**{gain}, quality {attrs['quality']:.4f} "
         f"at cost {attrs['cost']:.3f}.\n\n"
-        f"Proposed by `{attrs.get('source', '?')}`.\n\n| parameter | value |\n|---|---|\n{rows}\n"
+        f"Why it was proposed: `{attrs.get('source', '?')}`.\n\n"
+        f"| parameter | value |\n|---|---|\n{rows}\n"
     )
 
 

@@ -259,4 +259,5 @@ def _trials(number: int) -> str:
 
 def create(console: Console, *, plain: bool = False) -> Display:
     """A live panel where ``console`` is a terminal, plain lines elsewhere."""
-    return LiveDisplay(console) if console.is_terminal and not plain else LineDisplay(console)
+    moves = console.is_terminal and not console.is_dumb_terminal
+    return LiveDisplay(console) if moves and not plain else LineDisplay(console)

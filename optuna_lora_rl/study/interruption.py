@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,7 +68,6 @@ class Interruption:
         if self.requested:
             os._exit(EXIT_CODE)
         self.requested = True
-        print("\nending; once more to end at once", file=sys.stderr, flush=True)
         self._raise_if_requested(only_if=self._open)
 
     def _raise_if_requested(self, *, only_if: bool = True) -> None:

@@ -132,7 +132,7 @@ def _cards(facts: dict[str, Any]) -> str:
         cards.append(("validation loss", f"{before}{metrics['loss']:.3f}"))
     if "trainable_parameters" in metrics:
         cards.append(("parameters", wording.count(metrics["trainable_parameters"])))
-    cards += [(f"test {k}", f"{v:.3f}") for k, v in facts.get(TEST, {}).items() if _is_number(v)]
+    cards += [(f"test {k.replace('_', ' ')}", f"{v:.3f}") for k, v in facts.get(TEST, {}).items()]
     inner = "".join(f"<div><b>{v}</b><span>{html.escape(k)}</span></div>" for k, v in cards)
     return f"<div class=cards>{inner}</div>"
 
@@ -250,10 +250,6 @@ def _failures(trials: Sequence[FrozenTrial]) -> str:
         for t in failed
     )
     return f"<h2>Failed trials</h2><table class=wide>{rows}</table>" if rows else ""
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 _PAGE = """<!doctype html>

@@ -97,9 +97,15 @@ class _Worker:
             failure = outcome.hopeless(self._own, self._trials())
             if failure:
                 return self._finish("failures", failure)
+            reason = self._exhausted() or "the budget is used up"
+            if Usage.of(self._trials()).running:
+                # The best is not known before the last of them has ended.
+                self.display.says("other workers are still at work; the last one ends the study")
+                return RunResult(self.study, "budget", reason, None)
             self._test()
-            return self._finish("budget", self._exhausted() or "the budget is used up")
+            return self._finish("budget", reason)
         except KeyboardInterrupt:
+            self.display.says("ending; Ctrl-C once more ends at once")
             return self._finish("interruption", "interrupted")
 
     def _optimize(self) -> None:

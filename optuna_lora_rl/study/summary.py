@@ -111,7 +111,7 @@ def ending(console: Console, result: RunResult, spec: StudySpec, *, command: str
     console.print()
     for name, content in rows:
         # Never broken into lines: they are there to be copied.
-        line = Text.assemble((f"{name:>12}  ", "dim"), content)
+        line = Text.assemble((f"{name:<14}", "dim"), content)
         console.print(line, soft_wrap=True, highlight=False)
 
 

@@ -111,3 +111,19 @@ def test_a_full_disk_is_one_sentence_and_nothing_finished_is_lost(study_file: St
     process = start(file, "--set", "budget.trials=3")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and "3 of 3 trials" in output
+
+
+def test_two_workers_make_the_wished_number_together(study_file: StudyFile) -> None:
+    file = study_file({"budget": 5, "sampler": "rl"})
+    workers = [start(file), start(file)]
+    said = [worker.communicate(timeout=240) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], said
+    spec = study_spec.load(file)
+    study = opening.load_study(spec)
+    assert {trial.state for trial in study.trials} == {TrialState.COMPLETE}
+    # Workers that end in the same instant may each begin the last one.
+    assert len(study.trials) in (5, 6)
+    assert len({trial.user_attrs["pid"] for trial in study.trials}) == 2
+    assert len({tuple(trial.params.values()) for trial in study.trials}) == len(study.trials)
+    assert study.user_attrs["test"]["trial"] == study.best_trial.number
+    assert (spec.folder / "best" / "best.json").exists()
