@@ -237,7 +237,7 @@ def _result(trial: FrozenTrial) -> str:
     attrs = trial.user_attrs
     if trial.state == TrialState.COMPLETE:
         parts = [f"score {wording.score(outcome.final_score(trial)):>7}"]
-        parts += [f"{key} {attrs[key]:.3f}" for key in ("quality", "cost", "loss") if key in attrs]
+        parts += [f"{key} {attrs[key]:.3f}" for key in ("loss", "cost") if key in attrs]
         return "  ".join(parts)
     if trial.state == TrialState.PRUNED:
         score = wording.score(outcome.final_score(trial))

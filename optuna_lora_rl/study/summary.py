@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from optuna_lora_rl.study.spec import StudySpec
 
 # Columns of a terminal from which the table has room for all it knows.
-_WIDE = 100
+_WIDE = 120
 
 
 def standing(console: Console, study: optuna.Study, spec: StudySpec) -> None:
