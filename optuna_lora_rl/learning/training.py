@@ -62,8 +62,8 @@ class TrainingSettings:
     """
 
     seed: int = 0
-    imitation_updates: int = 160
-    ppo_updates: int = 110
+    imitation_updates: int = 120
+    ppo_updates: int = 60
     batch: int = 128
     tasks: int = 3000
     validation_tasks: int = 400

@@ -46,7 +46,19 @@ class Scorer(nn.Module):
         h = torch.tanh(self.embed(torch.cat([features.values, context], -1)))
         pooled = _pool(h, features.valid)
         h = h + torch.tanh(self.mix(torch.cat([h, pooled[:, None].expand(-1, N, -1)], -1)))
-        return self.bound * torch.tanh(self.last(h)[:, :, 0] / self.bound)
+        correction = self.bound * torch.tanh(self.last(h)[:, :, 0] / self.bound)
+        return correction * _trust(features.context)[:, None]
+
+
+def _trust(context: Tensor) -> Tensor:
+    """How much of the correction counts, shape (B,).
+
+    Nothing in a space that does not look like LoRA, where the policy is a Gaussian process; and
+    less and less after twenty trials, beyond which training has hardly looked.
+    """
+    is_lora = context[:, CONTEXT_FEATURES.index("is_lora")]
+    trials = (3.0 * context[:, CONTEXT_FEATURES.index("log_trials")]).exp()
+    return is_lora * (20.0 / trials).clamp_max(1.0) ** 2
 
 
 class Critic(nn.Module):

@@ -230,3 +230,18 @@ def test_loading_the_shipped_weights_leaves_the_global_generator_alone() -> None
     state = torch.random.get_rng_state()
     weights.load()
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_the_network_is_silent_where_nothing_is_recognised_and_fades_in_long_studies() -> None:
+    torch.manual_seed(0)
+    network = Scorer()
+    torch.nn.init.normal_(network.last.weight)
+
+    def correction(space: Space, trials: int) -> float:
+        points = np.random.default_rng(0).random((trials, len(space)))
+        decision = _decide(space, _observed(space, points.tolist(), points[:, 0].tolist()))
+        return network(decision.features).abs().max().item()
+
+    assert correction(PLAIN, 5) == 0
+    assert correction(LORA, 5) > 0.1
+    assert correction(LORA, 150) < 0.1 * correction(LORA, 5)
