@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Iterator
 from collections.abc import Mapping
+from contextlib import contextmanager
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
 
@@ -16,6 +20,7 @@ from optuna_lora_rl.study import adapters
 from optuna_lora_rl.study import dashboard
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import storage
+from optuna_lora_rl.study import wording
 from optuna_lora_rl.study.opening import propose
 
 if TYPE_CHECKING:
@@ -104,7 +109,7 @@ class Objective:
                 if self._spec.n_objectives == 1:
                     self._judge(trial, evaluations, step, score, metrics)
 
-        with self._interruption.window():
+        with _own_tensorboard_folder(self._spec, trial.number), self._interruption.window():
             return self._tuner.run(
                 configuration,
                 seed=self._spec.training.seed,
@@ -132,6 +137,21 @@ class Objective:
             whole = (metrics["quality"] - score) / self._spec.objective.cost_weight
             trial.set_user_attr("cost", whole * evaluation / of)
         raise optuna.TrialPruned
+
+
+@contextmanager
+def _own_tensorboard_folder(spec: StudySpec, number: int) -> Iterator[None]:
+    """Keeps a trial's TensorBoard files apart from its adapter, which may be deleted."""
+    before = os.environ.get("TENSORBOARD_LOGGING_DIR")
+    base = Path(before) if before else spec.folder / "tensorboard"
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(base / f"trial-{number:04d}")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TENSORBOARD_LOGGING_DIR"]
+        else:
+            os.environ["TENSORBOARD_LOGGING_DIR"] = before
 
 
 def _record(trial: optuna.Trial, result: TrialResult) -> None:
@@ -181,9 +201,6 @@ def _reason(error: Exception) -> str:
 
 def _words(error: Exception) -> str:
     """The error's first line, with its type where it is not one of our own."""
-    line = (str(error).strip().splitlines() or [""])[0]
-    return (
-        line
-        if isinstance(error, FineTuningError | UserError)
-        else f"{type(error).__name__}: {line}"
-    )
+    line = wording.first_line(error)
+    own = isinstance(error, FineTuningError | UserError)
+    return line if own else f"{type(error).__name__}: {line}"

@@ -15,10 +15,12 @@ from typing import Literal
 
 import optuna
 
+from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.study import adapters
 from optuna_lora_rl.study import dashboard
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import report
+from optuna_lora_rl.study import wording
 from optuna_lora_rl.study.budget import Usage
 from optuna_lora_rl.study.display import Display
 from optuna_lora_rl.study.interruption import Interruption
@@ -114,7 +116,11 @@ class _Worker:
         with self.interruption.window():
             tuner = self._load()
             self.display.works_on("measuring the untuned model")
-            untuned = tuner.baseline()
+            try:
+                untuned = tuner.baseline()
+            except (RuntimeError, MemoryError) as error:
+                reason = wording.first_line(error)
+                raise UserError(f"the untuned model cannot be evaluated: {reason}") from error
         self.study.set_user_attr(report.UNTUNED, untuned.metrics())
         objective = Objective(
             spec=self.spec, tuner=tuner, display=self.display, interruption=self.interruption
@@ -168,7 +174,14 @@ class _Worker:
         with self.interruption.window():
             tuner = self._load()
             self.display.works_on("evaluating the best adapter on the test split")
-            evaluation = tuner.test(adapter)
+            try:
+                evaluation = tuner.test(adapter)
+            except (RuntimeError, MemoryError, UserError) as error:
+                # The study is done; it must not lose its adapter to this.
+                self.display.says(
+                    f"the test split could not be evaluated: {wording.first_line(error)}"
+                )
+                return
         metrics = {} if evaluation is None else evaluation.metrics()
         self.study.set_user_attr(report.TEST, {"trial": best.number, **metrics})
 

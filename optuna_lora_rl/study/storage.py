@@ -98,7 +98,7 @@ def database_errors(url: str) -> Iterator[None]:
         raise UserError(_database_sentence(url, error)) from error
     except RuntimeError as error:
         # Optuna's own words when the tables are of another Optuna version.
-        if "storage" not in str(error).lower():
+        if "table schema" not in str(error):
             raise
         raise UserError(_database_sentence(url, error)) from error
     except OSError as error:

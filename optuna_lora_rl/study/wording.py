@@ -104,6 +104,11 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its type if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def sparkline(values: Sequence[float | None]) -> str:
     """Values as a row of bars; a dot where there is none."""
     known = [value for value in values if value is not None]

@@ -36,6 +36,15 @@ def test_a_real_study_leaves_an_adapter_that_plain_peft_loads(make_spec: MakeSpe
     assert facts["configuration"]["lora_rank"] == best.params["lora_rank"]
     assert set(facts["untuned"]) >= {"loss", "token_accuracy"} and "loss" in facts["test"]
 
+    logged = [folder.name for folder in sorted((spec.folder / "tensorboard").iterdir())]
+    assert logged == ["trial-0000", "trial-0001", "trial-0002"]
+    assert {file.name for file in result.best_adapter.iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "best.json",
+    }
+
     from peft import AutoPeftModelForCausalLM
 
     model = AutoPeftModelForCausalLM.from_pretrained(str(result.best_adapter))
@@ -178,3 +187,25 @@ def test_a_full_disk_is_one_sentence_and_the_trial_is_run_again(
     study = runner.run(make_spec()).study
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL"] + ["COMPLETE"] * 2
     assert study.trials[2].params == study.trials[1].params
+
+
+def test_an_untuned_model_that_cannot_be_evaluated_is_one_sentence(
+    paper: type[PaperTuner], make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: PaperTuner) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\n...")
+
+    monkeypatch.setattr(paper, "baseline", fail)
+    with pytest.raises(UserError, match="the untuned model cannot be evaluated: CUDA out of mem"):
+        runner.run(make_spec())
+
+
+def test_a_failing_test_split_does_not_cost_the_adapter(
+    paper: type[PaperTuner], make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: PaperTuner, adapter: Path) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(paper, "test", fail)
+    result = runner.run(make_spec())
+    assert result.best_adapter is not None and "test" not in result.study.user_attrs

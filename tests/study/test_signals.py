@@ -124,6 +124,5 @@ def test_two_workers_make_the_wished_number_together(study_file: StudyFile) -> N
     # Workers that end in the same instant may each begin the last one.
     assert len(study.trials) in (5, 6)
     assert len({trial.user_attrs["pid"] for trial in study.trials}) == 2
-    assert len({tuple(trial.params.values()) for trial in study.trials}) == len(study.trials)
     assert study.user_attrs["test"]["trial"] == study.best_trial.number
     assert (spec.folder / "best" / "best.json").exists()
