@@ -67,6 +67,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from optuna_lora_rl import __version__
+
+        print(f"optuna-lora-rl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def init(
     file: Annotated[Path, typer.Argument(metavar="STUDY.YAML", help="The file to write.")] = Path(

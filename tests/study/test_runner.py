@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import optuna
@@ -12,7 +13,9 @@ from optuna.trial import TrialState
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning.failure import FineTuningError
 from optuna_lora_rl.pruners import NAMES as PRUNERS
+from optuna_lora_rl.study import opening
 from optuna_lora_rl.study import runner
+from optuna_lora_rl.study import storage
 from tests.study.conftest import MakeSpec
 from tests.study.conftest import PaperTuner
 
@@ -54,9 +57,13 @@ def test_a_real_study_leaves_an_adapter_that_plain_peft_loads(make_spec: MakeSpe
     assert best.user_attrs["source"] == "tpe"
 
 
-def test_the_same_file_twice_gives_the_same_trials(make_spec: MakeSpec, tmp_path: Path) -> None:
-    first = runner.run(make_spec({"budget": 4, "output": str(tmp_path / "a")}))
-    again = runner.run(make_spec({"budget": 4, "output": str(tmp_path / "b")}))
+@pytest.mark.parametrize("sampler", ["rl", "tpe"])
+def test_the_same_file_twice_gives_the_same_trials(
+    make_spec: MakeSpec, tmp_path: Path, sampler: str
+) -> None:
+    changes = {"budget": 4, "sampler": sampler, "pruner": "median"}
+    first = runner.run(make_spec({**changes, "output": str(tmp_path / "a")}))
+    again = runner.run(make_spec({**changes, "output": str(tmp_path / "b")}))
     assert scores(first.study) == scores(again.study)
 
 
@@ -209,3 +216,21 @@ def test_a_failing_test_split_does_not_cost_the_adapter(
     monkeypatch.setattr(paper, "test", fail)
     result = runner.run(make_spec())
     assert result.best_adapter is not None and "test" not in result.study.user_attrs
+
+
+def test_a_worker_that_fell_silent_elsewhere_is_replaced(
+    paper: type[PaperTuner], make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "HEARTBEAT_INTERVAL", 1)
+    monkeypatch.setattr(storage, "GRACE_PERIOD", 1)
+    spec = make_spec()
+    study = opening.open_study(spec)
+    lost = study.ask()
+    opening.propose(spec, lost)
+    for name, value in {"host": "elsewhere", "pid": 1, "process_started": 0.0}.items():
+        lost.set_user_attr(name, value)
+    study._storage.record_heartbeat(lost._trial_id)
+    time.sleep(3)
+    trials = runner.run(spec).study.trials
+    assert [trial.state.name for trial in trials] == ["FAIL"] + ["COMPLETE"] * 3
+    assert trials[1].params == trials[0].params
