@@ -30,7 +30,7 @@ def ask(spec: StudySpec, count: int) -> Iterator[str]:
     Raises:
         UserError: If the storage cannot be used, or the study is another problem's.
     """
-    with database_errors(spec.storage_url):
+    with database_errors(spec.storage_url), opening.quiet():
         study = opening.open_study(spec, heartbeat=False)
         for _ in range(count):
             trial = study.ask()

@@ -76,8 +76,10 @@ def _peft_config(spec: StudySpec, trial: FrozenTrial) -> str:
     from optuna_lora_rl.finetuning import lora
     from optuna_lora_rl.finetuning import model
     from optuna_lora_rl.finetuning.configuration import Configuration
+    from optuna_lora_rl.finetuning.quiet import quiet
 
-    base = model.load(spec.model, model.device_of(use_cpu=True))
+    with quiet():
+        base = model.load(spec.model, model.device_of(use_cpu=True))
     configuration = Configuration.of(trial.user_attrs["configuration"])
     chosen = lora.targets_of(configuration, base.architecture, spec.target_sets)
     config = lora.lora_config(configuration, base.architecture, chosen).to_dict()

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +29,23 @@ if TYPE_CHECKING:
 
 # Optuna's samplers whose random numbers would start again from the seed with every process.
 _FORGETFUL = {"tpe", "gp", "random", "nsgaii"}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences Optuna, whose news the display tells."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(logging.ERROR)
+    # Telemetry of the hub would be a connection that nobody asked for.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            # What libraries deprecate among themselves is not for the user to mend.
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            yield
+    finally:
+        optuna.logging.set_verbosity(before)
 
 
 def open_study(spec: StudySpec, *, heartbeat: bool = True) -> optuna.Study:

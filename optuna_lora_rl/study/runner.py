@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +23,7 @@ from optuna_lora_rl.study.display import Display
 from optuna_lora_rl.study.interruption import Interruption
 from optuna_lora_rl.study.objective import Objective
 from optuna_lora_rl.study.opening import open_study
+from optuna_lora_rl.study.opening import quiet
 from optuna_lora_rl.study.storage import database_errors
 
 if TYPE_CHECKING:
@@ -68,7 +66,7 @@ def run(spec: StudySpec, *, display: Display | None = None) -> RunResult:
     """
     with (
         database_errors(spec.storage_url),
-        _quiet(),
+        quiet(),
         _threads(spec),
         Interruption() as interruption,
     ):
@@ -190,23 +188,6 @@ class _Worker:
 
     def _exhausted(self) -> str | None:
         return Usage.of(self._trials()).exhausted(self.spec.budget)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences Optuna, whose news the display tells."""
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(logging.ERROR)
-    # Telemetry of the hub would be a connection that nobody asked for.
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            # What libraries deprecate among themselves is not for the user to mend.
-            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-            yield
-    finally:
-        optuna.logging.set_verbosity(before)
 
 
 @contextmanager

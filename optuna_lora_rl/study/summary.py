@@ -40,7 +40,9 @@ def standing(console: Console, study: optuna.Study, spec: StudySpec) -> None:
         return
     console.print()
     console.print(_table(best, console.width))
-    console.print(_gain(study, best[0]))
+    gain = _gain(study, best[0])
+    if gain.row_count:
+        console.print(gain)
     if "cost" in best[0].user_attrs:
         words = f"The best run cost {best[0].user_attrs['cost']:.2f} of the reference run."
         _say(console, Text(words, style="dim"))

@@ -30,6 +30,15 @@ def test_what_is_told_decides_what_is_asked_next(make_spec: MakeSpec, sampler: s
     assert json.loads(next(asking.ask(spec, 1)))["trial"] == 2
 
 
+def test_nothing_but_json_is_printed(
+    make_spec: MakeSpec, capfd: pytest.CaptureFixture[str]
+) -> None:
+    spec = make_spec()
+    next(asking.ask(spec, 1))
+    asking.tell(spec, '{"trial": 0, "value": 0.5}')
+    assert capfd.readouterr() == ("", "")
+
+
 def test_several_objectives_are_told_as_a_list(make_spec: MakeSpec) -> None:
     spec = make_spec({"objective.objectives": ["quality", "cost"]})
     next(asking.ask(spec, 1))
