@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.learning.rollouts import collect
 from optuna_lora_rl.learning.training import Trainer
 from optuna_lora_rl.learning.training import TrainingSettings
 from optuna_lora_rl.learning.training import bootstrap_interval
@@ -35,8 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_leaves_weights_a_log_and_a_checkpoint(run: Path) -> None:
-    for name in ("weights.safetensors", "imitation.safetensors"):
-        weights.load(run / name)
+    weights.load(run / "weights.safetensors")
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [entry["update"] for entry in log] == [1, 2, 3, 4]
     assert "imitation_loss" in log[0]
@@ -61,10 +61,21 @@ def test_another_runs_folder_is_refused(run: Path) -> None:
 
 
 def test_imitation_lowers_its_loss(tmp_path: Path) -> None:
-    settings = replace(SMALL, imitation_updates=12, batch=24, tasks=24)
-    trainer = Trainer(settings, tmp_path)
-    losses = [trainer.step()["imitation_loss"] for _ in range(12)]
-    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+    trainer = Trainer(SMALL, tmp_path)
+    rollout = collect(trainer.pool, 6, trainer.network, trainer.critic, trainer.generator)
+    losses = [trainer._imitate(rollout)["imitation_loss"] for _ in range(10)]
+    assert losses[-1] < losses[0]
+
+
+def test_the_weights_are_the_mean_of_the_best_of_both_phases(tmp_path: Path) -> None:
+    trainer = Trainer(SMALL, tmp_path)
+    state = trainer.network.state_dict()
+    for phase, value in (("imitation", 1.0), ("ppo", 3.0)):
+        network = {name: torch.full_like(tensor, value) for name, tensor in state.items()}
+        trainer.best[phase] = {"score": 0.1, "update": 1, "network": network}
+    assert (weights.load(trainer.finish()).last.weight == 2.0).all()
+    trainer.best = {}
+    assert (weights.load(trainer.finish()).last.weight == 0.0).all()
 
 
 def test_training_leaves_the_global_generator_alone(tmp_path: Path) -> None:
