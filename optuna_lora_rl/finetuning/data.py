@@ -90,6 +90,14 @@ def content(row: Row) -> str:
     return "\x1f".join(" ".join(str(part).split()) for part in parts)
 
 
+def turns(row: Row) -> list[dict[str, Any]]:
+    """Returns the messages of a chat example, none of another."""
+    if "messages" in row:
+        return list(row["messages"])
+    parts = (row.get("prompt"), row.get("completion"))
+    return [turn for part in parts if isinstance(part, list) for turn in part]
+
+
 def without(rows: Sequence[Row], excluded: Sequence[Row]) -> list[Row]:
     """Returns the rows whose content is not in ``excluded``."""
     out = {content(row) for row in excluded}
@@ -214,12 +222,16 @@ def _turn(turn: dict[str, Any], column: str, key: str, number: int) -> dict[str,
         # ShareGPT's words for the same thing.
         roles = {"human": "user", "gpt": "assistant"}
         turn = {"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]}
-    if not isinstance(turn.get("role"), str) or "content" not in turn:
+    if not isinstance(turn.get("role"), str) or (
+        "content" not in turn and not turn.get("tool_calls")
+    ):
         raise UserError(
             f"{key}: example {number} has a message in the column {column!r} without 'role' and "
             "'content'"
         )
-    return {name: value for name, value in turn.items() if value is not None}
+    # A message that only calls tools may say null; templates join text.
+    said = "" if turn.get("content") is None else turn["content"]
+    return {name: value for name, value in {**turn, "content": said}.items() if value is not None}
 
 
 def _has_content(row: Row) -> bool:

@@ -219,4 +219,5 @@ def _said(turns: Sequence[Mapping[str, Any]]) -> str | None:
     if len(turns) != 1 or turns[0]["role"] != "assistant":
         return None
     content = turns[0]["content"]
-    return content if isinstance(content, str) else None
+    # Nothing said, as where tools are called, is nothing to compare with.
+    return content if isinstance(content, str) and content.strip() else None

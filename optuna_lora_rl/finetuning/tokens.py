@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 from trl import SFTTrainer
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning.data import Splits
+from optuna_lora_rl.finetuning.data import turns
 from optuna_lora_rl.finetuning.hub import first_line
 from optuna_lora_rl.finetuning.lora import restored
 from optuna_lora_rl.finetuning.model import Base
@@ -61,10 +64,10 @@ def tokenise(
         datasets["test"] = splits.test
     try:
         prepared = _prepare(datasets, base, training, max_length, use_cpu)
-    except (ValueError, RuntimeError, TypeError, KeyError) as error:
+    except (TemplateError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise UserError(
             f"data.train: the {splits.kind} examples cannot be tokenised with the tokenizer of "
-            f"{base.name!r}: {first_line(error)}"
+            f"{base.name!r}{_culprit(datasets, base.tokenizer)}: {first_line(error)}"
         ) from error
     for name, dataset in prepared.items():
         if not len(dataset):
@@ -117,6 +120,19 @@ def _prepare(
         )
     prepared = {"train": trainer.train_dataset, **trainer.eval_dataset}
     return {name: _columns(dataset) for name, dataset in prepared.items()}
+
+
+def _culprit(datasets: dict[str, list[Row]], tokenizer: PreTrainedTokenizerBase) -> str:
+    # TRL says what a chat template refused, but not where.
+    if tokenizer.chat_template is None:
+        return ""
+    for row in (row for split in datasets.values() for row in split if turns(row)):
+        try:
+            tokenizer.apply_chat_template(turns(row), tokenize=False)
+        except Exception:
+            start = " ".join(str(turns(row)[0]["content"]).split())[:60]
+            return f", at the example that begins with {start!r}"
+    return ""
 
 
 def _preparation(extra: dict[str, Any]) -> dict[str, Any]:

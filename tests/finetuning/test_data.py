@@ -118,6 +118,22 @@ def test_chat_is_read_in_both_spellings(write_rows: Write) -> None:
     assert turns[1]["content"] == "yes"
 
 
+def test_a_message_that_only_calls_tools_says_nothing(write_rows: Write) -> None:
+    call = [{"type": "function", "function": {"name": "look", "arguments": {}}}]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{i}?"},
+                {"role": "assistant", "content": None, "tool_calls": call},
+            ]
+        }
+        for i in range(5)
+    ]
+    splits = data.load(DataOptions(train=write_rows(rows)))
+    answer = {"role": "assistant", "content": "", "tool_calls": call}
+    assert [row["messages"][1] for row in splits.train] == [answer] * len(splits.train)
+
+
 def test_rows_without_text_are_left_out_and_counted(write_rows: Write) -> None:
     rows: list[dict[str, Any]] = [{"text": f"line {i}"} for i in range(9)]
     splits = data.load(DataOptions(train=write_rows([*rows, {"text": " "}, {"text": None}])))

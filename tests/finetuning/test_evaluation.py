@@ -63,7 +63,8 @@ def test_chat_asks_for_the_last_answer(loaded: Any) -> None:
         {"role": "user", "content": "2+2"},
         {"role": "assistant", "content": "4"},
     ]
-    rows = [{"messages": turns}, {"messages": turns[:1]}]
+    silent = [turns[0], {"role": "assistant", "content": ""}]
+    rows = [{"messages": turns}, {"messages": turns[:1]}, {"messages": silent}]
     asked = evaluation.questions(rows, loaded[1], count=10, seed=0, longest_prompt=64)
     assert asked.answers == ("4",)
     assert loaded[1].decode(asked.prompts[0]) == "u>2+2\na>"

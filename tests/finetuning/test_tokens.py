@@ -75,6 +75,24 @@ def test_chat_without_a_template_is_refused(base: Any, monkeypatch: pytest.Monke
     assert "\n" not in str(refused.value)
 
 
+def test_a_template_that_refuses_an_example_names_it(
+    base: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = (
+        "{% if messages[0]['role'] == 'system' %}"
+        "{{ raise_exception('System role not supported') }}{% endif %}"
+    ) + base.tokenizer.chat_template
+    monkeypatch.setattr(base.tokenizer, "chat_template", template)
+    rows = [
+        {"messages": TURNS},
+        {"messages": [{"role": "system", "content": "be\nbrief"}, *TURNS]},
+    ]
+    with pytest.raises(UserError) as refused:
+        made(base, "messages", rows)
+    assert "at the example that begins with 'be brief': System role not" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
 def test_preparation_leaves_the_model_as_it_was(base: Any) -> None:
     attributes = set(base.model.__dict__)
     made(base, "text", [{"text": "abc"}])
