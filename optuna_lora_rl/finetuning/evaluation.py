@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import asdict
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING
 from typing import Any
 
@@ -17,6 +18,8 @@ from optuna_lora_rl.finetuning.sources import Row
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
+
+_MARK = "((answer))"
 
 
 @dataclass(frozen=True)
@@ -75,10 +78,12 @@ class Questions:
     Attributes:
         prompts: Token ids of each prompt.
         answers: The expected text of each.
+        end: The token with which the chat template ends an answer, or None.
     """
 
     prompts: tuple[tuple[int, ...], ...]
     answers: tuple[str, ...]
+    end: int | None = None
 
 
 def questions(
@@ -103,6 +108,7 @@ def questions(
     """
     prompts: list[tuple[int, ...]] = []
     answers: list[str] = []
+    end: int | None = None
     for row in draw(rows, count, seed):
         asked, answer = _asked(row)
         if answer is None:
@@ -116,6 +122,7 @@ def questions(
             ids = tokenizer.apply_chat_template(
                 asked, add_generation_prompt=True, tokenize=True, return_dict=True
             )["input_ids"]
+            end = _end(asked, tokenizer) if end is None else end
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else 0
         prompts.append(tuple(ids[-longest_prompt:] or [start]))
         answers.append(answer)
@@ -124,7 +131,7 @@ def questions(
             "objective.metric: generated metrics need prompt/completion data, or chat data that "
             "ends with an assistant's message; take loss or token_accuracy"
         )
-    return Questions(prompts=tuple(prompts), answers=tuple(answers))
+    return Questions(prompts=tuple(prompts), answers=tuple(answers), end=end)
 
 
 def generated(
@@ -155,6 +162,7 @@ def answers(
 
     device = next(model.parameters()).device
     pad = tokenizer.pad_token_id
+    ends = _ends(model, tokenizer, asked)
     training = model.training
     model.eval()
     texts = [""] * len(asked.prompts)
@@ -178,10 +186,12 @@ def answers(
                     top_p=None,
                     top_k=None,
                     pad_token_id=pad,
+                    eos_token_id=ends or None,
                     use_cache=True,
                 )
             for index, tokens in zip(batch, output[:, len(rows[0]) :], strict=True):
-                texts[index] = tokenizer.decode(tokens, skip_special_tokens=True)
+                said = list(takewhile(lambda token: token not in ends, tokens.tolist()))
+                texts[index] = tokenizer.decode(said, skip_special_tokens=True)
     finally:
         model.train(training)
     return texts
@@ -205,6 +215,23 @@ def compare(given: Sequence[str], expected: Sequence[str]) -> dict[str, float]:
 def _label(answer: str) -> str:
     lines = answer.strip().splitlines()
     return " ".join(lines[0].split()).casefold() if lines else ""
+
+
+def _end(asked: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> int | None:
+    # Base models of chat families end a text with another token than their template ends a turn.
+    answer = {"role": "assistant", "content": _MARK}
+    text = str(tokenizer.apply_chat_template([*asked, answer], tokenize=False))
+    _, found, after = text.rpartition(_MARK)
+    ids = tokenizer(after if found else "", add_special_tokens=False)["input_ids"]
+    # Spaces may stand before it. Without such a token only end-of-text ends an answer: a bare
+    # newline may as well stand within one.
+    return next((token for token in ids if token in tokenizer.added_tokens_decoder), None)
+
+
+def _ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: Questions) -> list[int]:
+    own = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    ends = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, asked.end]
+    return sorted({token for token in ends if token is not None})
 
 
 def _asked(row: Row) -> tuple[Any, str | None]:

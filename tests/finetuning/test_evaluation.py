@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,30 @@ def test_chat_asks_for_the_last_answer(loaded: Any) -> None:
     asked = evaluation.questions(rows, loaded[1], count=10, seed=0, longest_prompt=64)
     assert asked.answers == ("4",)
     assert loaded[1].decode(asked.prompts[0]) == "u>2+2\na>"
+
+
+def test_an_answer_ends_where_the_chat_template_ends_it(loaded: Any) -> None:
+    model, tokenizer = copy.deepcopy(loaded)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    model.resize_token_embeddings(len(tokenizer))
+    tokenizer.chat_template = tokenizer.chat_template.replace("+ '\n' }}", "+ ' <turn>\\n' }}")
+    end = tokenizer.convert_tokens_to_ids("<turn>")
+    rows = [
+        {"messages": [{"role": "user", "content": "2"}, {"role": "assistant", "content": "4"}]}
+    ]
+    asked = evaluation.questions(rows, tokenizer, count=1, seed=0, longest_prompt=64)
+    assert asked.end == end
+    said = iter([tokenizer.convert_tokens_to_ids("4"), end, tokenizer.convert_tokens_to_ids("5")])
+
+    def scripted(**inputs: Any) -> Any:
+        found = type(model).forward(model, **inputs)
+        found.logits[..., next(said)] = 1e9
+        return found
+
+    model.forward = scripted
+    given = evaluation.answers(model, tokenizer, asked, max_new_tokens=3, batch_size=1)
+    assert given == ["4"]
+    assert next(said) == tokenizer.convert_tokens_to_ids("5")
 
 
 def test_long_prompts_keep_their_end(loaded: Any) -> None:
