@@ -108,8 +108,9 @@ def test_a_study_that_cannot_work_ends_with_status_1(
     paper.failures = [RuntimeError("no such kernel")] * 9
     with pytest.raises(SystemExit) as ended:
         cli.main(["run", str(tmp_path / "small.yaml"), "--set", "budget.trials=9"])
-    assert ended.value.code == 1
-    assert "all failed the same way: RuntimeError: no such kernel" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert ended.value.code == 1, printed
+    assert "all failed the same way: RuntimeError: no such kernel" in printed.out
 
 
 def test_the_dashboard_is_started_on_the_study_and_its_artifacts(

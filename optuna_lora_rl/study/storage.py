@@ -94,11 +94,11 @@ def database_errors(url: str) -> Iterator[None]:
         yield
     except optuna.exceptions.StorageInternalError as error:
         raise UserError(_database_sentence(url, error.__cause__ or error)) from error
-    except (exc.SQLAlchemyError, ImportError) as error:
+    except exc.SQLAlchemyError as error:
         raise UserError(_database_sentence(url, error)) from error
-    except RuntimeError as error:
-        # Optuna's own words when the tables are of another Optuna version.
-        if "table schema" not in str(error):
+    except (ImportError, RuntimeError) as error:
+        # Optuna's own words when a driver is missing, and when another Optuna made the tables.
+        if "DB access module" not in str(error) and "table schema" not in str(error):
             raise
         raise UserError(_database_sentence(url, error)) from error
     except OSError as error:

@@ -61,3 +61,9 @@ def test_the_disk_is_found_behind_other_errors() -> None:
     except RuntimeError as error:
         assert isinstance(storage.fatal_cause(error), OSError)
     assert storage.fatal_cause(RuntimeError("a bug")) is None
+
+
+def test_a_bug_is_not_blamed_on_the_database() -> None:
+    for bug in (ImportError("cannot import name 'x'"), RuntimeError("no kernel"), KeyError("x")):
+        with pytest.raises(type(bug)), storage.database_errors("sqlite:///study.db"):
+            raise bug
