@@ -11,8 +11,11 @@ from itertools import takewhile
 from typing import TYPE_CHECKING
 from typing import Any
 
+from jinja2 import TemplateError
+
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning.data import draw
+from optuna_lora_rl.finetuning.hub import first_line
 from optuna_lora_rl.finetuning.sources import Row
 
 if TYPE_CHECKING:
@@ -111,7 +114,7 @@ def questions(
     end: int | None = None
     for row in draw(rows, count, seed):
         asked, answer = _asked(row)
-        if answer is None:
+        if answer is None or asked == []:
             continue
         if isinstance(asked, str):
             ids = tokenizer(asked)["input_ids"]
@@ -119,17 +122,15 @@ def questions(
             if ids and ids[-1] == tokenizer.eos_token_id:
                 ids = ids[:-1]
         else:
-            ids = tokenizer.apply_chat_template(
-                asked, add_generation_prompt=True, tokenize=True, return_dict=True
-            )["input_ids"]
+            ids = _rendered(asked, tokenizer)
             end = _end(asked, tokenizer) if end is None else end
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else 0
         prompts.append(tuple(ids[-longest_prompt:] or [start]))
         answers.append(answer)
     if not prompts:
         raise UserError(
-            "objective.metric: generated metrics need prompt/completion data, or chat data that "
-            "ends with an assistant's message; take loss or token_accuracy"
+            "objective.metric: generated metrics need prompt/completion data, or chat data whose "
+            "last message is the assistant's answer to another; take loss or token_accuracy"
         )
     return Questions(prompts=tuple(prompts), answers=tuple(answers), end=end)
 
@@ -215,6 +216,21 @@ def compare(given: Sequence[str], expected: Sequence[str]) -> dict[str, float]:
 def _label(answer: str) -> str:
     lines = answer.strip().splitlines()
     return " ".join(lines[0].split()).casefold() if lines else ""
+
+
+def _rendered(asked: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    try:
+        ids: list[int] = tokenizer.apply_chat_template(
+            asked, add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"]
+    except TemplateError as error:
+        # What it accepts with the answer it may refuse without.
+        start = " ".join(str(asked[0]["content"]).split())[:60]
+        raise UserError(
+            f"objective.metric: the chat template cannot ask the example that begins with "
+            f"{start!r}: {first_line(error)}"
+        ) from error
+    return ids
 
 
 def _end(asked: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> int | None:

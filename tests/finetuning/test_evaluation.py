@@ -65,7 +65,8 @@ def test_chat_asks_for_the_last_answer(loaded: Any) -> None:
         {"role": "assistant", "content": "4"},
     ]
     silent = [turns[0], {"role": "assistant", "content": ""}]
-    rows = [{"messages": turns}, {"messages": turns[:1]}, {"messages": silent}]
+    alone = {"messages": turns[1:]}
+    rows = [{"messages": turns}, {"messages": turns[:1]}, alone, {"messages": silent}]
     asked = evaluation.questions(rows, loaded[1], count=10, seed=0, longest_prompt=64)
     assert asked.answers == ("4",)
     assert loaded[1].decode(asked.prompts[0]) == "u>2+2\na>"
@@ -99,6 +100,16 @@ def test_long_prompts_keep_their_end(loaded: Any) -> None:
     rows = [{"prompt": "abcdef", "completion": "x"}]
     asked = evaluation.questions(rows, loaded[1], count=1, seed=0, longest_prompt=2)
     assert loaded[1].decode(asked.prompts[0]) == "ef"
+
+
+def test_a_question_that_the_template_refuses_is_one_sentence(
+    loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "{% if messages | length < 2 %}{{ raise_exception('too short') }}{% endif %}"
+    monkeypatch.setattr(loaded[1], "chat_template", template)
+    turns = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]
+    with pytest.raises(UserError, match=r"that begins with '2\+2': too short"):
+        evaluation.questions([{"messages": turns}], loaded[1], count=1, seed=0, longest_prompt=8)
 
 
 def test_plain_text_asks_nothing(loaded: Any) -> None:
