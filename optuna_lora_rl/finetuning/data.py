@@ -154,12 +154,13 @@ def _other(options: DataOptions, name: str, kind: Kind) -> list[Row] | None:
     split: str | None = getattr(options, f"{name}_split")
     key = f"data.{name}"
     if source is None and split is None:
-        if not options.train.startswith(sources.TINY):
+        own = (name, *sources.SPLIT_NAMES[name])
+        if options.split in own or not sources.brings(options.train, name, options.subset):
             return None
         source, split = options.train, name
     elif source is None:
         source, key = options.train, f"data.{name}_split"
-    default = name if source.startswith(sources.TINY) else "train"
+    default = name if sources.brings(source, name, options.subset) else "train"
     found, rows = _examples(options, source, key, split or default)
     if found != kind:
         raise UserError(

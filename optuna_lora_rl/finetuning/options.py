@@ -122,17 +122,21 @@ class DataOptions(_Section):
     validation: str | None = Field(
         default=None,
         description="Validation data, in the same forms. Left out, a built-in task brings its "
-        "own; otherwise a part of the training data is set aside.",
+        "own, and so does a folder with a file or split of that name; otherwise a part of "
+        "the training data is set aside.",
         examples=["data/validation.jsonl"],
     )
     test: str | None = Field(
         default=None,
-        description="Test data, in the same forms; used once, for the final best adapter.",
+        description="Test data, in the same forms; used once, for the final best adapter. Left "
+        "out, a built-in task brings its own, and so does a folder with a file or split of that "
+        "name.",
         examples=["data/test.jsonl"],
     )
     subset: str | None = Field(
         default=None,
-        description="Configuration name of a hub data set that has several.",
+        description="Configuration name of a hub data set that has several; in a local clone, "
+        "the folder of that name.",
         examples=["main"],
     )
     split: str = Field(

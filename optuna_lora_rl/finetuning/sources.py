@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,10 @@ from optuna_lora_rl.finetuning import hub
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 TINY = "tiny:"
+# Splits that are not trained on, and what else files of theirs are called.
+SPLIT_NAMES = {"validation": ("valid", "val", "dev", "eval"), "test": ()}
+# What the hub keeps beside data.
+_NO_DATA = ("dataset_info.json", "dataset_infos.json")
 
 
 def read(source: str, *, key: str, split: str, subset: str | None = None) -> list[Row]:
@@ -24,7 +30,7 @@ def read(source: str, *, key: str, split: str, subset: str | None = None) -> lis
         source: ``tiny:<task>``, a file, a folder, or a data set name on the hub.
         key: The option that named the source, for error messages.
         split: Split of a folder, a built-in task or a hub data set.
-        subset: Configuration name of a hub data set.
+        subset: Configuration name of a hub data set, or the folder of its name in a clone.
 
     Raises:
         UserError: When there is no such data, it cannot be read, or it is empty.
@@ -40,6 +46,25 @@ def is_file(source: str) -> bool:
     return Path(source).suffix.lower() in SUFFIXES and not Path(source).expanduser().is_dir()
 
 
+def brings(source: str, name: str, subset: str | None = None) -> bool:
+    """Whether a source comes with a validation or test split of its own.
+
+    Args:
+        source: As in ``read``; of a hub data set nobody knows without fetching it.
+        name: ``"validation"`` or ``"test"``.
+        subset: Configuration name of a hub data set.
+    """
+    if source.startswith(TINY):
+        return True
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        return False
+    if _is_saved(path):
+        splits = path / "dataset_dict.json"
+        return splits.exists() and f'"{name}"' in splits.read_text(encoding="utf-8")
+    return bool(_of_split(_files(path, subset), name))
+
+
 def _read(source: str, key: str, split: str, subset: str | None) -> list[Row]:
     if source.startswith(TINY):
         from optuna_lora_rl import tiny
@@ -51,7 +76,7 @@ def _read(source: str, key: str, split: str, subset: str | None) -> list[Row]:
             raise UserError(f"{key}: there is no file {source!r}")
         return _read_file(path, key)
     if path.is_dir():
-        return _read_folder(path, key, split)
+        return _read_folder(path, key, split, subset)
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         kinds = ", ".join(SUFFIXES)
         raise UserError(f"{key}: there is no folder {source!r} and no file ending in {kinds}")
@@ -120,25 +145,55 @@ def _parquet(path: Path) -> Iterable[Row]:
     return rows
 
 
-def _read_folder(path: Path, key: str, split: str) -> list[Row]:
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+def _read_folder(path: Path, key: str, split: str, subset: str | None) -> list[Row]:
+    if _is_saved(path):
         return _read_saved(path, key, split)
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+    files = _files(path, subset)
     if not files:
         raise UserError(
             f"{key}: the folder {str(path)!r} holds no file ending in {', '.join(SUFFIXES)}"
         )
-    # "train.jsonl" or "train-00000-of-00002.parquet"; a folder of one split needs no such names.
-    named = [file for file in files if file.stem == split or file.stem.startswith(f"{split}-")]
+    named = _of_split(files, split)
     if not named and split == "train":
-        reserved = ("validation", "valid", "dev", "test")
-        named = [file for file in files if not file.stem.startswith(reserved)]
+        # A folder of one split needs no names.
+        others = {file for other in SPLIT_NAMES for file in _of_split(files, other, every=True)}
+        named = [file for file in files if file not in others]
     if not named:
         names = ", ".join(file.name for file in files)
         raise UserError(
             f"{key}: the folder {str(path)!r} has no file for the split {split!r}, only {names}"
         )
     return [row for file in named for row in _read_file(file, key)]
+
+
+def _is_saved(path: Path) -> bool:
+    return (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+
+
+def _files(path: Path, subset: str | None) -> list[Path]:
+    # A clone from the hub keeps its data in data/, and its subsets in folders of their names.
+    root = path / subset if subset is not None and (path / subset).is_dir() else path
+    return sorted(
+        file
+        for folder in (root, root / "data")
+        if folder.is_dir()
+        for file in folder.iterdir()
+        if file.suffix.lower() in SUFFIXES and file.name not in _NO_DATA and file.is_file()
+    )
+
+
+def _of_split(files: Sequence[Path], split: str, *, every: bool = False) -> list[Path]:
+    """Picks the files of a split under the first of its names that any file bears, or under all.
+
+    ``train.jsonl``, ``train-00000-of-00002.parquet`` and ``train_2.csv`` are all of ``train``.
+    """
+    found: list[Path] = []
+    for name in (split, *SPLIT_NAMES.get(split, ())):
+        if every or not found:
+            found += [
+                file for file in files if re.fullmatch(rf"{re.escape(name)}([-_.].*)?", file.stem)
+            ]
+    return found
 
 
 def _read_saved(path: Path, key: str, split: str) -> list[Row]:

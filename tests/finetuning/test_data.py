@@ -97,6 +97,20 @@ def test_spacing_makes_no_new_example() -> None:
     )
 
 
+def test_a_folder_brings_its_own_splits(write_rows: Write) -> None:
+    import pathlib
+
+    for name in ("train", "val", "test"):
+        source = write_rows([{"text": f"{name} {i}"} for i in range(9)], f"{name}.jsonl")
+    folder = str(pathlib.Path(source).parent)
+    splits = data.load(DataOptions(train=folder))
+    assert splits.test is not None
+    for rows, name in ((splits.train, "train"), (splits.validation, "val"), (splits.test, "test")):
+        assert [row["text"] for row in rows] == [f"{name} {i}" for i in range(9)]
+    only = data.load(DataOptions(train=folder, split="test"))
+    assert only.test is None and len(only.train) == 9
+
+
 def test_columns_are_found_and_mapped(write_rows: Write) -> None:
     source = write_rows([{"q": f"{i}?", "a": i, "text": f"no {i}"} for i in range(20)])
     options = DataOptions(train=source, columns={"prompt": "q", "completion": "a"})

@@ -58,6 +58,42 @@ def test_a_folder_of_one_file_is_its_training_split(tmp_path: Path) -> None:
     assert sources.read(str(tmp_path), key="data.train", split="train") == ROWS
 
 
+def test_a_clone_from_the_hub_keeps_its_files_in_data(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "dataset_infos.json").write_text('{"default": {"x": 1}}')
+    write(tmp_path / "data" / "train-00000-of-00001.parquet", ROWS)
+    write(tmp_path / "data" / "test-00000-of-00001.parquet", ROWS[:1])
+    assert sources.read(str(tmp_path), key="data.train", split="train") == ROWS
+    assert sources.read(str(tmp_path), key="data.test", split="test") == ROWS[:1]
+    assert sources.brings(str(tmp_path), "test")
+    assert not sources.brings(str(tmp_path), "validation")
+
+
+def test_a_clone_keeps_its_subsets_apart(tmp_path: Path) -> None:
+    for name, rows in (("main", ROWS[:1]), ("other", ROWS[1:])):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "train.jsonl", rows)
+    found = sources.read(str(tmp_path), key="data.train", split="train", subset="other")
+    assert found == ROWS[1:]
+
+
+def test_every_shard_is_read(tmp_path: Path) -> None:
+    for name in ("train", "train-2", "train_3", "trainers"):
+        write(tmp_path / f"{name}.jsonl", [{"text": name}])
+    found = sources.read(str(tmp_path), key="data.train", split="train")
+    assert [row["text"] for row in found] == ["train-2", "train", "train_3"]
+
+
+@pytest.mark.parametrize("name", ["val", "valid-1", "dev", "eval", "validation_2", "test"])
+def test_files_of_other_splits_are_not_trained_on(tmp_path: Path, name: str) -> None:
+    write(tmp_path / f"{name}.jsonl", ROWS[:1])
+    write(tmp_path / "development.jsonl", ROWS[1:])
+    (tmp_path / "dataset_info.json").write_text('{"x": 1}')
+    assert sources.read(str(tmp_path), key="data.train", split="train") == ROWS[1:]
+    split = "test" if name == "test" else "validation"
+    assert sources.read(str(tmp_path), key=f"data.{split}", split=split) == ROWS[:1]
+
+
 def test_a_saved_dataset_gives_its_splits(tmp_path: Path) -> None:
     from datasets import Dataset
     from datasets import DatasetDict
