@@ -57,6 +57,32 @@ def test_the_fingerprint_follows_the_weights(random_llama: Path, tmp_path: Path)
     assert load(random_llama, dtype="bfloat16").fingerprint != load(random_llama).fingerprint
 
 
+@pytest.mark.parametrize("end", [".safetensors", ".bin"])
+def test_the_fingerprint_sees_a_merged_adapter(tmp_path: Path, end: str) -> None:
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+    from transformers import LlamaForCausalLM
+
+    small = LlamaConfig(vocab_size=8, hidden_size=32, intermediate_size=8, num_hidden_layers=1)
+    with torch.device("meta"):
+        shell = LlamaForCausalLM(small)
+    # Large enough that whoever reads ends alone does not come to the middle.
+    weights = {name: torch.zeros(1024, 1024) for name in "abc"}
+
+    def saved(changed: str | None) -> str:
+        if changed is not None:
+            weights[changed] = torch.ones(1024, 1024)
+        if end == ".bin":
+            torch.save(weights, tmp_path / "model.bin")
+        else:
+            save_file(weights, tmp_path / "model.safetensors")
+        return model._fingerprint(str(tmp_path), shell)
+
+    (tmp_path / "unfetched.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    assert len({saved(None), saved("b"), saved("a"), saved("c")}) == 4
+    assert saved(None) == saved(None)
+
+
 def test_weights_that_are_no_language_model_are_one_sentence(
     random_llama: Path, tmp_path: Path
 ) -> None:
