@@ -178,25 +178,32 @@ def _examples(options: DataOptions, source: str, key: str, split: str) -> tuple[
             f"{key}: {source!r} is one file and has no split {split!r}; name another file"
         )
     rows = sources.read(source, key=key, split=split, subset=options.subset)
-    kind, columns = _kind(rows[0], source, key, options.columns)
+    kind, columns = _kind(rows, source, key, options.columns)
     return kind, [_example(row, columns, key, number) for number, row in enumerate(rows, 1)]
 
 
-def _kind(row: Row, source: str, key: str, mapping: dict[str, str]) -> tuple[Kind, dict[str, str]]:
+def _kind(
+    rows: list[Row], source: str, key: str, mapping: dict[str, str]
+) -> tuple[Kind, dict[str, str]]:
+    # Of all rows: a line of JSON may leave out what it has not.
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    filled = {name for row in rows for name, value in row.items() if value is not None}
     for role, column in mapping.items():
-        if column not in row:
+        if column not in names:
             raise UserError(
-                f"data.columns.{role}: {source!r} has no column {column!r}; it has {_names(row)}"
+                f"data.columns.{role}: {source!r} has no column {column!r}; it has {_names(names)}"
             )
-    for kind, roles in _COLUMNS.items():
-        # A mapped role decides; a column that only happens to be called "text" does not.
-        if mapping and not set(mapping) <= set(roles):
-            continue
-        columns = {role: mapping.get(role, role) for role in roles}
-        if all(column in row for column in columns.values()):
-            return kind, columns
+    # A column that is there, but empty throughout, only where no other will do.
+    for known in (filled, set(names)):
+        for kind, roles in _COLUMNS.items():
+            # A mapped role decides; a column that only happens to be called "text" does not.
+            if mapping and not set(mapping) <= set(roles):
+                continue
+            columns = {role: mapping.get(role, role) for role in roles}
+            if known.issuperset(columns.values()):
+                return kind, columns
     raise UserError(
-        f"{key}: {source!r} has the columns {_names(row)}; needed are 'text', or 'prompt' and "
+        f"{key}: {source!r} has the columns {_names(names)}; needed are 'text', or 'prompt' and "
         "'completion', or 'messages' (say with data.columns which column is which)"
     )
 
@@ -243,5 +250,5 @@ def _has_content(row: Row) -> bool:
     return bool(learnt.strip() if isinstance(learnt, str) else learnt)
 
 
-def _names(row: Row) -> str:
-    return ", ".join(repr(name) for name in row) or "no columns"
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names)) or "no columns"

@@ -132,6 +132,14 @@ def test_chat_is_read_in_both_spellings(write_rows: Write) -> None:
     assert turns[1]["content"] == "yes"
 
 
+def test_columns_are_those_of_all_rows(write_rows: Write) -> None:
+    pairs: list[dict[str, Any]] = [{"prompt": f"{i}?", "completion": "yes"} for i in range(8)]
+    splits = data.load(DataOptions(train=write_rows([{"prompt": "x"}, *pairs])))
+    assert splits.kind == "prompt-completion" and splits.blank == 1
+    empty: list[dict[str, Any]] = [{"messages": None, "text": f"line {i}"} for i in range(8)]
+    assert data.load(DataOptions(train=write_rows(empty))).kind == "text"
+
+
 def test_a_message_that_only_calls_tools_says_nothing(write_rows: Write) -> None:
     call = [{"type": "function", "function": {"name": "look", "arguments": {}}}]
     rows = [
