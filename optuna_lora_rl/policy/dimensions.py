@@ -177,12 +177,12 @@ class Dimension:
         n = self.n_levels
         if self.kind == "categorical":
             return (np.arange(len(self.levels)) + 0.5) / len(self.levels)
+        low, high = self._bounds
+        if high <= low:
+            return np.array([0.5])
         if n is not None and n <= limit:
             assert self.step is not None
             values = self.low + np.arange(n) * self.step
-            low, high = self._bounds
-            if high <= low:
-                return np.array([0.5])
             return ((np.log(values) if self.log else values) - low) / (high - low)
         return np.unique(self.snap((np.arange(limit) + 0.5) / limit))
 

@@ -2,10 +2,9 @@
 
     logits = beta * (log EI - max) + lambda_n * (log prior - max) + network
 
-With n finished trials lambda_n = 1 / (1 + n / prior_trials)^2 fades, faster where the results
-contradict the prior, so that the untrained policy is "defaults, then a Gaussian process" (compare
-pi-BO, Hvarfner et al. 2022). The network's last layer starts at zero: training can only move on
-from there.
+With n finished trials lambda_n = 1 / (1 + n / prior_trials)^2 fades, so that the untrained policy
+is "defaults, then a Gaussian process" (compare pi-BO, Hvarfner et al. 2022). The network's last
+layer starts at zero: training can only move on from there.
 """
 
 from __future__ import annotations
@@ -34,6 +33,8 @@ from optuna_lora_rl.policy.surrogate import Surrogate
 from optuna_lora_rl.policy.surrogate import believe
 from optuna_lora_rl.policy.surrogate import fit
 
+# Most units that a constraint is kept or broken by.
+_FARTHEST = 3.0
 Feasibility = Callable[[Tensor], Tensor]
 
 
@@ -225,9 +226,7 @@ def fit_feasibility(layout: Layout, observed: Observed, constraints: Tensor) -> 
         known = observed.mask & ~values.isnan()
         if not bool(known.any()):
             continue
-        # Larger is better, centred on the limit so that without data both sides are as likely.
-        size = torch.where(known, values.abs(), torch.nan).nanmedian(1, keepdim=True).values
-        y = torch.where(known, -(values / size.clamp_min(1e-12)).clamp(-3.0, 3.0), 0.0)
+        y = _room(values, known)
         x = layout.model_coordinates(observed.x)
         models.append(fit(x, y, known, layout.unordered, layout.lengthscales(), fit_rows=100))
 
@@ -239,6 +238,23 @@ def fit_feasibility(layout: Layout, observed: Observed, constraints: Tensor) -> 
         return total.clamp_min(-50.0)
 
     return log_feasible if models else None
+
+
+def _room(values: Tensor, known: Tensor) -> Tensor:
+    """How much room constraints leave, about 1 in size, 0 at the limit, shape (B, n).
+
+    The unit is the root mean square, not the median: trials gather at the limit, and in a unit
+    that shrinks with them the rest would look like a cliff. Where a constraint only says kept (0)
+    or broken (above 0), breaking it is put far beyond the limit.
+    """
+    size = torch.where(known, values.abs(), torch.nan)
+    usual = torch.where(size > 0, size, torch.nan).nanmedian(1, keepdim=True).values
+    typical = torch.where(size <= 1e3 * usual, size, torch.nan)
+    unit = typical.square().nanmean(1, keepdim=True).sqrt().nan_to_num(1.0).clamp_min(1e-12)
+    says_how_much = (known & (values < 0)).any(1, keepdim=True)
+    broken = torch.where(values > 0, _FARTHEST, 0.0)
+    room = torch.where(says_how_much, (values / unit).clamp(-_FARTHEST, _FARTHEST), broken)
+    return torch.where(known, -room, 0.0)
 
 
 def draw_parameter(

@@ -142,3 +142,7 @@ def test_roles_of_choices_and_roles_given_by_the_user() -> None:
 def test_impossible_dimensions_are_refused(bad: dict) -> None:
     with pytest.raises(ValueError, match="dimension x"):
         Dimension("x", **bad)
+
+
+def test_a_range_of_one_value_has_one_place() -> None:
+    assert Dimension("x", "float", 1.0, 1.0).grid().tolist() == [0.5]
