@@ -91,7 +91,8 @@ def coverage(choice: str) -> float:
 def is_lora(space: Space) -> bool:
     """Whether the space has what only a LoRA study has: then the guides' prior applies."""
     roles = set(space.role_columns)
-    named = any("lora" in name.lower() for name in space.names)
+    # Not the "lora" of exploration.
+    named = any(re.search(r"(?<![a-z])lora(?![a-z])", name.lower()) for name in space.names)
     return bool(roles & {"rank", "alpha_ratio"}) or named or {"targets", "learning_rate"} <= roles
 
 

@@ -49,9 +49,9 @@ def load(path: Path | str | None = None) -> Scorer:
                 f" optuna_lora_rl reads {expected!r}; train the policy again"
             )
     try:
-        # Layers draw their start from the global state, on the default device.
+        # Layers draw their start from the global state, with the default device and type.
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            network = Scorer(width=int(metadata["width"]))
+            network = Scorer(width=int(metadata["width"])).float()
         network.load_state_dict(tensors)
     except (KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"weights: {file} does not hold a policy network ({error})") from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
+from numbers import Integral
 from typing import TYPE_CHECKING
 from typing import Any
 
@@ -84,7 +85,7 @@ def create(
             the sampler needs is not installed.
     """
     module, class_name = by_name.choose("sampler", name, _HOMES)
-    if seed is not None and not (_is_whole(seed) and 0 <= seed < 2**32):
+    if seed is not None and not (is_whole(seed) and 0 <= seed < 2**32):
         raise UserError(f"seed is {seed!r}, but must be a whole number from 0 to {2**32 - 1}")
     if name == "cmaes" and find_spec("cmaes") is None:
         raise UserError(
@@ -118,8 +119,9 @@ def proposal(trial: FrozenTrial) -> dict[str, Any] | None:
     return trial.system_attrs.get(PROPOSAL_KEY)
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def is_whole(value: object) -> bool:
+    """Whether a value is a whole number, NumPy's included."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def __getattr__(name: str) -> Any:

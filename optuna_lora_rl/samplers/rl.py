@@ -32,6 +32,7 @@ from optuna_lora_rl.policy.roles import ROLES
 from optuna_lora_rl.policy.scores import scalarise
 from optuna_lora_rl.policy.scores import standardise
 from optuna_lora_rl.samplers import PROPOSAL_KEY
+from optuna_lora_rl.samplers import is_whole
 from optuna_lora_rl.samplers.history import History
 from optuna_lora_rl.samplers.history import publish
 from optuna_lora_rl.samplers.history import read_history
@@ -106,11 +107,11 @@ class RLSampler(BaseSampler):
         learned: bool = True,
         n_candidates: int = 256,
     ) -> None:
-        if seed is not None and not (_is_whole(seed) and seed >= 0):
+        if seed is not None and not (is_whole(seed) and seed >= 0):
             raise UserError(f"seed is {seed!r}, but must be a whole number, at least 0")
-        if n_trials is not None and not (_is_whole(n_trials) and n_trials >= 1):
+        if n_trials is not None and not (is_whole(n_trials) and n_trials >= 1):
             raise UserError(f"n_trials is {n_trials!r}, but must be a whole number, at least 1")
-        if not (_is_whole(n_candidates) and n_candidates >= 16):
+        if not (is_whole(n_candidates) and n_candidates >= 16):
             raise UserError(
                 f"n_candidates is {n_candidates!r}, but must be a whole number, at least 16"
             )
@@ -119,7 +120,7 @@ class RLSampler(BaseSampler):
                 raise UserError(
                     f"roles: {name} is {role!r}, but must be one of {', '.join(ROLES)}, none"
                 )
-        self._seed = _fresh_seed() if seed is None else seed
+        self._seed = _fresh_seed() if seed is None else int(seed)
         self._n_trials = n_trials
         self._roles = dict(roles or {})
         self._network = weight_files.load(weights) if learned else None
@@ -193,7 +194,11 @@ class RLSampler(BaseSampler):
             seed = self._seed
         generator = _generator(seed, trial.number, (param_name,))
         trials = study.get_trials(deepcopy=False)
-        first = not any(t.number < trial.number and t.distributions for t in trials)
+        # A trial that another worker has just begun may not have chosen anything yet.
+        first = not any(
+            t.number < trial.number and (t.distributions or t.state == TrialState.RUNNING)
+            for t in trials
+        )
         column = space.names.index(param_name)
         given = space.encode(trial.params)
         with _on_cpu():
@@ -292,7 +297,3 @@ def _on_cpu() -> AbstractContextManager[object]:
 
 def _fresh_seed() -> int:
     return int(np.random.SeedSequence().generate_state(1)[0])
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -13,10 +13,14 @@ import numpy as np
 import optuna
 import pytest
 import torch
+from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
 from optuna_lora_rl import RLSampler
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.policy.dimensions import Dimension
+from optuna_lora_rl.policy.dimensions import make_space
+from optuna_lora_rl.policy.prior import is_lora
 from optuna_lora_rl.samplers import proposal
 from optuna_lora_rl.samplers.history import read_history
 from optuna_lora_rl.samplers.history import space_of
@@ -228,3 +232,33 @@ def test_it_is_light_to_import() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root
     )
     assert done.stdout.strip() == ""
+
+
+def test_a_constraint_is_learnt_and_its_limit_is_found() -> None:
+    study = optuna.create_study(sampler=RLSampler(seed=0))
+    space = {"x": FloatDistribution(0, 1), "y": FloatDistribution(0, 1)}
+    for _ in range(20):
+        trial = study.ask(space)
+        x, y = trial.params["x"], trial.params["y"]
+        trial.set_constraint("x", x - 0.4)
+        study.tell(trial, (y - 0.5) ** 2 - x)
+    late = [trial.params["x"] for trial in study.trials[10:]]
+    assert sum(x > 0.4 for x in late) <= 3
+    assert max(x for x in late if x <= 0.4) > 0.37
+
+
+def test_the_lora_of_exploration_is_no_lora() -> None:
+    names = [Dimension(name, "float") for name in ("learning_rate", "exploration_fraction")]
+    assert not is_lora(make_space(names))
+    assert is_lora(make_space([*names, Dimension("my_lora_thing", "float")]))
+
+
+def test_numpy_seeds_and_another_default_type_are_welcome() -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        study = optuna.create_study(sampler=RLSampler(seed=np.int64(3)))
+        study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=3)
+    finally:
+        torch.set_default_dtype(before)
+    assert len(study.trials) == 3
