@@ -209,7 +209,18 @@ def _kind(
 
 
 def _example(row: Row, columns: dict[str, str], key: str, number: int) -> Row:
-    return {role: _value(row.get(column), column, key, number) for role, column in columns.items()}
+    made = {}
+    for role, column in columns.items():
+        made[role] = _value(row.get(column), column, key, number)
+        try:
+            json.dumps(made[role], ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError:
+            # JSON can spell half of a character; no tokenizer takes it.
+            raise UserError(
+                f"{key}: example {number} has half of a surrogate pair in the column {column!r}, "
+                "which is no character"
+            ) from None
+    return made
 
 
 def _value(value: Any, column: str, key: str, number: int) -> Any:
@@ -244,10 +255,13 @@ def _turn(turn: dict[str, Any], column: str, key: str, number: int) -> dict[str,
 
 def _has_content(row: Row) -> bool:
     # A prompt may be empty; what is to be learnt may not.
-    learnt = row["completion"] if "completion" in row else next(iter(row.values()))
     if row.get("prompt", "") is None:
         return False
-    return bool(learnt.strip() if isinstance(learnt, str) else learnt)
+    learnt = row["completion"] if "completion" in row else next(iter(row.values()))
+    if not isinstance(learnt, list):
+        return bool(learnt and learnt.strip())
+    said = [turn for turn in learnt if turn["role"] == "assistant"] or learnt
+    return any(turn.get("tool_calls") or str(turn["content"]).strip() for turn in said)
 
 
 def _names(names: Sequence[str]) -> str:

@@ -92,6 +92,8 @@ def _read_file(path: Path, key: str) -> list[Row]:
     }
     try:
         return list(readers[path.suffix.lower()](path))
+    except RecursionError:
+        raise UserError(f"{key}: {str(path)!r} cannot be read: it is nested too deeply") from None
     except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:
         # Also pyarrow's errors: they are ValueErrors and OSErrors.
         reason = str(error).splitlines()[0]

@@ -163,6 +163,21 @@ def test_rows_without_text_are_left_out_and_counted(write_rows: Write) -> None:
     assert len(splits.train) + len(splits.validation) == 9
 
 
+def test_chats_whose_answers_are_empty_are_left_out(write_rows: Write) -> None:
+    def chat(number: int, answer: str) -> list[dict[str, str]]:
+        return [
+            {"role": "user", "content": f"{number}?"},
+            {"role": "assistant", "content": answer},
+        ]
+
+    rows = [{"messages": chat(i, "yes" if i < 6 else " ")} for i in range(9)]
+    splits = data.load(DataOptions(train=write_rows(rows)))
+    assert splits.blank == 3 and len(splits.train) + len(splits.validation) == 6
+    pairs = [{"prompt": chat(i, "")[:1], "completion": chat(i, "")[1:]} for i in range(9)]
+    with pytest.raises(UserError, match="too few distinct examples, 0;"):
+        data.load(DataOptions(train=write_rows(pairs)))
+
+
 @pytest.mark.parametrize(
     ("rows", "options", "words"),
     [
@@ -173,6 +188,9 @@ def test_rows_without_text_are_left_out_and_counted(write_rows: Write) -> None:
         ([{"text": ["x"]}], {}, "example 1 has list in the column 'text'"),
         ([{"messages": [{"content": "x"}]}], {}, "without 'role'"),
         ([{"text": ""}, {"text": None}], {}, "too few distinct examples, 0;"),
+        ([{"text": "x"}, {"text": "\ud800"}], {}, "example 2 has half of a surrogate pair"),
+        ([{"messages": [{"role": "user", "content": "\ud800"}]}], {}, "example 1 has half of"),
+        ([{"messages": []}], {}, "too few distinct examples, 0;"),
         ([{"text": "x"}], {"split": "dev"}, "one file and has no split 'dev'"),
     ],
 )

@@ -122,6 +122,8 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
         ("a.jsonl", '"text"\n', "line 1 is no JSON object"),
         ("a.json", '["x", "y"]', "no list of objects"),
         ("a.json", "", "no JSON"),
+        ("a.json", "[" * 100_000, "nested too deeply"),
+        ("a.jsonl", "[" * 100_000, "nested too deeply"),
         ("a.parquet", "no parquet", "cannot be read"),
         ("a.csv", "prompt,completion\n", "has no example"),
         ("a.jsonl", "", "has no example"),
