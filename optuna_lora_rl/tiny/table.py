@@ -53,7 +53,6 @@ class Row:
         best: The best random configuration, the mean over its seeds.
         noise: Standard deviation over those seeds.
         failed: Random configurations that failed.
-        seconds: Median wall time of a run.
         runs: Random configurations measured.
     """
 
@@ -64,7 +63,6 @@ class Row:
     best: float
     noise: float
     failed: int
-    seconds: float
     runs: int
 
     @property
@@ -81,15 +79,14 @@ class Row:
             f"{self.noise:.4f}",
             f"{self.gap_in_noise:.1f}",
             f"{self.failed} of {self.runs}",
-            f"{self.seconds:.1f}",
         ]
         return f"| {' | '.join(cells)} |"
 
 
 _HEADER = (
     "| task | untuned | default | median | best | removed by the best | seed noise "
-    "| gap / noise | failed | s a run |\n"
-    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+    "| gap / noise | failed |\n"
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
 )
 
 
@@ -117,7 +114,6 @@ def summarise(task: str, plan: Plan, measurements: Iterable[Measurement]) -> Row
         best=statistics.mean(losses),
         noise=statistics.stdev(losses),
         failed=sum(run.failure is not None for run in drawn),
-        seconds=statistics.median(run.seconds for run in drawn),
         runs=len(drawn),
     )
 
