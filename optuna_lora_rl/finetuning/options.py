@@ -271,6 +271,7 @@ class TrainingOptions(_Section):
     )
     seed: NonNegativeInt = Field(
         default=0,
+        le=2**32 - 1,
         description="Seed of initialisation, dropout and the order of the examples; the same "
         "for all trials, so that they differ by their parameters alone.",
         examples=[0],

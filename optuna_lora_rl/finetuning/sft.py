@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase
 from transformers import PrinterCallback
 from transformers import TrainerCallback
+from transformers import get_scheduler
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 from trl import SFTTrainer
 
@@ -69,6 +73,38 @@ class Plan:
             accumulation=accumulation,
             evaluated=frozenset(round(steps * i / count) for i in range(1, count + 1)),
         )
+
+
+def check(configuration: Configuration, options: TrainingOptions) -> None:
+    """Checks the names of optimizer and schedule, before anything is made.
+
+    Raises:
+        FineTuningError: With reason ``"configuration"``, when transformers has no such optimizer
+            or schedule, or the schedule wants arguments that it is not given.
+    """
+    for name, kind in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
+        value = getattr(configuration, name)
+        allowed = [member.value for member in kind if member.value != "reduce_lr_on_plateau"]
+        if value not in allowed:
+            raise FineTuningError(
+                "configuration", f"{name} {value!r} is unknown; it is one of {', '.join(allowed)}"
+            )
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+    given = options.extra.get("lr_scheduler_kwargs") or {}
+    try:
+        get_scheduler(
+            configuration.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=0,
+            num_training_steps=1,
+            scheduler_specific_kwargs=json.loads(given) if isinstance(given, str) else dict(given),
+        )
+    except (ValueError, TypeError) as error:
+        raise FineTuningError(
+            "configuration",
+            f"lr_scheduler_type {configuration.lr_scheduler_type} needs other "
+            f"training.extra.lr_scheduler_kwargs: {first_line(error)}",
+        ) from error
 
 
 def train(

@@ -129,6 +129,7 @@ class FineTuner:
         Raises:
             UserError: When the model or the data cannot be had, or do not fit the options.
         """
+        from optuna_lora_rl.finetuning import sft
         from optuna_lora_rl.finetuning.targets import select
 
         architecture = self._prepared.base.architecture
@@ -137,6 +138,7 @@ class FineTuner:
                 raise UserError(f"target_sets.{name} is the name of a preset; take another name")
             select(architecture, name, "all", self.target_sets)
         try:
+            sft.check(self._price.reference_configuration, self.training)
             _ = self._price.reference
         except FineTuningError as error:
             raise UserError(f"objective.reference: {error.message}") from None
@@ -279,6 +281,7 @@ class FineTuner:
         trackers_name: str | None,
     ) -> tuple[Progress, int, Measured]:
         """Trains an adapter; returns its progress, the steps done and what it took."""
+        from optuna_lora_rl.finetuning import sft
         from optuna_lora_rl.finetuning.isolation import collected
         from optuna_lora_rl.finetuning.isolation import failures
         from optuna_lora_rl.finetuning.isolation import own_randomness
@@ -291,6 +294,7 @@ class FineTuner:
 
         base, device = self._prepared.base, self._prepared.device
         seed = self.training.seed if seed is None else seed
+        sft.check(configuration, self.training)
         chosen = targets_of(configuration, base.architecture, self.target_sets)
         config = lora_config(configuration, base.architecture, chosen)
         in_place: list[Adapter] = []

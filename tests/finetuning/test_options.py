@@ -33,6 +33,7 @@ def test_every_option_is_described_with_a_valid_example(section: type[BaseModel]
         (TrainingOptions, {"use_cpu": True, "precision": "fp16"}, "fp16 needs a GPU"),
         (TrainingOptions, {"use_cpu": True, "packing": True}, "packing needs a GPU"),
         (TrainingOptions, {"evaluations": 0}, "evaluations"),
+        (TrainingOptions, {"seed": 2**32}, "less than or equal to 4294967295"),
         (TrainingOptions, {"report_to": ["neptune"]}, "report_to"),
         (TrainingOptions, {"extra": {"bf16": True}}, "said by training.precision"),
         (TrainingOptions, {"extra": {"learning_rate": 1}}, "'learning_rate' in the space"),

@@ -182,6 +182,12 @@ def test_further_arguments_reach_the_trainer(make_tuner: Make, base_hash: Hash) 
     assert set(embeddings.__dict__) == attributes and not embeddings._forward_hooks
 
 
+def test_a_schedule_has_the_arguments_that_it_needs(make_tuner: Make) -> None:
+    tuner = make_tuner(extra={"lr_scheduler_kwargs": {"min_lr": 1e-3}})
+    slow = tuner.run({**QUICK, "lr_scheduler_type": "cosine_with_min_lr"})
+    assert slow.steps == QUICK["max_steps"]
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -392,8 +398,10 @@ def test_any_other_failure_keeps_its_message(
         ({"init_lora_weights": "pissa", "lora_rank": 64}, "has only 16 for lora_rank 64"),
         ({"target_modules": "everything"}, "it is one of qv"),
         ({"layers": "7"}, "the layers 0 to 1"),
-        ({"optim": "adam_nope"}, "adam_nope"),
-        ({"lr_scheduler_type": "zigzag"}, "zigzag"),
+        ({"optim": "adam_nope"}, "optim 'adam_nope' is unknown; it is one of adamw_torch, "),
+        ({"lr_scheduler_type": "zigzag"}, "'zigzag' is unknown; it is one of linear, cosine, "),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "needs other training.extra.lr_scheduler_"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "needs other training.extra.lr_scheduler_"),
     ],
 )
 def test_impossible_parameters_fail_as_configuration(
@@ -511,6 +519,7 @@ def test_a_run_says_nothing_on_the_terminal(
         ({"target_sets": {"mine": ["q_porj"]}}, "target_sets.mine: this llama model has no"),
         ({"target_sets": {"qv": ["q_proj"]}}, "target_sets.qv is the name of a preset"),
         ({"reference": {"lora_rank": 0}}, "objective.reference: lora_rank: 0"),
+        ({"reference": {"optim": "adam"}}, "objective.reference: optim 'adam' is unknown"),
         ({"reference": {"rank": 4}}, "objective.reference: rank"),
         ({"metric": "f1", "max_new_tokens": 500}, "leaves no room for a prompt"),
         ({"precision": "fp16", "use_cpu": None}, "training.precision fp16 needs a GPU"),
