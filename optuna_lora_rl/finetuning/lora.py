@@ -112,8 +112,8 @@ def targets_of(
     """Returns the modules that a configuration adapts.
 
     Raises:
-        FineTuningError: With reason ``"configuration"``, when there is none, or the rank is more
-            than the initialisation can give one of them.
+        FineTuningError: With reason ``"configuration"``, when there is none, the rank is more
+            than the initialisation can give one of them, or it cannot be had in this model.
     """
     try:
         chosen = select(
@@ -121,6 +121,14 @@ def targets_of(
         )
     except UserError as error:
         raise FineTuningError("configuration", str(error)) from None
+    if configuration.init_lora_weights.startswith("olora") and architecture.fan_in_fan_out:
+        # PEFT takes a weight's rows for outputs; here they are inputs.
+        raise FineTuningError(
+            "configuration",
+            f"init_lora_weights {configuration.init_lora_weights} does not go with "
+            f"{architecture.model_type} models, whose layers keep their weights transposed; take "
+            "pissa or default",
+        )
     smallest = min(chosen, key=lambda linear: min(linear.inputs, linear.outputs))
     most = min(smallest.inputs, smallest.outputs)
     if configuration.rank_limited and configuration.lora_rank > most:

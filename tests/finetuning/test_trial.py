@@ -113,6 +113,9 @@ def test_trained_biases_are_put_back(
         ).save_pretrained(tmp_path / "gpt2")
     tuner = make_tuner(name=str(tmp_path / "gpt2"))
     before = base_hash(tuner_ready(tuner))
+    with pytest.raises(FineTuningError, match="olora does not go with gpt2 models") as failed:
+        tuner.run({**QUICK, "init_lora_weights": "olora"})
+    assert failed.value.reason == "configuration"
     for bias in ("all", "lora_only"):
         adapter = tmp_path / bias
         result = tuner.run({**QUICK, "bias": bias, "init_lora_weights": "pissa"}, folder=adapter)
