@@ -19,7 +19,6 @@ True
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -61,6 +60,10 @@ class Range:
     log: bool = False
     step: float | None = None
     whole: bool = False
+
+    def form(self) -> dict[str, Any]:
+        """As a YAML file says it; whether it is whole follows from the parameter."""
+        return {"low": self.low, "high": self.high, "log": self.log, "step": self.step}
 
     def distribution(self) -> BaseDistribution:
         from optuna.distributions import FloatDistribution
@@ -178,6 +181,7 @@ class LoraSpace:
         for name, default in DEFAULTS.items():
             entries.setdefault(name, Entry(name, Fixed(default)))
         self._entries = _in_order_of_need(entries)
+        _check_ties(self._entries)
 
     @classmethod
     def recommended(cls) -> LoraSpace:
@@ -234,17 +238,30 @@ class LoraSpace:
 
     def _parse(self, name: str, form: Any) -> Entry:
         if isinstance(form, Range | Choice | Fixed | Tied):
-            return Entry(name, form)
+            return Entry(name, self._parse_object(name, form))
         if isinstance(form, Mapping):
             rest = dict(form)
             when = self._condition(name, rest.pop("when", {}))
             return Entry(name, self._parse_mapping(name, rest), when)
         if isinstance(form, Sequence) and not isinstance(form, str):
             return Entry(name, self._choice(name, form))
-        tie = re.fullmatch(r"\s*([^*\s]+)\s*\*\s*([A-Za-z_]\w*)\s*", str(form))
-        if tie and finite_number(tie[1]) is not None:
-            return Entry(name, self._tied(name, tie[1], tie[2]))
+        product = [side.strip() for side in str(form).split("*")]
+        if len(product) == 2 and "" not in product:
+            ratio, of = product if finite_number(product[0]) is not None else reversed(product)
+            return Entry(name, self._tied(name, ratio, of))
         return Entry(name, Fixed(self._check(name, form)))
+
+    def _parse_object(
+        self, name: str, form: Range | Choice | Fixed | Tied
+    ) -> Range | Choice | Fixed | Tied:
+        if isinstance(form, Range):
+            return self._range(name, form.form())
+        if isinstance(form, Choice):
+            return self._choice(name, form.options)
+        if isinstance(form, Fixed):
+            return Fixed(self._check(name, form.value))
+        ratio = form.ratio.form() if isinstance(form.ratio, Range) else form.ratio
+        return self._tied(name, ratio, form.of)
 
     def _parse_mapping(self, name: str, form: dict[str, Any]) -> Range | Choice | Fixed | Tied:
         keys = set(form)
@@ -388,3 +405,31 @@ def _in_order_of_need(entries: Mapping[str, Entry]) -> tuple[Entry, ...]:
     for name in VOCABULARY:
         place(name, ())
     return tuple(ordered.values())
+
+
+def _check_ties(entries: Sequence[Entry]) -> None:
+    """Refuses ties that can lead out of what their parameter allows."""
+    ends: dict[str, tuple[float, float]] = {}
+    for entry in entries:
+        if isinstance(DEFAULTS[entry.name], str | bool):
+            continue
+        if isinstance(entry.source, Tied):
+            ratio = entry.source.ratio
+            low, high = (ratio.low, ratio.high) if isinstance(ratio, Range) else (ratio, ratio)
+            ends[entry.name] = (low * ends[entry.source.of][0], high * ends[entry.source.of][1])
+            # What is rounded to a whole number is at least 1, and so may start below.
+            checked = ends[entry.name][1:] if VOCABULARY[entry.name].whole else ends[entry.name]
+            for value in checked:
+                VOCABULARY[entry.name].check(
+                    entry.name, round(value) if VOCABULARY[entry.name].whole else value
+                )
+        else:
+            ends[entry.name] = _ends(entry.source)
+
+
+def _ends(source: Range | Choice | Fixed) -> tuple[float, float]:
+    if isinstance(source, Range):
+        return source.low, source.high
+    values = source.options if isinstance(source, Choice) else (source.value,)
+    numbers = [float(value) for value in values]
+    return min(numbers), max(numbers)

@@ -8,7 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.space import Choice
+from optuna_lora_rl.space import Fixed
 from optuna_lora_rl.space import LoraSpace
+from optuna_lora_rl.space import Range
+from optuna_lora_rl.space import Tied
 from optuna_lora_rl.vocabulary import DEFAULTS
 from optuna_lora_rl.vocabulary import VOCABULARY
 
@@ -53,6 +57,28 @@ def test_tied_alpha_follows_rank_and_stays_whole() -> None:
         assert isinstance(configuration["lora_alpha"], int)
         assert set(trial.params) == {"lora_rank"}
     assert space.fixed()["lora_alpha"] == "2 * lora_rank"
+
+
+def test_a_space_can_be_said_in_objects_and_a_product_in_either_order() -> None:
+    objects = LoraSpace(
+        {
+            "lora_rank": Range(2, 64, log=True),
+            "lora_alpha": Tied("lora_rank", Range(0.5, 4, log=True)),
+            "batch_size": Choice((4, 8)),
+            "lora_dropout": Fixed(0.1),
+        }
+    )
+    forms = LoraSpace(
+        {
+            "lora_rank": {"low": 2, "high": 64, "log": True},
+            "lora_alpha": {"ratio": {"low": 0.5, "high": 4, "log": True}, "of": "lora_rank"},
+            "batch_size": [4, 8],
+            "lora_dropout": 0.1,
+        }
+    )
+    assert objects.distributions() == forms.distributions()
+    assert objects.fixed() == forms.fixed()
+    assert LoraSpace({"lora_alpha": "lora_rank * 2"}).fixed()["lora_alpha"] == "2 * lora_rank"
 
 
 def test_a_condition_decides_whether_a_parameter_is_asked_for() -> None:
@@ -135,6 +161,9 @@ def test_every_default_passes_its_own_check() -> None:
             "depend on each other in a circle",
         ),
         ({"use_dora": {"choices": [True, False], "when": 3}}, "use a mapping"),
+        ({"warmup_ratio": 0.5, "lora_dropout": "3 * warmup_ratio"}, "1.5 is out of range"),
+        ({"lora_rank": Range(64, 2)}, "the range is empty"),
+        ({"lora_rank": Fixed(-3)}, "-3 is out of range"),
     ],
 )
 def test_bad_input_gets_one_sentence(parameters: dict, message: str) -> None:
