@@ -356,7 +356,9 @@ class ObjectiveOptions(_Section):
     cost_source: Literal["estimated", "measured"] = Field(
         default="estimated",
         description="`estimated` counts FLOPs and bytes, the same on every machine; `measured` "
-        "takes wall time and peak memory.",
+        "takes wall time and peak memory. Scores during a run, which pruners see, charge the "
+        "estimate in either case. Every trial records its estimated cost, its seconds and its "
+        "peak memory.",
         examples=["estimated"],
     )
     cost: CostWeights = Field(

@@ -9,8 +9,9 @@ from optuna_lora_rl.finetuning import evaluation
 from optuna_lora_rl.finetuning.evaluation import Evaluation
 from optuna_lora_rl.finetuning.failure import FineTuningError
 
-# Called at each evaluation with the step, the score the run would have if it ended with this
-# quality, and the metrics. It may raise, to end the run.
+# Called at each evaluation with the step, the score of the whole run if it had this quality at its
+# end, and the metrics. The score charges the run's counted cost even where the objective's is
+# measured: what a run takes is known when it is over. It may raise, to end the run.
 Report = Callable[[int, float, Mapping[str, float]], None]
 
 
@@ -20,7 +21,7 @@ class Progress:
     Args:
         metric: What quality means.
         baseline: The untuned model's evaluation.
-        charge: What the whole run's cost takes off the score.
+        charge: What the whole run's counted cost takes off the score.
         steps: Steps of the whole run.
         patience: Evaluations without a better quality after which the run ends; 0 for never.
         generate: Gives the metrics of generated answers, if the metric needs them.

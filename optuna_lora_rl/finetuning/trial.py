@@ -52,11 +52,13 @@ class TrialResult:
     Attributes:
         quality: Gain over the untuned model in the objective's metric, of the saved adapter.
         score: ``quality - cost_weight * cost``.
-        cost: Weighted cost relative to the reference configuration, which has 1.
+        cost: Weighted cost relative to the reference configuration, which has 1; counted or
+            measured, as ``cost_source`` says, for the steps that were done.
         cost_parts: ``"estimated"`` and, where the reference was measured, ``"measured"``: each
             has the relative ``time``, ``memory`` and ``parameters`` and their weighted ``total``.
         metrics: The last evaluation, by name.
-        curve: Every evaluation: step, epoch, metrics, quality and score.
+        curve: Every evaluation: step, epoch, metrics, quality and the score as reported, which
+            charges the counted cost of the whole run.
         steps: Optimizer steps done.
         seconds: Wall time of the run.
         peak_memory_bytes: Measured peak: CUDA's allocation, or the process's resident memory.

@@ -474,8 +474,13 @@ def test_a_damaged_cache_is_measured_again(make_tuner: Make, tmp_path: Path) -> 
 
 def test_measured_cost_is_relative_to_a_measured_run(make_tuner: Make, tmp_path: Path) -> None:
     tuner = make_tuner(cache=tmp_path, cost_source="measured", reference=QUICK)
-    result = tuner.run(QUICK)
+    reported: list[float] = []
+    result = tuner.run(QUICK, report=lambda step, score, metrics: reported.append(score))
     assert result.cost == result.cost_parts["measured"]["total"] > 0
+    assert result.score == result.quality - 0.1 * result.cost
+    # What it takes is known at its end only: until then the estimate is charged.
+    assert reported[-1] == result.curve[-1]["score"] == pytest.approx(result.quality - 0.1)
+    assert result.seconds > 0 and result.peak_memory_bytes > 0
     assert result.cost_parts["measured"]["parameters"] == 1.0
     assert result.cost_parts["estimated"]["total"] == 1.0
     assert len(list((tmp_path / "references").iterdir())) == 1
