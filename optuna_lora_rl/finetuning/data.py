@@ -85,9 +85,9 @@ def load(options: DataOptions) -> Splits:
 def content(row: Row) -> str:
     """Returns what an example says, whatever its spacing: equal content is one example."""
     if "messages" in row:
-        return json.dumps(row["messages"], sort_keys=True, ensure_ascii=False)
+        return json.dumps(_spaced(row["messages"]), sort_keys=True, ensure_ascii=False)
     parts = (row["text"],) if "text" in row else (row["prompt"], row["completion"])
-    return "\x1f".join(" ".join(str(part).split()) for part in parts)
+    return "\x1f".join(str(_spaced(part)) for part in parts)
 
 
 def turns(row: Row) -> list[dict[str, Any]]:
@@ -142,6 +142,16 @@ def fingerprint(rows: Sequence[Row]) -> str:
     """Returns a hash of the rows' exact contents and order."""
     text = json.dumps(list(rows), sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _spaced(value: Any) -> Any:
+    if isinstance(value, str):
+        return " ".join(value.split())
+    if isinstance(value, list):
+        return [_spaced(part) for part in value]
+    if isinstance(value, dict):
+        return {name: _spaced(part) for name, part in sorted(value.items())}
+    return value
 
 
 def _lot(text: str, seed: int) -> bytes:

@@ -217,7 +217,8 @@ class FineTuner:
     def test(self, adapter: Path) -> Evaluation | None:
         """Evaluates a saved adapter on the test split, or returns None where there is none.
 
-        The split is read here only; call it once, for the final best.
+        No trial looks at the split, which is tokenised with the others; call this once, for the
+        final best.
         """
         from optuna_lora_rl.finetuning.lora import loaded
         from optuna_lora_rl.finetuning.preparation import questions

@@ -92,6 +92,11 @@ def test_given_splits_are_freed_of_each_others_content(
 
 def test_spacing_makes_no_new_example() -> None:
     assert data.content({"text": "a  b\n"}) == data.content({"text": "a b"})
+    loose, tight = ([{"role": "user", "content": text}] for text in ("a  b\n", "a b"))
+    assert data.content({"messages": loose}) == data.content({"messages": tight})
+    assert data.content({"prompt": loose, "completion": tight}) == data.content(
+        {"prompt": tight, "completion": [{"content": "a b", "role": "user"}]}
+    )
     assert data.content({"prompt": "a b", "completion": "c"}) != data.content(
         {"prompt": "a", "completion": "b c"}
     )
