@@ -24,7 +24,7 @@ _COLUMNS: dict[Kind, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Splits:
-    """The examples of a study, each a row of its kind's columns.
+    """The examples of a study, each a row of its kind's columns, chats also of ``tools``.
 
     Attributes:
         kind: ``"text"``, ``"prompt-completion"`` or ``"messages"``.
@@ -189,7 +189,32 @@ def _examples(options: DataOptions, source: str, key: str, split: str) -> tuple[
         )
     rows = sources.read(source, key=key, split=split, subset=options.subset)
     kind, columns = _kind(rows, source, key, options.columns)
-    return kind, [_example(row, columns, key, number) for number, row in enumerate(rows, 1)]
+    examples = [_example(row, columns, key, number) for number, row in enumerate(rows, 1)]
+    _check_forms(examples, key)
+    if any(row.get("tools") for row in rows) and any(map(turns, examples)):
+        for example, row in zip(examples, rows, strict=True):
+            example["tools"] = _tools(row["tools"]) if row.get("tools") else None
+    return kind, examples
+
+
+def _check_forms(examples: Sequence[Row], key: str) -> None:
+    # TRL looks at the first example alone.
+    seen: dict[str, int] = {}
+    for number, example in enumerate(examples, 1):
+        for value in example.values():
+            if value is not None:
+                seen.setdefault("messages" if isinstance(value, list) else "text", number)
+    if len(seen) == 2:
+        (form, one), (other, another) = seen.items()
+        raise UserError(
+            f"{key}: example {one} has {form} and example {another} has {other}; all prompts and "
+            "completions must be of one form"
+        )
+
+
+def _tools(value: Any) -> str:
+    # As JSON, which TRL reads: a table would give each tool the arguments of all.
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _kind(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -122,7 +123,7 @@ def questions(
             if ids and ids[-1] == tokenizer.eos_token_id:
                 ids = ids[:-1]
         else:
-            ids = _rendered(asked, tokenizer)
+            ids = _rendered(asked, row.get("tools"), tokenizer)
             end = _end(asked, tokenizer) if end is None else end
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else 0
         prompts.append(tuple(ids[-longest_prompt:] or [start]))
@@ -218,10 +219,16 @@ def _label(answer: str) -> str:
     return " ".join(lines[0].split()).casefold() if lines else ""
 
 
-def _rendered(asked: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _rendered(
+    asked: list[dict[str, Any]], tools: str | None, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
     try:
         ids: list[int] = tokenizer.apply_chat_template(
-            asked, add_generation_prompt=True, tokenize=True, return_dict=True
+            asked,
+            tools=None if tools is None else json.loads(tools),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
         )["input_ids"]
     except TemplateError as error:
         # What it accepts with the answer it may refuse without.

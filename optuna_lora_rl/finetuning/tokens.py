@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -128,7 +129,8 @@ def _culprit(datasets: dict[str, list[Row]], tokenizer: PreTrainedTokenizerBase)
         return ""
     for row in (row for split in datasets.values() for row in split if turns(row)):
         try:
-            tokenizer.apply_chat_template(turns(row), tokenize=False)
+            tools = None if row.get("tools") is None else json.loads(row["tools"])
+            tokenizer.apply_chat_template(turns(row), tools=tools, tokenize=False)
         except Exception:
             start = " ".join(str(turns(row)[0]["content"]).split())[:60]
             return f", at the example that begins with {start!r}"

@@ -161,6 +161,28 @@ def test_a_message_that_only_calls_tools_says_nothing(write_rows: Write) -> None
     assert [row["messages"][1] for row in splits.train] == [answer] * len(splits.train)
 
 
+@pytest.mark.parametrize("mixed", ["completion", "example"])
+def test_mixed_forms_are_refused(write_rows: Write, mixed: str) -> None:
+    asked, said = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
+    rows: list[dict[str, Any]] = [{"prompt": asked, "completion": said}]
+    if mixed == "example":
+        rows.append({"prompt": "a", "completion": "b"})
+    else:
+        rows.append({"prompt": asked, "completion": "b"})
+    with pytest.raises(UserError, match="example 1 has messages and example 2 has text"):
+        data.load(DataOptions(train=write_rows(rows)))
+
+
+def test_tools_go_with_their_chat(write_rows: Write) -> None:
+    def chat(number: int) -> list[dict[str, str]]:
+        return [{"role": "user", "content": f"{number}?"}, {"role": "assistant", "content": "b"}]
+
+    rows = [{"messages": chat(i), "tools": [{"name": "look"}]} for i in range(4)]
+    splits = data.load(DataOptions(train=write_rows([*rows, {"messages": chat(4)}])))
+    tools = {row["messages"][0]["content"]: row["tools"] for row in splits.train}
+    assert set(tools.values()) == {'[{"name": "look"}]', None}
+
+
 def test_rows_without_text_are_left_out_and_counted(write_rows: Write) -> None:
     rows: list[dict[str, Any]] = [{"text": f"line {i}"} for i in range(9)]
     splits = data.load(DataOptions(train=write_rows([*rows, {"text": " "}, {"text": None}])))

@@ -8,6 +8,7 @@ import pytest
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning.data import Kind
 from optuna_lora_rl.finetuning.data import Splits
+from optuna_lora_rl.finetuning.evaluation import questions
 from optuna_lora_rl.finetuning.options import ModelOptions
 from optuna_lora_rl.finetuning.options import TrainingOptions
 from optuna_lora_rl.finetuning.tokens import Tokens
@@ -91,6 +92,19 @@ def test_a_template_that_refuses_an_example_names_it(
         made(base, "messages", rows)
     assert "at the example that begins with 'be brief': System role not" in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_template_is_given_the_tools(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = "{% for tool in tools or [] %}{{ tool['name'] }};{% endfor %}"
+    monkeypatch.setattr(base.tokenizer, "chat_template", template + base.tokenizer.chat_template)
+    rows = [{"messages": TURNS, "tools": '[{"name": "look"}]'}, {"messages": TURNS, "tools": None}]
+    assert learnt(base, made(base, "messages", rows)) == [
+        "look;u>2?\na>yes\n",
+        "u>2?\na>yes\n",
+    ]
+    asked = questions(rows, base.tokenizer, count=9, seed=0, longest_prompt=64)
+    decoded = {base.tokenizer.decode(prompt) for prompt in asked.prompts}
+    assert decoded == {"look;u>2?\na>", "u>2?\na>"}
 
 
 def test_preparation_leaves_the_model_as_it_was(base: Any) -> None:
