@@ -26,7 +26,7 @@ types: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 docs: $(VENV)/.installed
-	$(BIN)/python -m optuna_lora_rl.study.reference docs/configuration.md
+	$(BIN)/python -m optuna_lora_rl.study.reference > docs/configuration.md
 
 # torch goes first and alone, pinned: a later package that asks for "torch" would otherwise
 # pull the newest build with several gigabytes of CUDA libraries.

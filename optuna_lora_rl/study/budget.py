@@ -61,4 +61,4 @@ class Usage:
             (self.hours, budget.hours),
             (self.cost, budget.cost),
         )
-        return min(1.0, max(used / limit for used, limit in limits if limit is not None))
+        return min(1.0, max((used / limit for used, limit in limits if limit), default=0.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,6 +82,7 @@ class _Worker:
     """One process at work on a study."""
 
     def __init__(self, spec: StudySpec, display: Display, interruption: Interruption) -> None:
+        self._began = time.monotonic()
         self.spec = spec
         self.display = display
         self.interruption = interruption
@@ -187,7 +189,11 @@ class _Worker:
         return self.study.get_trials(deepcopy=False)
 
     def _exhausted(self) -> str | None:
-        return Usage.of(self._trials()).exhausted(self.spec.budget)
+        budget = self.spec.budget
+        elapsed = (time.monotonic() - self._began) / 3600
+        if budget.wall_hours is not None and elapsed >= budget.wall_hours:
+            return f"{elapsed:.3g} of {budget.wall_hours:g} hours on the clock"
+        return Usage.of(self._trials()).exhausted(budget)
 
 
 @contextmanager

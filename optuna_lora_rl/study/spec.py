@@ -104,6 +104,11 @@ class Budget(BaseModel):
         description="Hours of training, added over all trials, runs and workers (so GPU hours, "
         "not hours on the clock). No trial starts after that; the running one ends normally.",
     )
+    wall_hours: Positive | None = Field(
+        default=None,
+        description="Hours on the clock since the command started; the same command later has "
+        "them anew. No trial starts after that; the running one ends normally.",
+    )
     cost: Positive | None = Field(
         default=None,
         description="Total cost of the trials, in runs of the reference configuration. No trial "
@@ -112,8 +117,10 @@ class Budget(BaseModel):
 
     @model_validator(mode="after")
     def _some_limit(self) -> Budget:
-        if self.trials is None and self.hours is None and self.cost is None:
-            raise ValueError("give at least one of trials, hours and cost, or it never ends")
+        if all(limit is None for limit in (self.trials, self.hours, self.wall_hours, self.cost)):
+            raise ValueError(
+                "give at least one of trials, hours, wall_hours and cost, or it never ends"
+            )
         return self
 
 

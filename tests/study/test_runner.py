@@ -122,6 +122,16 @@ def test_hours_count_over_all_runs(paper: type[PaperTuner], make_spec: MakeSpec)
     assert len(runner.run(spec).study.trials) == 3
 
 
+def test_the_clock_ends_a_run_and_the_next_has_it_anew(
+    paper: type[PaperTuner], make_spec: MakeSpec
+) -> None:
+    late = runner.run(make_spec({"budget": {"trials": 3, "wall_hours": 1e-9}}))
+    assert late.ended_by == "budget" and "on the clock" in late.reason
+    assert not late.study.trials
+    again = runner.run(make_spec({"budget": {"trials": 3, "wall_hours": 1.0}}))
+    assert len(again.study.trials) == 3
+
+
 def test_a_failing_trial_is_recorded_and_the_study_goes_on(
     paper: type[PaperTuner], make_spec: MakeSpec
 ) -> None:
