@@ -206,9 +206,10 @@ def _check_forms(examples: Sequence[Row], key: str) -> None:
                 seen.setdefault("messages" if isinstance(value, list) else "text", number)
     if len(seen) == 2:
         (form, one), (other, another) = seen.items()
+        where = "" if one == another else f"example {another} has "
         raise UserError(
-            f"{key}: example {one} has {form} and example {another} has {other}; all prompts and "
-            "completions must be of one form"
+            f"{key}: example {one} has {form} and {where}{other}; all prompts and completions "
+            "must be of one form"
         )
 
 

@@ -171,6 +171,9 @@ def test_mixed_forms_are_refused(write_rows: Write, mixed: str) -> None:
         rows.append({"prompt": asked, "completion": "b"})
     with pytest.raises(UserError, match="example 1 has messages and example 2 has text"):
         data.load(DataOptions(train=write_rows(rows)))
+    if mixed == "completion":
+        with pytest.raises(UserError, match="example 1 has messages and text; all prompts"):
+            data.load(DataOptions(train=write_rows(rows[1:])))
 
 
 def test_tools_go_with_their_chat(write_rows: Write) -> None:
