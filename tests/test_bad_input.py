@@ -28,7 +28,10 @@ IN_THE_FILE: dict[str, tuple[dict[str, Any], str]] = {
     "fraction of a trial": ({"budget": 2.5}, "budget.trials is 2.5, but must be a whole number"),
     "no trials": ({"budget": 0}, "budget.trials is 0, but must be at least 1"),
     "no time": ({"budget": {"hours": 0.0}}, "budget.hours is 0.0, but must be more than 0"),
-    "no end": ({"budget": {"trials": None}}, "give at least one of trials, hours, wall_hours and cost"),
+    "no end": (
+        {"budget": {"trials": None}},
+        "give at least one of trials, hours, wall_hours and cost",
+    ),
     "missing data": ({"data": None}, "data is missing; it has to be given"),
     "empty data": ({"data.train": ""}, "data.train is '', but must not be empty"),
     "not a section": ({"objective": 3}, "objective is 3, but must hold keys with values"),

@@ -103,8 +103,8 @@ def _trial_note(trial: optuna.Trial, before: float | None) -> str:
     configuration = attrs["configuration"].items()
     rows = "\n".join(f"| {name} | {wording.number(value)} |" for name, value in configuration)
     return (
-        f"**The best when it ended: score {attrs['score']:.4f}**{gain}, quality {attrs['quality']:.4f} "
-        f"at cost {attrs['cost']:.3f}.\n\n"
+        f"**The best when it ended: score {attrs['score']:.4f}**{gain}, "
+        f"quality {attrs['quality']:.4f} at cost {attrs['cost']:.3f}.\n\n"
         f"Why it was proposed: `{attrs.get('source', '?')}`.\n\n"
         f"| parameter | value |\n|---|---|\n{rows}\n"
     )
