@@ -34,6 +34,7 @@ from optuna_lora_rl.policy.scores import standardise
 from optuna_lora_rl.samplers import PROPOSAL_KEY
 from optuna_lora_rl.samplers import is_whole
 from optuna_lora_rl.samplers.history import History
+from optuna_lora_rl.samplers.history import parameters_of
 from optuna_lora_rl.samplers.history import publish
 from optuna_lora_rl.samplers.history import read_history
 from optuna_lora_rl.samplers.history import space_of
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
 _MAX_TRIALS = 200
 _MAX_PENDING = 32
 _MAX_GRID = 1024
+# Thoughts that a proposal may take where other workers keep having the same.
+_ATTEMPTS = 3
 
 
 class RLSampler(BaseSampler):
@@ -164,15 +167,24 @@ class RLSampler(BaseSampler):
         space = space_of(search_space, self._roles)
         with self._lock:
             seed = self._seed
-        generator = _generator(seed, trial.number, space.names)
-        trials = study.get_trials(deepcopy=False)
-        # A conditional parameter that was proposed and not asked for counts as tried: otherwise
-        # the surrogate would take it for unexplored, and propose it without end.
-        history = read_history(trials, space, study.directions, current=trial.number, unused=True)
-        with _on_cpu():
-            point, why = self._propose(space, _recent_and_best(history), generator)
-        params = space.decode(point)
-        publish(study._storage, trial._trial_id, params)
+        for attempt in range(_ATTEMPTS):
+            generator = _generator(seed, trial.number, space.names + ("again",) * attempt)
+            trials = study.get_trials(deepcopy=False)
+            # A conditional parameter that was proposed and not asked for counts as tried:
+            # otherwise the surrogate would take it for unexplored, and propose it without end.
+            history = read_history(
+                trials, space, study.directions, current=trial.number, unused=True
+            )
+            with _on_cpu():
+                point, why = self._propose(space, _recent_and_best(history), generator)
+            params = space.decode(point)
+            # Another worker may have had the same thought meanwhile. Whoever finds it published
+            # thinks again; of two that publish at once, the later trial does.
+            if attempt < _ATTEMPTS - 1 and _is_taken(params, study, trial.number, later=True):
+                continue
+            publish(study._storage, trial._trial_id, params)
+            if not _is_taken(params, study, trial.number, later=False):
+                break
         study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL_KEY, why)
         return params
 
@@ -230,6 +242,13 @@ class RLSampler(BaseSampler):
             feasibility=fit_feasibility(layout, observed, constraints),
         )
         return _best(decision)
+
+
+def _is_taken(params: dict[str, Any], study: Study, number: int, *, later: bool) -> bool:
+    """Whether another running trial, an earlier one or (``later``) any, has these parameters."""
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    others = (t for t in running if t.number < number or (later and t.number > number))
+    return any(parameters_of(other) == params for other in others)
 
 
 def _best(decision: Decision) -> tuple[np.ndarray, dict[str, float | str]]:
