@@ -1,0 +1,356 @@
+"""What the commands ``analyze``, ``advise``, ``truncate`` and ``merge`` do and say."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import asdict
+from dataclasses import dataclass
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
+
+from rich.markup import escape
+
+from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.rank import advisor
+from optuna_lora_rl.rank import capacity
+from optuna_lora_rl.rank import importance
+from optuna_lora_rl.rank import layers
+from optuna_lora_rl.rank import places
+from optuna_lora_rl.rank import saved
+from optuna_lora_rl.rank import spectrum
+from optuna_lora_rl.rank import tables
+from optuna_lora_rl.rank import truncation
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedModel
+
+    from optuna_lora_rl.rank.advisor import Advice
+    from optuna_lora_rl.rank.advisor import Complexity
+    from optuna_lora_rl.rank.advisor import Workload
+    from optuna_lora_rl.rank.spectrum import Spectrum
+
+_LEGEND = (
+    "Over 1%: the effective rank, values over 1% of the largest. Entropy, stable: smooth measures "
+    "of rank. 90%, 95%: the rank that holds so much of the energy. 2-norm, F-norm: spectral and "
+    "Frobenius norm."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """Files that an analysis writes besides what it prints."""
+
+    csv: Path | None = None
+    figure: Path | None = None
+    capacity: Path | None = None
+
+
+def analyze(
+    console: Console,
+    model: str | None,
+    adapter: Path | None = None,
+    *,
+    modules: Sequence[str] | None = None,
+    dtype: str = "auto",
+    exact: bool = False,
+    files: Files | None = None,
+) -> None:
+    """Shows the spectra of a model's weights, or of an adapter's updates.
+
+    Args:
+        console: Where to.
+        model: As for :func:`load`. Beside an adapter it is only loaded to compare norms.
+        adapter: Folder of a saved adapter; its base is not needed.
+        modules: Ends of the paths of the layers; None for all linear ones.
+        dtype: As for :func:`load`.
+        exact: Whether large matrices too are decomposed whole.
+        files: What to write.
+
+    Raises:
+        UserError: When neither is given, one cannot be read, or a file cannot be written.
+    """
+    files = files or Files()
+    for page in (files.figure, files.capacity):
+        tables.check_page(page)
+    if adapter is not None:
+        title = f"Updates of the adapter {adapter}"
+        found, more = _updates(console, adapter, model, modules, dtype)
+    elif model is not None:
+        title, more = f"Weights of {model}", {}
+        base = _load(console, model, dtype)
+        names = places.chosen(layers.shapes_of(base), modules)
+        with console.status(f"decomposing {len(names)} weights"):
+            up_to = 1 << 40 if exact else spectrum.EXACT_UP_TO
+            found = spectrum.of_weights(base, names, exact_up_to=up_to)
+    else:
+        raise UserError("analyze needs a --model, an --adapter or both")
+    console.print(f"[bold]{escape(title)}[/]", highlight=False)
+    console.print(tables.spectra(found, more))
+    _say(console, _LEGEND + _estimated(found))
+    _write(console, title, found, more, files)
+
+
+def advise(
+    console: Console,
+    model: str,
+    *,
+    complexity: Complexity,
+    memory_gb: float | None,
+    workload: Workload,
+    modules: Sequence[str] | None = None,
+    by_weight: bool = False,
+    dtype: str = "auto",
+    output: Path | None = None,
+) -> None:
+    """Shows ranks to begin with, why, what training takes, and the words for ``LoraConfig``.
+
+    Args:
+        console: Where to.
+        model: As for :func:`load`.
+        complexity: As for :func:`advisor.advise`.
+        memory_gb: The same.
+        workload: The same.
+        modules: Ends of the paths of the layers; None for all linear ones.
+        by_weight: Whether layers get rank by their weights' spectra, or all alike.
+        dtype: As for :func:`load`.
+        output: JSON file of the decisions; None for none.
+
+    Raises:
+        UserError: When the model cannot be loaded, a module is unknown, even rank 1 does not
+            fit, or the file cannot be written.
+    """
+    base = _load(console, model, dtype)
+    workload = replace(workload, itemsize=base.dtype.itemsize)
+    every = layers.shapes_of(base)
+    names = places.chosen(every, modules)
+    found = None
+    if by_weight:
+        with console.status(f"decomposing {len(names)} weights"):
+            found = importance.of_spectra(spectrum.of_weights(base, names))
+    advice = advisor.advise(
+        base,
+        complexity=complexity,
+        memory_gb=memory_gb,
+        workload=workload,
+        names=names,
+        importance=found,
+    )
+    words = config_of(advice, every)
+    console.print(f"[bold]Ranks to begin with, for {escape(model)}[/]", highlight=False)
+    console.print(tables.ranks(advice.ranks))
+    for reason in advice.reasons:
+        console.print(f"- {escape(reason)}", highlight=False)
+    console.print(tables.memory(advice.memory))
+    console.print(escape(_python(words)), highlight=False, soft_wrap=True)
+    if output is not None:
+        asked: dict[str, Any] = {"model": model, "complexity": complexity, "memory_gb": memory_gb}
+        asked |= {"workload": asdict(workload), "modules": modules, "by_weight": by_weight}
+        asked |= {"dtype": dtype}
+        _write_decisions(output, asked, advice, words)
+        _say(console, f"wrote {output}")
+
+
+def config_of(advice: Advice, every: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a ``LoraConfig`` that follows an advice.
+
+    Args:
+        advice: The advice.
+        every: All linear layers of the model, by name.
+    """
+    alphas = {name: advice.patterns.alpha_pattern[layers.exactly(name)] for name in advice.ranks}
+    return {
+        "r": advice.rank,
+        "lora_alpha": advice.alpha,
+        "target_modules": places.targets(advice.ranks, every),
+        "rank_pattern": places.collapsed(advice.ranks, advice.rank),
+        "alpha_pattern": places.collapsed(alphas, advice.alpha),
+    }
+
+
+def truncate(
+    console: Console,
+    adapter: Path,
+    output: Path | None,
+    *,
+    energy: float | None = None,
+    rank: int | None = None,
+) -> None:
+    """Cuts a saved adapter down, or shows what that would give where neither bound is given.
+
+    Raises:
+        UserError: As :func:`truncation.truncate`, or when there is no output for what is cut.
+    """
+    if energy is None and rank is None:
+        if output is not None:
+            raise UserError("truncate takes either --energy or --rank to write an adapter")
+        console.print(tables.sizes(truncation.sizes(saved.read(adapter).factors)))
+        again = shlex.join(["optuna-lora-rl", "truncate", str(adapter)])
+        _say(console, f"Choose one: {again} --energy 0.95 --output FOLDER")
+        return
+    if output is None:
+        raise UserError("truncate needs a folder to write, --output")
+    found = truncation.truncate(adapter, output, energy=energy, rank=rank)
+    console.print(tables.truncation(found))
+    console.print(
+        f"{found.parameters_after:,} of {found.parameters_before:,} parameters are kept "
+        f"({found.kept:.1%}); {tables.size(truncation.bytes_of(adapter))} before, "
+        f"{tables.size(truncation.bytes_of(output))} now.",
+        highlight=False,
+    )
+    _say(console, f"wrote {output}")
+
+
+def merge(console: Console, adapter: Path, model: str | None, output: Path) -> None:
+    """Merges a saved adapter into its base.
+
+    Args:
+        console: Where to say so.
+        adapter: Folder of the adapter.
+        model: Its base; None for the one that the adapter names.
+        output: Folder that is written.
+
+    Raises:
+        UserError: When one of them cannot be read or written.
+    """
+    from optuna_lora_rl.finetuning.model import path_of
+    from optuna_lora_rl.finetuning.options import ModelOptions
+    from optuna_lora_rl.finetuning.quiet import quiet
+
+    base = model or saved.read(adapter).config.get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"the adapter in {str(adapter)!r} names no base model; give --model")
+    with console.status(f"merging into {escape(base)}"), quiet():
+        count = truncation.merge(path_of(ModelOptions(name=base)), adapter, output)
+    _say(console, f"wrote the merged model to {output} ({tables.size(count)})")
+
+
+def load(name: str, dtype: str = "auto") -> PreTrainedModel:
+    """Loads a model, as a study does.
+
+    Args:
+        name: ``tiny``, a folder or a hub name.
+        dtype: Type of its weights; ``auto`` for that of a study.
+
+    Raises:
+        UserError: When there is no such model, or it cannot be loaded.
+    """
+    from optuna_lora_rl.finetuning import model
+    from optuna_lora_rl.finetuning.options import ModelOptions
+
+    if not name:
+        raise UserError("--model: a model has a name")
+    options = ModelOptions.model_validate({"name": name, "dtype": dtype})
+    try:
+        return model.load(options, model.device_of(None)).model
+    except UserError as error:
+        # The same words, less the key of a study's file.
+        raise UserError(f"--model: {str(error).removeprefix('model.name: ')}") from None
+
+
+def _load(console: Console, name: str, dtype: str) -> PreTrainedModel:
+    from optuna_lora_rl.finetuning.quiet import quiet
+
+    # The library's own bar would move on the same line of the terminal.
+    with console.status(f"loading {escape(name)}"), quiet():
+        return load(name, dtype)
+
+
+def _updates(
+    console: Console,
+    adapter: Path,
+    model: str | None,
+    modules: Sequence[str] | None,
+    dtype: str,
+) -> tuple[dict[str, Spectrum], dict[str, dict[str, float]]]:
+    factors = saved.read(adapter).factors
+    factors = {name: factors[name] for name in places.chosen(factors, modules)}
+    found = spectrum.of_all(factors)
+    more: dict[str, dict[str, float]] = {"r": {name: one.rank for name, one in factors.items()}}
+    if model is not None:
+        base = layers.linear_modules(_load(console, model, dtype))
+        for name in layers.chosen(base, factors):
+            weight = layers.weight_of(base[name], name)
+            if weight.shape != found[name].shape:
+                raise UserError(
+                    f"the adapter's {name} is for a weight of {found[name].shape}, and that of "
+                    f"{model} has {tuple(weight.shape)}"
+                )
+            norm = float(weight.float().norm()) or 1.0
+            more.setdefault("dW/W", {})[name] = found[name].frobenius_norm / norm
+    return found, more
+
+
+def _write(
+    console: Console,
+    title: str,
+    found: Mapping[str, Spectrum],
+    more: Mapping[str, Mapping[str, float]],
+    files: Files,
+) -> None:
+    if files.csv is not None:
+        tables.write_csv(files.csv, found, more)
+        _say(console, f"wrote {files.csv}")
+    if files.figure is not None:
+        tables.write_figure(files.figure, tables.heat_map(found, title))
+        _say(console, f"wrote {files.figure}")
+    if files.capacity is not None:
+        shapes = {name: one.shape for name, one in found.items()}
+        most = max(min(shape) for shape in shapes.values())
+        counted = capacity.over_ranks(shapes, [2**i for i in range(most.bit_length())])
+        console.print()
+        console.print(tables.capacities(counted))
+        tables.write_figure(files.capacity, capacity.figure(counted))
+        _say(console, f"wrote {files.capacity}")
+
+
+def _estimated(found: Mapping[str, Spectrum]) -> str:
+    rough = [one for one in found.values() if not one.exact]
+    if not rough:
+        return ""
+    return (
+        f" Of {len(rough)} large weights the first {rough[0].computed} values are computed, to "
+        f"{max(one.error for one in rough):.1%} of the largest, and the rest estimated; --exact "
+        "computes all."
+    )
+
+
+def _python(words: Mapping[str, Any]) -> str:
+    lines = (f"    {name}={_literal(value)},\n" for name, value in words.items() if value)
+    return "LoraConfig(\n" + "".join(lines) + ")"
+
+
+def _literal(value: Any) -> str:
+    if not isinstance(value, dict):
+        return repr(value)
+    # Keys are regular expressions.
+    entries = [f"""{f"r'{k}'" if chr(92) in k else repr(k)}: {v!r}""" for k, v in value.items()]
+    if len(entries) < 4:
+        return "{" + ", ".join(entries) + "}"
+    return "{\n" + "".join(f"        {entry},\n" for entry in entries) + "    }"
+
+
+def _write_decisions(
+    file: Path, asked: Mapping[str, Any], advice: Advice, words: Mapping[str, Any]
+) -> None:
+    decisions = {
+        "asked": asked,
+        "reasons": advice.reasons,
+        "memory_bytes": {**asdict(advice.memory), "total": advice.memory.total},
+        "ranks": advice.ranks,
+        "lora_config": words,
+    }
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(decisions, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"the advice cannot be written to {str(file)!r}: {error}") from None
+
+
+def _say(console: Console, words: str) -> None:
+    console.print(escape(words), highlight=False, style="dim", soft_wrap=True)

@@ -1,0 +1,312 @@
+"""Spectra and ranks as a person reads them: tables, CSV, a heat map."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
+
+from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.rank import places
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+    from rich.table import Table
+
+    from optuna_lora_rl.rank.advisor import Memory
+    from optuna_lora_rl.rank.capacity import Capacity
+    from optuna_lora_rl.rank.spectrum import Spectrum
+    from optuna_lora_rl.rank.truncation import Size
+    from optuna_lora_rl.rank.truncation import Truncation
+
+# The measures of a spectrum: its attribute, the title in a figure, the heading of a column.
+_MEASURES = (
+    ("effective_rank", "Effective rank (values over 1% of the largest)", "over\n1%"),
+    ("entropy_rank", "Entropy rank", "entropy"),
+    ("stable_rank", "Stable rank", "stable"),
+    ("rank_90", "Rank that holds 90% of the energy", "90%"),
+    ("rank_95", "Rank that holds 95% of the energy", "95%"),
+    ("spectral_norm", "Spectral norm", "2-norm"),
+    ("frobenius_norm", "Frobenius norm", "F-norm"),
+)
+_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+# Cells of a heat map that still have room for their number.
+_WRITTEN_CELLS = 12 * 24
+
+
+def spectra(found: Mapping[str, Spectrum], more: Mapping[str, Mapping[str, float]]) -> Table:
+    """One row a layer.
+
+    Args:
+        found: The spectra.
+        more: Further columns: their headings, and the number of each layer.
+    """
+    start = _shared_start(found)
+    table = _table("layer" + (f"\n{start}…" if start else ""), "shape", *more)
+    for _, _, heading in _MEASURES:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, one in found.items():
+        table.add_row(
+            name.removeprefix(start),
+            "{}x{}".format(*one.shape),
+            *(_number(column[name]) for column in more.values()),
+            *(_number(getattr(one, measure)) for measure, _, _ in _MEASURES),
+        )
+    return table
+
+
+def write_csv(
+    file: Path, found: Mapping[str, Spectrum], more: Mapping[str, Mapping[str, float]]
+) -> None:
+    """Writes one row a layer, with all digits.
+
+    Raises:
+        UserError: When the file cannot be written.
+    """
+    where = places.of_names(found)
+    rows = [
+        {
+            "layer": name,
+            "block": where[name].block,
+            "module": where[name].module,
+            **{heading: column[name] for heading, column in more.items()},
+            **one.row(),
+        }
+        for name, one in found.items()
+    ]
+    try:
+        with _made(file).open("w", encoding="utf-8", newline="") as content:
+            writer = csv.DictWriter(content, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        raise UserError(f"the table cannot be written to {str(file)!r}: {error}") from None
+
+
+def heat_map(found: Mapping[str, Spectrum], title: str) -> Figure:
+    """Draws each measure over blocks and modules, one at a time, with a menu to choose."""
+    import plotly.graph_objects as go
+
+    where = places.of_names(found)
+    modules = list(dict.fromkeys(place.module for place in where.values()))
+    known = {place.block for place in where.values()}
+    blocks = sorted(known, key=lambda block: -1 if block is None else block)
+    at = {place: name for name, place in where.items()}
+    cells = [[at.get(places.Place(block, module)) for module in modules] for block in blocks]
+    rows = ["none" if block is None else str(block) for block in blocks]
+    written = len(modules) * len(blocks) <= _WRITTEN_CELLS
+    figure = go.Figure()
+    shown = _telling(found)
+    for number, (measure, _, _) in enumerate(_MEASURES):
+        values = [
+            [None if c is None else getattr(found[c], measure) for c in row] for row in cells
+        ]
+        figure.add_heatmap(
+            x=modules,
+            y=rows,
+            z=values,
+            text=[["" if v is None else _number(v) for v in row] for row in values],
+            customdata=[[_described(found, c) for c in row] for row in cells],
+            texttemplate="%{text}" if written else None,
+            hovertemplate="%{customdata}: %{text}<extra></extra>",
+            colorscale="Viridis",
+            hoverongaps=False,
+            xgap=1,
+            ygap=1,
+            visible=number == shown,
+        )
+    _lay_out(figure, title, (len(modules), len(blocks)), shown)
+    return figure
+
+
+def write_figure(file: Path, figure: Figure) -> None:
+    """Writes a page that needs no network.
+
+    Raises:
+        UserError: When the name does not end in .html, or the file cannot be written.
+    """
+    check_page(file)
+    try:
+        figure.write_html(_made(file), include_plotlyjs=True)
+    except OSError as error:
+        raise UserError(f"the figure cannot be written to {str(file)!r}: {error}") from None
+
+
+def check_page(file: Path | None) -> None:
+    """Checks, before the work, that a figure's name is that of a page."""
+    if file is not None and file.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"figures are written as HTML, so {str(file)!r} has to end in .html")
+
+
+def capacities(found: Iterable[Capacity]) -> Table:
+    """One row a rank: what an adapter on all layers holds and takes."""
+    table = _table("rank")
+    for heading in ("parameters", "of the\nweights", "times\nfewer", "expressible\nrank"):
+        table.add_column(heading, justify="right")
+    for one in found:
+        table.add_row(
+            str(one.rank),
+            f"{one.parameters:,}",
+            f"{one.parameters / one.dense:.2%}",
+            f"{one.compression:.3g}",
+            f"{one.coverage:.1%}",
+        )
+    return table
+
+
+def ranks(found: Mapping[str, int]) -> Table:
+    """Ranks over blocks and modules: one row for each run of blocks that agree."""
+    where = places.of_names(found)
+    modules = list(dict.fromkeys(place.module for place in where.values()))
+    rows: dict[int | None, dict[str, int]] = {}
+    for name, place in where.items():
+        rows.setdefault(place.block, {})[place.module] = found[name]
+    table = _table("blocks")
+    for module in modules:
+        table.add_column(module, justify="right")
+    blocks = list(rows)
+    first = 0
+    for i, block in enumerate(blocks):
+        if i + 1 < len(blocks) and rows[blocks[i + 1]] == rows[block]:
+            continue
+        span = _span(blocks[first], block)
+        table.add_row(span, *(str(rows[block].get(module, "")) for module in modules))
+        first = i + 1
+    return table
+
+
+def memory(found: Memory) -> Table:
+    """What training holds."""
+    table = _table("memory in training")
+    table.add_column("", justify="right")
+    for words, count in (
+        ("base weights", found.base),
+        ("adapter", found.factors),
+        ("gradients", found.gradients),
+        ("Adam's moments", found.moments),
+        ("activations and logits", found.activations),
+        ("[bold]together[/]", found.total),
+    ):
+        table.add_row(words, size(count))
+    return table
+
+
+def sizes(found: Iterable[Size]) -> Table:
+    """What keeping each share of an adapter's energy takes."""
+    table = _table("energy kept")
+    for heading in ("parameters", "largest rank", "largest error of a layer"):
+        table.add_column(heading, justify="right")
+    for one in found:
+        table.add_row(
+            f"{one.energy:.4g}", f"{one.parameters:,}", str(one.largest_rank), f"{one.error:.1%}"
+        )
+    return table
+
+
+def truncation(found: Truncation) -> Table:
+    """Ranks before and after, and what each layer lost."""
+    start = _shared_start(found.before)
+    table = _table("layer" + (f"\n{start}…" if start else ""))
+    for heading in ("rank\nbefore", "rank\nnow", "lost of\nthe update"):
+        table.add_column(heading, justify="right")
+    for name, before in found.before.items():
+        lost = f"{found.errors[name]:.1%}"
+        table.add_row(name.removeprefix(start), str(before), str(found.after[name]), lost)
+    return table
+
+
+def size(count: float) -> str:
+    """Bytes in words, such as ``1.26 GB``."""
+    for unit, name in _UNITS:
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count:.0f} bytes"
+
+
+def _table(*headings: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for number, heading in enumerate(headings):
+        # The first column gives way where the terminal is narrow.
+        table.add_column(
+            heading,
+            justify="right" if number > 0 else "left",
+            no_wrap=number > 0,
+            overflow="fold",
+        )
+    return table
+
+
+def _telling(found: Mapping[str, Spectrum]) -> int:
+    """The first measure in which layers differ; adapters often use all of their rank."""
+    for number, (measure, _, _) in enumerate(_MEASURES):
+        if len({getattr(one, measure) for one in found.values()}) > 1:
+            return number
+    return 0
+
+
+def _lay_out(figure: Figure, title: str, cells: tuple[int, int], shown: int) -> None:
+    modules, blocks = cells
+    buttons: list[dict[str, Any]] = [
+        {
+            "label": words,
+            "method": "update",
+            "args": [{"visible": [number == i for i in range(len(_MEASURES))]}],
+        }
+        for number, (_, words, _) in enumerate(_MEASURES)
+    ]
+    menu = {
+        "buttons": buttons,
+        "active": shown,
+        "x": 0,
+        "xanchor": "left",
+        "y": 1,
+        "yanchor": "bottom",
+    }
+    figure.update_layout(
+        title=title,
+        template="plotly_white",
+        width=max(640, 200 + 90 * modules),
+        height=max(420, 240 + 26 * blocks),
+        margin={"t": 140},
+        updatemenus=[{**menu, "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom"}],
+    )
+    figure.update_xaxes(title="module", type="category", showgrid=False)
+    figure.update_yaxes(title="block", type="category", autorange="reversed", showgrid=False)
+    figure.update_yaxes(ticklabelstandoff=6)
+
+
+def _described(found: Mapping[str, Spectrum], name: str | None) -> str:
+    return "" if name is None else "{} ({}x{})".format(name, *found[name].shape)
+
+
+def _shared_start(names: Iterable[str]) -> str:
+    parts = [name.split(".") for name in names]
+    start = ""
+    for words in zip(*parts, strict=False):
+        if len(set(words)) > 1:
+            return start
+        start += f"{words[0]}."
+    return ""
+
+
+def _span(first: int | None, last: int | None) -> str:
+    if first is None or last is None:
+        return "none"
+    return str(first) if first == last else f"{first}-{last}"
+
+
+def _number(value: float) -> str:
+    if isinstance(value, int) or value == 0 or abs(value) >= 1000:
+        return f"{value:.0f}"
+    return f"{value:#.3g}".removesuffix(".")
+
+
+def _made(file: Path) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.rank import places
+from optuna_lora_rl.rank.places import Place
+
+LLAMA = [
+    f"model.layers.{i}.{module}"
+    for i in range(12)
+    for module in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
+]
+GPT2 = [f"h.{i}.{module}" for i in range(2) for module in ("attn.c_proj", "mlp.c_proj")]
+
+
+def pattern_value(pattern: dict[str, int], name: str, usual: int) -> int:
+    # As PEFT reads patterns.
+    keys = (key for key in pattern if re.match(rf"(.*\.)?({key})$", name))
+    return next((pattern[key] for key in keys), usual)
+
+
+def test_modules_are_named_as_shortly_as_tells_them_apart() -> None:
+    assert places.of_names(LLAMA)["model.layers.11.mlp.up_proj"] == Place(11, "up_proj")
+    assert places.of_names(GPT2)["h.1.mlp.c_proj"] == Place(1, "mlp.c_proj")
+    towers = [f"{tower}.layers.0.fc1" for tower in ("vision", "text")]
+    assert places.of_names(towers)["text.layers.0.fc1"] == Place(0, "text.layers.fc1")
+    assert places.of_names(["score"])["score"] == Place(None, "score")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [LLAMA, GPT2, [*LLAMA, "project"], [f"h.{i}.experts.{j}.up" for i in (0, 1) for j in (0, 1)]],
+)
+def test_no_two_layers_stand_at_the_same_place(names: list[str]) -> None:
+    found = places.of_names(names)
+    assert list(found) == names
+    assert len(set(found.values())) == len(names)
+
+
+def test_modules_choose_layers() -> None:
+    assert places.chosen(LLAMA, ["v_proj"]) == [n for n in LLAMA if n.endswith("v_proj")]
+    assert places.chosen(GPT2, ["mlp.c_proj", "h.0.attn.c_proj"]) == [GPT2[0], GPT2[1], GPT2[3]]
+    assert places.chosen(GPT2, None) == GPT2
+    with pytest.raises(UserError, match="no module 'k_proj'; the modules are q_proj, up_proj, v"):
+        places.chosen(LLAMA, ["k_proj"])
+
+
+def test_targets_reach_the_layers_and_no_other() -> None:
+    assert places.targets(LLAMA, LLAMA) == ["q_proj", "v_proj", "up_proj"]
+    assert places.targets([GPT2[1], GPT2[3]], GPT2) == ["h.0.mlp.c_proj", "h.1.mlp.c_proj"]
+
+
+@pytest.mark.parametrize("names", [LLAMA, GPT2])
+@pytest.mark.parametrize("spread", [1, 2, 5])
+def test_a_short_pattern_says_the_same(names: list[str], spread: int) -> None:
+    by_layer = {name: 8 + i % spread for i, name in enumerate(names)}
+    by_module = {name: 8 + len(name.rpartition(".")[0]) % spread for name in names}
+    for ranks in (by_layer, by_module):
+        pattern = places.collapsed(ranks, 8)
+        assert {name: pattern_value(pattern, name, 8) for name in names} == ranks
+
+
+def test_modules_that_agree_take_one_entry() -> None:
+    ranks = {name: 4 if name.endswith("v_proj") else 8 for name in LLAMA}
+    assert places.collapsed(ranks, 8) == {"v_proj": 4}
+
+
+def test_the_first_number_is_the_block() -> None:
+    names = [f"h.{i}.experts.{j}.up" for i in (0, 1) for j in (0, 1)]
+    assert places.of_names(names)["h.0.experts.1.up"] == Place(0, "experts.1.up")

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import torch
+
+from optuna_lora_rl.rank import spectrum
+from optuna_lora_rl.rank import tables
+
+ORDER = [
+    f"model.layers.{i}.{module}"
+    for i in (0, 1, 10)
+    for module in ("self_attn.q_proj", "mlp.up_proj")
+]
+SPECTRA = {
+    name: spectrum.of_values(torch.tensor([4.0, 2.0 + i / 10]), (3, 2))
+    for i, name in enumerate(ORDER)
+}
+
+
+def test_a_heat_map_begins_with_a_measure_that_tells_layers_apart() -> None:
+    drawn = tables.heat_map(SPECTRA, "title")
+    # All have two values over 1% of the largest.
+    assert [trace.visible for trace in drawn.data].index(True) == 1
+    assert drawn.layout.updatemenus[0].active == 1
+    alike = tables.heat_map(dict.fromkeys(ORDER, SPECTRA[ORDER[0]]), "title")
+    assert alike.data[0].visible
+
+
+def test_a_heat_map_has_blocks_in_order_and_gaps_where_no_layer_is() -> None:
+    some = {name: one for name, one in SPECTRA.items() if name != ORDER[-1]}
+    trace = tables.heat_map(some, "title").data[-1]
+    assert list(trace.y) == ["0", "1", "10"] and list(trace.x) == ["q_proj", "up_proj"]
+    assert trace.z[2][0] == SPECTRA[ORDER[4]].frobenius_norm and trace.z[2][1] is None
+
+
+def test_blocks_of_equal_ranks_share_a_row() -> None:
+    ranks = {name: 4 if ".10." in name else 8 for name in ORDER}
+    assert list(tables.ranks(ranks).columns[0].cells) == ["0-1", "10"]
+
+
+def test_sizes_have_units() -> None:
+    said = [tables.size(count) for count in (0, 999, 1500, 2.5e6, 13.48e9)]
+    assert said == ["0 bytes", "999 bytes", "1.5 kB", "2.5 MB", "13.5 GB"]
