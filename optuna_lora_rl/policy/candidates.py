@@ -5,7 +5,7 @@ Notations
     n, m      finished and pending (running) trials, N candidates
     x         candidates, shape (B, N, D)
     source    index into ``SOURCES``, shape (N,)
-    valid     shape (B, N): not a repeat of a finished or pending trial
+    valid     shape (B, N): not a repeat of a finished trial, nor close to a pending one
 
 Whatever can be sampled can be scored, so no space is too odd: discrete, mixed or conditional.
 All random numbers come from the generator that is passed in.
@@ -28,6 +28,10 @@ from optuna_lora_rl.policy.roles import ROLES
 
 SOURCES = ("default", "sweep", "prior", "uniform", "axis", "mutation", "improvement")
 _LEARNING_RATE = ROLES.index("learning_rate")
+
+_SAME = 1e-7
+# What is no farther than this from a running trial, in every coordinate, would tell much the same.
+_NEAR = 0.03
 
 # Maps points (B, N, D) to what is to be maximised, (B, N).
 Acquisition = Callable[[Tensor], Tensor]
@@ -205,11 +209,11 @@ def improve(
     return x
 
 
-def is_repeat(x: Tensor, others: Tensor, mask: Tensor) -> Tensor:
-    """Which of x (B, N, D) equal one of the masked others (B, n, D), shape (B, N)."""
+def is_repeat(x: Tensor, others: Tensor, mask: Tensor, within: float = _SAME) -> Tensor:
+    """Which of x (B, N, D) lie within so much of a masked other (B, n, D), shape (B, N)."""
     if not others.shape[1]:
         return torch.zeros(x.shape[:2], dtype=torch.bool)
-    same = (x[:, :, None, :] - others[:, None, :, :]).abs().amax(-1) < 1e-7
+    same = (x[:, :, None, :] - others[:, None, :, :]).abs().amax(-1) < within
     return (same & mask[:, None, :]).any(-1)
 
 
@@ -265,23 +269,27 @@ def propose_candidates(
     source = torch.cat(
         [torch.full((points.shape[1],), SOURCES.index(name)) for name, points in sets]
     )
-    repeat = is_repeat(x, observed.x, observed.mask)
-    repeat |= is_repeat(x, observed.pending, observed.pending_mask)
-    return Candidates(x, source, _allowed(x, repeat, observed))
+    return Candidates(x, source, _allowed(x, observed))
 
 
 def _blocked_acquisition(acquisition: Acquisition, observed: Observed) -> Acquisition:
     def blocked(x: Tensor) -> Tensor:
         repeat = is_repeat(x, observed.x, observed.mask)
-        repeat |= is_repeat(x, observed.pending, observed.pending_mask)
+        repeat |= is_repeat(x, observed.pending, observed.pending_mask, _NEAR)
         return torch.where(repeat, -torch.inf, acquisition(x))
 
     return blocked
 
 
-def _allowed(x: Tensor, repeat: Tensor, observed: Observed) -> Tensor:
-    """No repeats; where nothing else is left, repeats of what did not fail; else anything."""
-    valid = ~repeat
+def _allowed(x: Tensor, observed: Observed) -> Tensor:
+    """No repeats and nothing close to a running trial; where nothing else is left, what is close;
+    then repeats of what did not fail; else anything.
+    """
+    near = is_repeat(x, observed.pending, observed.pending_mask, _NEAR)
+    repeat = is_repeat(x, observed.x, observed.mask)
+    repeat_of_running = is_repeat(x, observed.pending, observed.pending_mask)
     failed = is_repeat(x, observed.x, observed.failed & observed.mask)
-    valid = torch.where(valid.any(1, keepdim=True), valid, ~failed)
-    return torch.where(valid.any(1, keepdim=True), valid, torch.ones_like(valid))
+    valid = ~(repeat | near)
+    for next_best in (~(repeat | repeat_of_running), ~failed, torch.ones_like(valid)):
+        valid = torch.where(valid.any(1, keepdim=True), valid, next_best)
+    return valid

@@ -179,6 +179,11 @@ def decide(
     fitted = surrogate
     if observed.pending.shape[1]:
         pending = layout.model_coordinates(observed.pending)
+        # What is believed of a running trial is also what there is to improve on: else the next
+        # proposal would gain once more what that trial gains, from right beside it.
+        mean, _ = surrogate.posterior(pending)
+        believed = torch.where(observed.pending_mask, mean, -torch.inf).amax(1)
+        best = torch.maximum(best, believed)
         surrogate = believe(surrogate, observed.y, extra, pending, observed.pending_mask)
 
     def look(x: Tensor) -> Assessment:

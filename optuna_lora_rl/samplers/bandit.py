@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from typing import Literal
 import numpy as np
 from optuna.samplers import BaseSampler
 from optuna.search_space import intersection_search_space
+from optuna.trial import TrialState
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.policy.bandit import Bandit
@@ -107,8 +109,19 @@ class BanditSampler(BaseSampler):
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        """The parameters that all finished trials have, with unchanged ranges."""
-        space = intersection_search_space(study.get_trials(deepcopy=False), include_pruned=True)
+        """The parameters that all finished trials have, with unchanged ranges.
+
+        Before the first has finished those of the running ones, so that trials that start
+        together already differ.
+        """
+        trials = study.get_trials(deepcopy=False)
+        space = intersection_search_space(trials, include_pruned=True)
+        if not any(other.state in (TrialState.COMPLETE, TrialState.PRUNED) for other in trials):
+            space = _common(
+                other.distributions
+                for other in trials
+                if other.state == TrialState.RUNNING and other.number != trial.number
+            )
         return {name: space[name] for name in sorted(space) if not space[name].single()}
 
     def sample_relative(
@@ -200,6 +213,16 @@ class BanditSampler(BaseSampler):
         # crc32, since Python's own hash of a text differs between processes.
         names = zlib.crc32("\n".join(sorted(distributions)).encode())
         return np.random.default_rng([self._seed, number, names])
+
+
+def _common(spaces: Iterable[dict[str, BaseDistribution]]) -> dict[str, BaseDistribution]:
+    """What spaces have in common; those that nothing was asked for yet do not matter."""
+    known = [space for space in spaces if space]
+    return {
+        name: distribution
+        for name, distribution in (known[0] if known else {}).items()
+        if all(space.get(name) == distribution for space in known)
+    }
 
 
 def _fresh_seed() -> int:

@@ -31,6 +31,7 @@ from optuna.trial import TrialState
 from optuna_lora_rl.policy.dimensions import Dimension
 from optuna_lora_rl.policy.dimensions import Space
 from optuna_lora_rl.policy.dimensions import make_space
+from optuna_lora_rl.pruners.pareto import REPORTED
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -179,8 +180,7 @@ def read_history(
     for i, trial in enumerate(rows):
         if trial.state == TrialState.COMPLETE and trial.values is not None:
             scores[i] = sign * np.array(trial.values, dtype=float)
-    if m == 1:
-        _estimate_pruned(rows, float(sign[0]), scores)
+    _estimate_pruned(rows, sign, scores)
     constraints = _constraints(rows)
     has_score = ~np.isnan(scores).any(axis=1)
     state = [trial.state for trial in rows]
@@ -203,29 +203,49 @@ def _constraints(rows: Sequence[FrozenTrial]) -> np.ndarray:
     return np.array(values, dtype=float).reshape(len(rows), len(keys))
 
 
-def _estimate_pruned(rows: Sequence[FrozenTrial], sign: float, scores: np.ndarray) -> None:
-    """Fill in the final scores of pruned trials.
+def _estimate_pruned(rows: Sequence[FrozenTrial], sign: np.ndarray, scores: np.ndarray) -> None:
+    """Fill in the final scores of pruned trials, objective by objective.
 
     A pruned trial is compared with the completed ones at its own last step: it gets the final
-    score that stands at the same quantile, at most the median, since it was judged not worth
-    finishing. With nothing to compare with at that step, its last report is taken as it is, at
-    most the best completed score. Without any report it stays unknown (and counts as failed).
+    score that stands at the same quantile; with one objective at most the median, since it was
+    judged not worth finishing. With nothing to compare with at that step, its last report is
+    taken as it is, at most the best completed score. Without any report it stays unknown (and
+    counts as failed).
     """
     complete = [i for i, trial in enumerate(rows) if trial.state == TrialState.COMPLETE]
-    finals = scores[complete, 0]
+    highest = 0.5 if len(sign) == 1 else 1.0
+    reports = [_reports(trial, len(sign)) for trial in rows]
     for i, trial in enumerate(rows):
-        if trial.state != TrialState.PRUNED or not trial.intermediate_values:
+        if trial.state != TrialState.PRUNED or not reports[i]:
             continue
-        step = max(trial.intermediate_values)
-        value = sign * trial.intermediate_values[step]
-        if math.isnan(value):
-            continue
-        at_step = [sign * rows[j].intermediate_values.get(step, math.nan) for j in complete]
-        known = ~np.isnan(np.array(at_step, dtype=float))
-        if known.sum() >= 2:
-            quantile = float(np.mean(np.array(at_step)[known] <= value))
-            scores[i, 0] = np.quantile(finals[known], min(quantile, 0.5))
-        elif len(complete):
-            scores[i, 0] = min(value, float(finals.max()))
-        else:
-            scores[i, 0] = value
+        step = max(reports[i])
+        for k, value in enumerate(sign * np.array(reports[i][step], dtype=float)):
+            if math.isnan(value):
+                continue
+            finals = scores[complete, k]
+            at_step = np.array(
+                [
+                    sign[k] * reports[j][step][k] if step in reports[j] else math.nan
+                    for j in complete
+                ],
+                dtype=float,
+            )
+            known = ~np.isnan(at_step)
+            if known.sum() >= 2:
+                quantile = float(np.mean(at_step[known] <= value))
+                scores[i, k] = np.quantile(finals[known], min(quantile, highest))
+            elif len(complete):
+                scores[i, k] = min(value, float(finals.max()))
+            else:
+                scores[i, k] = value
+
+
+def _reports(trial: FrozenTrial, n_objectives: int) -> dict[int, Sequence[float]]:
+    """What a trial reported, by step; with several objectives through ``pruners.report``."""
+    if n_objectives == 1:
+        return {step: (value,) for step, value in trial.intermediate_values.items()}
+    return {
+        int(key.removeprefix(REPORTED)): values
+        for key, values in trial.system_attrs.items()
+        if key.startswith(REPORTED)
+    }

@@ -6,6 +6,7 @@ import optuna
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
+from optuna_lora_rl import pruners
 from optuna_lora_rl.samplers.history import parameters_of
 from optuna_lora_rl.samplers.history import publish
 from optuna_lora_rl.samplers.history import read_history
@@ -89,3 +90,20 @@ def test_violations_add_up() -> None:
     trial.set_constraint("time", -1.0)
     study.tell(trial, 0.0)
     assert read_history(study.trials, space_of(X), study.directions).violation.tolist() == [2.0]
+
+
+def test_a_pruned_trial_of_two_objectives_has_a_score_in_each() -> None:
+    study = optuna.create_study(directions=["maximize", "minimize"])
+    for quality, cost in ((1.0, 0.5), (2.0, 1.0), (3.0, 1.5), (None, 0.5), (None, 0.5)):
+        trial = study.ask(X)
+        if quality is not None:
+            pruners.report(trial, (quality / 2, cost), 1)
+            study.tell(trial, (quality, cost))
+            continue
+        if trial.number == 3:
+            pruners.report(trial, (0.9, cost), 1)
+        study.tell(trial, state=TrialState.PRUNED)
+    history = read_history(study.trials, space_of(X), study.directions)
+    # Better than one of three at its step in quality, and as cheap as the cheapest.
+    assert 1.0 < history.scores[3, 0] < 2.0 and history.scores[3, 1] == -0.5
+    assert history.failed.tolist() == [False, False, False, False, True]

@@ -1,0 +1,126 @@
+"""Several configurations asked for at once, before any of them has a result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+import torch
+
+from optuna_lora_rl import samplers
+from optuna_lora_rl.learning.comparison import FUNCTIONS
+from optuna_lora_rl.learning.comparison import TEST_SEED
+from optuna_lora_rl.learning.comparison import Problem
+from optuna_lora_rl.learning.comparison import synthetic_problem
+from optuna_lora_rl.learning.tasks import draw_tasks
+from optuna_lora_rl.samplers.history import space_of
+from tests.samplers.subjects import suggest_lora
+
+NAMES = ["rl", "bandit", "tpe", "gp", "random"]
+# TPE and GP draw at random before.
+TOLD = 12
+
+
+def begun(name: str, told: int, **options: Any) -> optuna.Study:
+    sampler = samplers.create(name, seed=3, options=options)
+    study = optuna.create_study(sampler=sampler)
+    for _ in range(told):
+        trial = study.ask()
+        study.tell(trial, suggest_lora(trial))
+    return study
+
+
+def batch(study: optuna.Study, size: int) -> list[optuna.Trial]:
+    trials = []
+    for _ in range(size):
+        trials.append(study.ask())
+        suggest_lora(trials[-1])
+    return trials
+
+
+def places(trials: list[optuna.Trial]) -> np.ndarray:
+    """The trials' points in the unit cube, shape (n, d)."""
+    space = space_of(trials[0].distributions, {})
+    return np.array([space.encode(trial.params) for trial in trials])
+
+
+@pytest.mark.parametrize("told", [0, TOLD])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_has_no_duplicates(name: str, told: int) -> None:
+    asked = batch(begun(name, told), 8)
+    assert len({str(trial.params) for trial in asked}) == 8
+
+
+@pytest.mark.parametrize("name", ["rl", "bandit"])
+def test_a_small_space_is_tried_whole_before_anything_repeats(name: str) -> None:
+    study = optuna.create_study(sampler=samplers.create(name, seed=0, options={}))
+    for _ in range(6):
+        trial = study.ask()
+        trial.suggest_categorical("target_modules", ["qv", "mlp"])
+        trial.suggest_categorical("lora_rank", [4, 8, 16])
+    assert len({str(trial.params) for trial in study.trials}) == 6
+
+
+@pytest.mark.parametrize("name", ["rl", "tpe", "gp"])
+def test_the_next_proposal_knows_what_is_running(name: str) -> None:
+    own = begun(name, TOLD)
+    (first,) = batch(own, 1)
+    (second,) = batch(own, 1)
+    other = begun(name, TOLD)
+    other.enqueue_trial({**first.params, "lora_rank": 2 if first.params["lora_rank"] > 8 else 64})
+    batch(other, 1)
+    (elsewhere,) = batch(other, 1)
+    # The same number, seed and results; only the running trial differs.
+    assert second.number == elsewhere.number and second.params != elsewhere.params
+
+
+@pytest.mark.parametrize("told", [0, TOLD])
+def test_the_learned_sampler_spreads_a_batch(told: int) -> None:
+    points = places(batch(begun("rl", told), 8))
+    distances = np.abs(points[:, None] - points[None]).max(axis=-1)
+    np.fill_diagonal(distances, np.inf)
+    nearest = distances.min(axis=1)
+    assert nearest.mean() > 0.15 and nearest.min() > 0.02
+
+
+def regret(problem: Problem, name: str, *, side_by_side: int, trials: int) -> float:
+    """Best regret of a study whose trials run side by side and end in turn."""
+    study = optuna.create_study(
+        direction="maximize", sampler=samplers.create(name, seed=0, options={})
+    )
+    running: list[tuple[optuna.Trial, float | None]] = []
+    best = 3.0
+    for number in range(trials + side_by_side):
+        if number < trials:
+            trial = study.ask()
+            try:
+                score, lost = problem.run(trial, np.random.default_rng(number))
+                running.append((trial, score))
+                best = min(best, lost)
+            except FloatingPointError:
+                running.append((trial, None))
+        if running and (len(running) == side_by_side or number >= trials):
+            ended, result = running.pop(0)
+            state = optuna.trial.TrialState.FAIL if result is None else None
+            study.tell(ended, result, state=state)
+    return best
+
+
+@pytest.fixture(scope="module")
+def problems() -> Iterator[list[Problem]]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    tasks = draw_tasks(6, seed=TEST_SEED)
+    yield [synthetic_problem(tasks, row) for row in range(6)] + list(FUNCTIONS[:1])
+    torch.set_num_threads(before)
+
+
+def test_eight_at_a_time_finds_better_than_random_search(problems: list[Problem]) -> None:
+    ours, random = (
+        [regret(problem, name, side_by_side=8, trials=24) for problem in problems]
+        for name in ("rl", "random")
+    )
+    assert np.mean(ours) < 0.7 * np.mean(random)
