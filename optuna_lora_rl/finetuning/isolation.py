@@ -50,11 +50,16 @@ def failures(is_callers: Callable[[BaseException], bool]) -> Iterator[None]:
         if is_callers(error):
             raise
         text = str(error).strip()
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-            words in text.lower() for words in _EXHAUSTED
-        ):
+        if is_out_of_memory(error):
             raise FineTuningError("out-of-memory", text or "out of memory") from error
         raise FineTuningError("error", f"{type(error).__name__}: {text}") from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether there was no memory for something, on the GPU or on the CPU."""
+    text = str(error).lower()
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or any(words in text for words in _EXHAUSTED)
 
 
 @contextmanager
@@ -74,14 +79,15 @@ def collected() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        _let_go(error)
+        let_go(error)
         raise
     finally:
         gc.collect()
         gc.unfreeze()
 
 
-def _let_go(error: BaseException | None) -> None:
+def let_go(error: BaseException | None) -> None:
+    """Frees what the frames of an error hold."""
     # The frames of a traceback, and those that called them, hold the trainer for as long as
     # somebody holds the error.
     while error is not None:

@@ -174,9 +174,15 @@ def attached(
     the patches of trainer and gradient checkpointing are removed.
     """
     with restored(base, _at_risk(base, config, chosen)):
-        model = get_peft_model(base, config)
-        initial = {name: weight.detach().cpu().clone() for name, weight in _weights(model).items()}
-        yield Adapter(model=model, initial=initial)
+        yield placed(base, config)
+
+
+def placed(model: PreTrainedModel, config: LoraConfig) -> Adapter:
+    """Puts an adapter into a model for good."""
+    adapted = get_peft_model(model, config)
+    weights = _weights(adapted)
+    initial = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
+    return Adapter(model=adapted, initial=initial)
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
+from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 from typing import BinaryIO
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers import AutoTokenizer
 from transformers import PreTrainedModel
@@ -168,3 +171,25 @@ def _tensor_starts(content: BinaryIO, size: int) -> set[int]:
         for name, entry in header.items()
         if name != "__metadata__"
     }
+
+
+def twin(model: PreTrainedModel, own: Collection[str] = ()) -> PreTrainedModel:
+    """Returns a second model with the weights of the first, which it shares.
+
+    It can be patched, adapted and thrown away; its parameters are objects of their own that
+    point to the same memory.
+
+    Args:
+        model: The first.
+        own: Modules whose weights will be changed, and are therefore copied.
+    """
+    copied = {id(model.get_submodule(name).weight) for name in own}
+    memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    for parameter in model.parameters():
+        if type(parameter) is not nn.Parameter:
+            # A quantised weight, which nothing changes.
+            memo[id(parameter)] = parameter
+            continue
+        data = parameter.data.clone() if id(parameter) in copied else parameter.data
+        memo[id(parameter)] = nn.Parameter(data, requires_grad=False)
+    return copy.deepcopy(model, memo)

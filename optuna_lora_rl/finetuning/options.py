@@ -231,6 +231,15 @@ class TrainingOptions(_Section):
         "and early stopping see these.",
         examples=[4],
     )
+    first_evaluation: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Share of the validation set that the first evaluation reads; the next ones "
+        "read more in equal steps, the last one all of it. Early evaluations then cost less, and "
+        "say less. Quality is always the gain over the untuned model on the same examples.",
+        examples=[1.0, 0.25],
+    )
     micro_batch_size: PositiveInt | None = Field(
         default=None,
         description="Most sequences in one forward pass; larger batches are accumulated. Left "

@@ -20,11 +20,11 @@ class Progress:
 
     Args:
         metric: What quality means.
-        baseline: The untuned model's evaluation.
+        baselines: The untuned model's evaluation on what each step's evaluation reads.
         charge: What the whole run's counted cost takes off the score.
         steps: Steps of the whole run.
         patience: Evaluations without a better quality after which the run ends; 0 for never.
-        generate: Gives the metrics of generated answers, if the metric needs them.
+        generate: Gives the metrics of generated answers after a step, if the metric needs them.
         report: The caller's function.
 
     Attributes:
@@ -37,18 +37,18 @@ class Progress:
         self,
         *,
         metric: str,
-        baseline: Evaluation,
+        baselines: Mapping[int, Evaluation],
         charge: float,
         steps: int,
         patience: int,
-        generate: Callable[[], dict[str, float]],
+        generate: Callable[[int], dict[str, float]],
         report: Report | None,
     ) -> None:
         self.curve: list[dict[str, float]] = []
         self.values: dict[str, float] = {}
         self.stopped_early = False
         self._metric = metric
-        self._baseline = baseline
+        self._baselines = baselines
         self._charge = charge
         self._steps = steps
         self._patience = patience
@@ -68,8 +68,8 @@ class Progress:
             raise FineTuningError(
                 "diverged", f"the evaluation loss was {values['loss']} at step {step}"
             )
-        values.update(self._generate())
-        quality = evaluation.quality(self._metric, values, self._baseline)
+        values.update(self._generate(step))
+        quality = evaluation.quality(self._metric, values, self._baselines[step])
         score = quality - self._charge
         self.values = values
         self.curve.append(

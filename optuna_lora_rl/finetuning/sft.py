@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -31,6 +32,7 @@ from trl import SFTTrainer
 from optuna_lora_rl.finetuning.configuration import Configuration
 from optuna_lora_rl.finetuning.failure import FineTuningError
 from optuna_lora_rl.finetuning.hub import first_line
+from optuna_lora_rl.finetuning.learnt import learnt_only
 from optuna_lora_rl.finetuning.options import TrainingOptions
 from optuna_lora_rl.finetuning.quiet import quiet
 
@@ -110,7 +112,8 @@ def check(configuration: Configuration, options: TrainingOptions) -> None:
 def train(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    datasets: tuple[Dataset, Dataset],
+    dataset: Dataset,
+    validation: Mapping[int, Dataset],
     configuration: Configuration,
     plan: Plan,
     options: TrainingOptions,
@@ -120,13 +123,15 @@ def train(
     folder: Path,
     run_name: str | None,
     on_evaluation: OnEvaluation,
+    after_backward: Callable[[], None] | None = None,
 ) -> int:
     """Trains the adapter in ``model`` and returns the steps done.
 
     Args:
         model: Base model with the adapter in it.
         tokenizer: For padding.
-        datasets: Tokenised training and validation sets.
+        dataset: Tokenised training set.
+        validation: What is read after each step that is followed by an evaluation.
         configuration: The trial's parameters.
         plan: Steps and batches that follow from it.
         options: What all trials share.
@@ -136,6 +141,7 @@ def train(
         run_name: The trial's name in trackers.
         on_evaluation: Called after each evaluation; what it raises reaches the caller after the
             trackers were closed.
+        after_backward: Called in each step between the backward pass and the optimizer.
 
     Raises:
         FineTuningError: When the loss is no finite number, or TRL refuses the configuration.
@@ -158,8 +164,11 @@ def train(
         **_shared(options, device),
     }
     try:
+        datasets = (dataset, validation[plan.steps])
         trainer = _trainer(model, tokenizer, datasets, settings, [callback])
+        trainer.stages = validation
         trainer.optimizer = _optimizer(trainer, model, configuration)
+        trainer.after_backward = after_backward
     except (ValueError, TypeError, ImportError) as error:
         raise FineTuningError("configuration", first_line(error)) from error
     with _closing(trainer, options):
@@ -187,12 +196,31 @@ def evaluate(
 
 
 class _Trainer(SFTTrainer):
+    after_backward: Callable[[], None] | None = None
+    stages: Mapping[int, Dataset] | None = None
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if self.stages is not None:
+            self.eval_dataset = self.stages[self.state.global_step]
+        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        return metrics
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        if return_outputs or self.label_smoother is not None or self.compute_loss_func is not None:
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        with learnt_only(self.model, inputs) as selected:
+            return super().compute_loss(model, selected, **kwargs)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             raise FineTuningError(
                 "diverged", f"the training loss was {loss.item()} at step {self.state.global_step}"
             )
+        if self.after_backward is not None:
+            self.after_backward()
         return loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

@@ -34,15 +34,20 @@ from optuna_lora_rl.vocabulary import TARGET_PRESETS
 from optuna_lora_rl.vocabulary import Value
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from collections.abc import Callable
 
+    from datasets import Dataset
+    from peft import LoraConfig
+
+    from optuna_lora_rl.finetuning.architecture import LinearModule
     from optuna_lora_rl.finetuning.lora import Adapter
     from optuna_lora_rl.finetuning.preparation import Prepared
     from optuna_lora_rl.finetuning.price import Measured
     from optuna_lora_rl.finetuning.price import Price
     from optuna_lora_rl.finetuning.sft import OnEvaluation
+    from optuna_lora_rl.finetuning.stages import Stages
 
-__all__ = ["FineTuner", "FineTuningError", "Report", "TrialResult"]
+__all__ = ["FineTuner", "FineTuningError", "Report", "Run", "TrialResult"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,27 @@ class TrialResult:
     bytes: float
     trainable_parameters: int
     stopped_early: bool
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run that is wanted.
+
+    Attributes:
+        number: The trial's number, for notes.
+        configuration: Its parameters; those left out have their defaults.
+        seed: Of initialisation, dropout and order; ``training.seed`` if None.
+        report: Called at every evaluation; what it raises ends the run.
+        folder: Where the adapter is saved in PEFT format; not saved if None.
+        trackers_name: The run's name in trackers.
+    """
+
+    number: int
+    configuration: Mapping[str, Value]
+    seed: int | None = None
+    report: Report | None = None
+    folder: Path | None = None
+    trackers_name: str | None = None
 
 
 class FineTuner:
@@ -190,8 +216,44 @@ class FineTuner:
         Raises:
             FineTuningError: When the trial failed by itself.
         """
-        wanted = Configuration.of(configuration)
-        progress, steps, took = self._followed(wanted, seed, report, folder, trackers_name)
+        return self._alone(Run(0, configuration, seed, report, folder, trackers_name))
+
+    def run_packed(
+        self,
+        runs: Callable[[], Run | None],
+        done: Callable[[Run, TrialResult | Exception], None],
+        *,
+        size: int | None = None,
+        says: Callable[[str], None] | None = None,
+    ) -> None:
+        """Trains and evaluates adapters side by side, over one forward pass of the base model.
+
+        Each run gives what it gives alone, to float tolerance. What cannot be packed runs alone,
+        while the others wait. All functions are called in the caller's thread, one at a time.
+
+        Args:
+            runs: Called whenever a place is free; None for "nothing now", asked again when a
+                run has ended.
+            done: Called as each run ends, with its result, a ``FineTuningError``, or what its
+                report raised.
+            size: Most runs side by side; what memory seems to hold if left out.
+            says: Told in a sentence why a run is alone, and when the pack becomes smaller.
+
+        Raises:
+            BaseException: What ``runs`` and ``done`` raise, and what is no ``Exception`` from a
+                report; all runs are ended.
+        """
+        from optuna_lora_rl.finetuning.side_by_side import SideBySide
+
+        SideBySide(self, runs, done, says or (lambda note: None)).run(size)
+
+    def _alone(self, run: Run) -> TrialResult:
+        wanted = Configuration.of(run.configuration)
+        return self._result(wanted, *self._followed(wanted, run))
+
+    def _result(
+        self, wanted: Configuration, progress: Progress, steps: int, took: Measured
+    ) -> TrialResult:
         run = self._price.estimate(wanted, steps)
         parts = {"estimated": self._price.estimated(run)}
         if self.objective.cost_source == "measured":
@@ -251,12 +313,22 @@ class FineTuner:
 
     @cached_property
     def _baseline(self) -> Evaluation:
-        prepared = self._prepared
+        return self._untuned(self._prepared.tokens.validation, self._prepared.asked)
 
+    def _untuned(self, dataset: Dataset, asked: Questions | None) -> Evaluation:
         def measure() -> dict[str, float]:
-            return self._evaluate_base(prepared.tokens.validation, prepared.asked)
+            return self._evaluate_base(dataset, asked)
 
-        return Evaluation(**once(self.cache, "baselines", self._facts(), measure))
+        return Evaluation(**once(self.cache, "baselines", self._facts(dataset, asked), measure))
+
+    @cached_property
+    def _stages(self) -> Stages:
+        from optuna_lora_rl.finetuning.stages import Stage
+        from optuna_lora_rl.finetuning.stages import Stages
+
+        tokens, asked = self._prepared.tokens, self._prepared.asked
+        whole = Stage(tokens.validation, asked, self._baseline)
+        return Stages(whole, self.training.first_evaluation, self._untuned)
 
     @cached_property
     def _measured_reference(self) -> Measured:
@@ -264,74 +336,74 @@ class FineTuner:
 
         configuration = self._price.reference_configuration
         facts = {
-            **self._facts(),
+            **self._facts(self._prepared.tokens.validation, self._prepared.asked),
             "configuration": asdict(configuration),
             "train": _hash(self._prepared.tokens.train),
             "machine": [platform.node(), platform.processor()],
         }
 
         def measure() -> dict[str, float]:
-            return asdict(self._followed(configuration, None, None, None, None)[2])
+            return asdict(self._followed(configuration, Run(0, {}))[2])
 
         return Measured(**once(self.cache, "references", facts, measure))  # type: ignore[arg-type]
 
-    def _followed(
-        self,
-        configuration: Configuration,
-        seed: int | None,
-        report: Report | None,
-        folder: Path | None,
-        trackers_name: str | None,
-    ) -> tuple[Progress, int, Measured]:
+    def _followed(self, configuration: Configuration, run: Run) -> tuple[Progress, int, Measured]:
         """Trains an adapter; returns its progress, the steps done and what it took."""
-        from optuna_lora_rl.finetuning import sft
         from optuna_lora_rl.finetuning.isolation import collected
         from optuna_lora_rl.finetuning.isolation import failures
         from optuna_lora_rl.finetuning.isolation import own_randomness
         from optuna_lora_rl.finetuning.lora import attached
-        from optuna_lora_rl.finetuning.lora import lora_config
-        from optuna_lora_rl.finetuning.lora import targets_of
         from optuna_lora_rl.finetuning.measured import Meter
         from optuna_lora_rl.finetuning.price import Measured
         from optuna_lora_rl.finetuning.quiet import quiet
 
-        base, device = self._prepared.base, self._prepared.device
-        seed = self.training.seed if seed is None else seed
-        sft.check(configuration, self.training)
-        chosen = targets_of(configuration, base.architecture, self.target_sets)
-        config = lora_config(configuration, base.architecture, chosen)
+        config, chosen = self._checked(configuration)
         in_place: list[Adapter] = []
-        progress = self._progress(configuration, report, in_place)
-        meter = Meter(device)
+        progress = self._progress(configuration, run.report, in_place)
+        meter = Meter(self._prepared.device)
+        base = self._prepared.base.model
         try:
-            with quiet(), failures(progress.is_callers), own_randomness(seed):
-                with meter, collected(), attached(base.model, config, chosen) as adapter:
+            with quiet(), failures(progress.is_callers), own_randomness(self._seed(run)):
+                with meter, collected(), attached(base, config, chosen) as adapter:
                     in_place.append(adapter)
-                    steps = self._fit(
-                        adapter, configuration, seed, folder, trackers_name, progress.evaluated
-                    )
-                    if folder is not None:
-                        adapter.save(folder)
+                    steps = self._fit(adapter, configuration, run, progress.evaluated)
         finally:
             in_place.clear()
             self._release()
         return progress, steps, Measured(meter.seconds, meter.peak_bytes)
+
+    def _checked(
+        self, configuration: Configuration
+    ) -> tuple[LoraConfig, tuple[LinearModule, ...]]:
+        """Returns a configuration in PEFT's words, and the modules that it adapts."""
+        from optuna_lora_rl.finetuning import sft
+        from optuna_lora_rl.finetuning.lora import lora_config
+        from optuna_lora_rl.finetuning.lora import targets_of
+
+        architecture = self._prepared.base.architecture
+        sft.check(configuration, self.training)
+        chosen = targets_of(configuration, architecture, self.target_sets)
+        return lora_config(configuration, architecture, chosen), chosen
+
+    def _seed(self, run: Run) -> int:
+        return self.training.seed if run.seed is None else run.seed
 
     def _progress(
         self, configuration: Configuration, report: Report | None, in_place: list[Adapter]
     ) -> Progress:
         from optuna_lora_rl.finetuning.sft import Plan
 
-        prepared, price = self._prepared, self._price
+        price = self._price
         total = price.estimated(price.estimate(configuration))["total"]
-        plan = Plan.of(configuration, self.training, len(prepared.lengths))
+        plan = Plan.of(configuration, self.training, len(self._prepared.lengths))
+        stages = self._stages.of(plan.evaluated)
         return Progress(
             metric=self.objective.metric,
-            baseline=self._baseline,
+            baselines={step: stage.baseline for step, stage in stages.items()},
             charge=self.objective.cost_weight * total,
             steps=plan.steps,
             patience=self.training.early_stopping_patience,
-            generate=lambda: self._generated(in_place[0].model, prepared.asked),
+            generate=lambda step: self._generated(in_place[0].model, stages[step].asked),
             report=report,
         )
 
@@ -339,32 +411,37 @@ class FineTuner:
         self,
         adapter: Adapter,
         configuration: Configuration,
-        seed: int,
-        folder: Path | None,
-        trackers_name: str | None,
+        run: Run,
         on_evaluation: OnEvaluation,
+        after_backward: Callable[[], None] | None = None,
     ) -> int:
         from optuna_lora_rl.finetuning import sft
 
         prepared = self._prepared
         if adapter.trainable_parameters == 0:
             raise FineTuningError("error", "nothing of the adapter is trainable")
+        plan = sft.Plan.of(configuration, self.training, len(prepared.lengths))
+        stages = self._stages.of(plan.evaluated)
         steps = sft.train(
             adapter.model,
             prepared.base.tokenizer,
-            (prepared.tokens.train, prepared.tokens.validation),
+            prepared.tokens.train,
+            {step: stage.dataset for step, stage in stages.items()},
             configuration,
-            sft.Plan.of(configuration, self.training, len(prepared.lengths)),
+            plan,
             self.training,
             device=prepared.device,
-            seed=seed,
-            folder=folder or Path("runs"),
-            run_name=trackers_name,
+            seed=self._seed(run),
+            folder=run.folder or Path("runs"),
+            run_name=run.trackers_name,
             on_evaluation=on_evaluation,
+            after_backward=after_backward,
         )
         if not adapter.changed():
             rate = configuration.learning_rate
             raise FineTuningError("error", f"training left the adapter as it was (at rate {rate})")
+        if run.folder is not None:
+            adapter.save(run.folder)
         return steps
 
     def _release(self) -> None:
@@ -374,7 +451,8 @@ class FineTuner:
             torch.cuda.empty_cache()
         if {"deepspeed", "fsdp"} & set(self.training.extra):
             # Sharding takes the model apart for good: the next trial needs a fresh one.
-            del self.__dict__["_prepared"], self.__dict__["_price"]
+            for name in ("_prepared", "_price", "_stages"):
+                self.__dict__.pop(name, None)
 
     def _evaluate_base(self, dataset: Dataset, asked: Questions | None) -> dict[str, float]:
         from optuna_lora_rl.finetuning.isolation import own_randomness
@@ -406,19 +484,18 @@ class FineTuner:
             batch_size=self.training.eval_batch_size,
         )
 
-    def _facts(self) -> dict[str, Any]:
+    def _facts(self, dataset: Dataset, asked: Questions | None) -> dict[str, Any]:
         """Returns all that an evaluation of the untuned model depends on."""
         import torch
         import transformers
 
         prepared = self._prepared
-        asked = prepared.asked
         return {
             "model": prepared.base.fingerprint,
             "device": prepared.device.type,
             "versions": [torch.__version__, transformers.__version__],
             "training": self.training.model_dump(mode="json", exclude={"report_to", "seed"}),
-            "validation": _hash(prepared.tokens.validation),
+            "validation": _hash(dataset),
             "asked": None if asked is None else [asdict(asked), self.objective.max_new_tokens],
         }
 

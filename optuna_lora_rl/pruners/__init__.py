@@ -1,9 +1,16 @@
-"""Optuna's pruners by name, with options checked and defaults that suit fine-tuning.
+"""Pruners by name, with options checked and defaults that suit fine-tuning.
+
+Four are our own. They judge a trial among all others, running ones too, and never stop it for a
+difference that is within the evaluation's noise: ``async-halving``, ``peer-median``,
+``cost-aware``, and, for studies with several objectives, ``pareto``. Their classes work in plain
+Optuna as well, as ``optuna.create_study(pruner=pruners.PeerMedianPruner())``. The others are
+Optuna's.
 
 A fine-tuning run reports its score a handful of times: four, say. Studies of this package number
 these evaluations 1, 2, 3, 4, so that trials of different batch sizes are compared at the same
 share of their training; an objective of one's own may as well report under optimizer steps: 10,
-20, 30, 40. Hence three differences from Optuna's defaults:
+20, 30, 40. Hence three differences from Optuna's defaults
+for Optuna's pruners:
 
 - ``median`` and ``percentile`` judge a trial only against at least three others that reported at
   the very same step (``n_min_trials``).
@@ -27,14 +34,37 @@ import optuna
 
 from optuna_lora_rl import by_name
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.pruners.async_halving import AsyncHalvingPruner
+from optuna_lora_rl.pruners.cost_aware import CostAwarePruner
+from optuna_lora_rl.pruners.pareto import SINGLE
+from optuna_lora_rl.pruners.pareto import ParetoPruner
+from optuna_lora_rl.pruners.peer_median import PeerMedianPruner
+from optuna_lora_rl.pruners.reports import report
+from optuna_lora_rl.pruners.reports import should_prune
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from optuna.pruners import BasePruner
 
+__all__ = [
+    "NAMES",
+    "AsyncHalvingPruner",
+    "CostAwarePruner",
+    "ParetoPruner",
+    "PeerMedianPruner",
+    "check",
+    "create",
+    "report",
+    "should_prune",
+]
+
 _CLASSES: dict[str, Callable[..., BasePruner]] = {
     "none": optuna.pruners.NopPruner,
+    "async-halving": AsyncHalvingPruner,
+    "peer-median": PeerMedianPruner,
+    "cost-aware": CostAwarePruner,
+    "pareto": ParetoPruner,
     "median": optuna.pruners.MedianPruner,
     "percentile": optuna.pruners.PercentilePruner,
     "successive-halving": optuna.pruners.SuccessiveHalvingPruner,
@@ -70,7 +100,17 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "min_delta": _AT_LEAST_0,
     "p_threshold": (0, 1),
     "n_startup_steps": _AT_LEAST_0,
+    "probability": (0, 1),
+    "last_step": _AT_LEAST_1,
+    "noise": _AT_LEAST_0,
 }
+# Which of a trial's steps a pruner is told, where the study knows them and the user says nothing.
+_FIRST_STEP = {
+    "successive-halving": "min_resource",
+    "hyperband": "min_resource",
+    "async-halving": "min_resource",
+}
+_LAST_STEP = {"hyperband": "max_resource", "cost-aware": "last_step", "pareto": "last_step"}
 
 
 def create(
@@ -84,12 +124,12 @@ def create(
 
     Args:
         name: one of ``NAMES``.
-        options: keyword arguments of the Optuna class. For ``patient``, ``wrapped_pruner`` is
+        options: keyword arguments of the pruner's class. For ``patient``, ``wrapped_pruner`` is
             another pruner's name, a mapping ``{name: ..., option: ...}``, or null for none.
         first_step: step under which a trial first reports, where that is known; the default of
             ``min_resource``.
         last_step: step under which a trial last reports, where that is known; the default of
-            hyperband's ``max_resource``.
+            hyperband's ``max_resource`` and of ``last_step``.
 
     Raises:
         UserError: unknown name or option, wrong type, or a value out of range.
@@ -98,12 +138,10 @@ def create(
     subject = f"pruner {name!r}"
     if options is not None and not isinstance(options, Mapping):
         raise UserError(f"{subject}: options must be a mapping, but are {options!r}")
-    resources = {"min_resource": first_step}
-    if name == "hyperband":
-        resources["max_resource"] = last_step
     chosen = dict(_DEFAULTS.get(name, {}))
-    if name in ("successive-halving", "hyperband"):
-        chosen |= {key: step for key, step in resources.items() if step is not None}
+    for keys, step in ((_FIRST_STEP, first_step), (_LAST_STEP, last_step)):
+        if name in keys and step is not None:
+            chosen[keys[name]] = step
     chosen |= options or {}
     given: dict[str, Any] = {}
     if name == "patient":
@@ -130,18 +168,20 @@ def check(
         evaluations: how often one trial reports, under the steps 1, 2, ..., where that is known.
 
     Raises:
-        UserError: the study has several objectives, which Optuna cannot prune; or the pruner
-            would wait until the trial is over; or ``wilcoxon`` has too few evaluations to ever
-            be sure before that.
+        UserError: the pruner is for one objective and the study has several, or the other way
+            round; or the pruner would wait until the trial is over; or ``wilcoxon``,
+            ``cost-aware`` or ``pareto`` has too few evaluations to ever be sure before that.
     """
     pruner = create(name, options)
     if isinstance(pruner, optuna.pruners.NopPruner):
         return
-    if n_objectives > 1:
+    if n_objectives > 1 and not isinstance(pruner, ParetoPruner):
         raise UserError(
-            f"pruner {name!r} cannot be used with {n_objectives} objectives, which Optuna does "
-            "not prune; use pruner 'none', or one objective"
+            f"pruner {name!r} cannot be used with {n_objectives} objectives; use pruner "
+            "'pareto' or 'none', or one objective"
         )
+    if n_objectives == 1 and isinstance(pruner, ParetoPruner):
+        raise UserError(SINGLE)
     if evaluations is None:
         return
     for key in ("n_warmup_steps", "min_resource"):
@@ -151,6 +191,11 @@ def check(
                 f"pruner {name!r}: option {key!r} is {steps}, but must be less than "
                 f"{evaluations}: a step is an evaluation, and a trial has {evaluations}"
             )
+    if isinstance(pruner, CostAwarePruner | ParetoPruner) and evaluations < 3:
+        raise UserError(
+            f"pruner {name!r} needs two evaluations before the last one, but a trial has only "
+            f"{evaluations} in all; evaluate more often"
+        )
     if isinstance(pruner, optuna.pruners.WilcoxonPruner):
         p_threshold = float((options or {}).get("p_threshold", 0.1))
         # The smallest one-sided p-value of n paired differences is 2^-n (all n worse).
@@ -172,6 +217,8 @@ def _wrapped(wrapped: Any, *, first_step: int | None, last_step: int | None) -> 
                 f"pruner 'patient': wrapped_pruner is {wrapped!r}, but must have a key 'name'"
             )
         wrapped = options.pop("name")
+    if wrapped == "pareto":
+        raise UserError("pruner 'patient': wrapped_pruner cannot be 'pareto'")
     try:
         return create(wrapped, options, first_step=first_step, last_step=last_step)
     except UserError as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
 from typing import TYPE_CHECKING
 from typing import Any
 
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
     from optuna_lora_rl.study.spec import StudySpec
 
 
+# Lines of the panel beside those of the running trials.
+_OTHER_LINES = 9
+
+
 class Display:
     """Shows nothing; what ``tune`` uses unless asked otherwise."""
 
@@ -40,8 +46,10 @@ class Display:
     def trial_starts(self, number: int, configuration: Mapping[str, Any]) -> None:
         """A trial begins."""
 
-    def evaluated(self, evaluation: int, score: float, metrics: Mapping[str, float]) -> None:
-        """The running trial was evaluated; ``score`` is what it would have if it ended now."""
+    def evaluated(
+        self, number: int, evaluation: int, score: float, metrics: Mapping[str, float]
+    ) -> None:
+        """A running trial was evaluated; ``score`` is what it would have if it ended now."""
 
     def trial_ends(self, trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> None:
         """A trial is over; ``trials`` are all of the study."""
@@ -88,6 +96,16 @@ class LineDisplay(Display):
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+@dataclass
+class _Running:
+    """What the panel knows of a running trial."""
+
+    configuration: Mapping[str, Any]
+    scores: list[float] = field(default_factory=list)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+
+
 class LiveDisplay(Display):
     """A calm panel that is redrawn in place, with one line for every finished trial above it."""
 
@@ -97,10 +115,8 @@ class LiveDisplay(Display):
         self._trials: Sequence[FrozenTrial] = ()
         self._tuned: Sequence[str] = ()
         self._doing = ""
-        self._running: tuple[int, Mapping[str, Any]] | None = None
-        self._scores: list[float | None] = []
-        self._metrics: Mapping[str, float] = {}
-        self._opened = self._trial_started = time.monotonic()
+        self._running: dict[int, _Running] = {}
+        self._opened = time.monotonic()
         self._share_before = 0.0
         # Last: it renders at once.
         self._live = Live(
@@ -119,19 +135,22 @@ class LiveDisplay(Display):
             self.says(f"going on after {_trials(done)}")
 
     def works_on(self, what: str) -> None:
-        self._running, self._doing = None, what
+        self._doing = what
 
     def trial_starts(self, number: int, configuration: Mapping[str, Any]) -> None:
-        if not any(trial.number == number for trial in self._trials):
-            self._trial_started = time.monotonic()
-        self._running, self._scores, self._metrics = (number, configuration), [], {}
+        # Another thread draws: the mapping is replaced, never changed.
+        self._running = {**self._running, number: _Running(configuration)}
 
-    def evaluated(self, evaluation: int, score: float, metrics: Mapping[str, float]) -> None:
-        self._scores.append(score)
-        self._metrics = metrics
+    def evaluated(
+        self, number: int, evaluation: int, score: float, metrics: Mapping[str, float]
+    ) -> None:
+        running = self._running[number]
+        running.scores.append(score)
+        running.metrics = metrics
 
     def trial_ends(self, trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> None:
-        self._trials, self._running, self._doing = trials, None, "proposing"
+        self._trials, self._doing = trials, "proposing"
+        self._running = {n: one for n, one in self._running.items() if n != trial.number}
         best = outcome.best_of(trials)
         is_best = best is not None and best.number == trial.number
         line = Text.assemble(
@@ -170,22 +189,17 @@ class LiveDisplay(Display):
     def _bar(self) -> RenderableType:
         assert self._spec is not None
         share = Usage.of(self._trials).share(self._spec.budget)
-        if self._running and self._spec.budget.trials:
-            # The running trial fills its part, evaluation by evaluation.
-            part = len(self._scores) / self._spec.training.evaluations
+        if self._spec.budget.trials:
+            # Running trials fill their part, evaluation by evaluation.
+            evaluations = sum(len(running.scores) for running in self._running.values())
+            part = evaluations / self._spec.training.evaluations
             share = min(1.0, share + part / self._spec.budget.trials)
         bar = Table.grid(expand=True)
         bar.add_row(ProgressBar(total=1.0, completed=share, complete_style="cyan"))
         return bar
 
     def _rows(self) -> list[tuple[str, RenderableType]]:
-        rows: list[tuple[str, RenderableType]] = []
-        if self._running:
-            number, configuration = self._running
-            rows.append((f"trial {number}", Text(wording.compact(configuration, self._tuned))))
-            rows.append(("", self._running_scores()))
-        else:
-            rows.append(("", Text(self._doing, style="dim")))
+        rows = self._running_rows()
         best = outcome.best_of(self._trials)
         if best is not None:
             rows.append(
@@ -203,18 +217,43 @@ class LiveDisplay(Display):
         rows.append(("time", self._time()))
         return rows
 
-    def _running_scores(self) -> RenderableType:
+    def _running_rows(self) -> list[tuple[str, RenderableType]]:
+        """Two lines for a trial alone; one line each where several run side by side."""
+        running = self._running
+        if not running:
+            return [("", Text(self._doing, style="dim"))]
+        if len(running) == 1:
+            ((number, one),) = running.items()
+            configuration = Text(wording.compact(one.configuration, self._tuned))
+            return [(f"trial {number}", configuration), ("", self._running_scores(one))]
+        room = max(2, self._console.height - _OTHER_LINES)
+        shown = list(running.items())[: room if len(running) <= room else room - 1]
+        rows: list[tuple[str, RenderableType]] = [
+            (f"trial {number}", self._running_line(one)) for number, one in shown
+        ]
+        if len(shown) < len(running):
+            rows.append(("", Text(f"and {len(running) - len(shown)} more", style="dim")))
+        return rows
+
+    def _running_line(self, one: _Running) -> Text:
+        assert self._spec is not None
+        bars = wording.sparkline(one.scores).ljust(self._spec.training.evaluations, "·")
+        score = wording.score(one.scores[-1] if one.scores else None)
+        configuration = wording.compact(one.configuration, self._tuned)
+        return Text.assemble((bars, "cyan"), f"  {score:>7}  ", (configuration, "dim"))
+
+    def _running_scores(self, one: _Running) -> Text:
         assert self._spec is not None
         total = self._spec.training.evaluations
-        elapsed = wording.duration(time.monotonic() - self._trial_started)
-        if not self._scores:
+        elapsed = wording.duration(time.monotonic() - one.started)
+        if not one.scores:
             return Text(f"training, {elapsed}", style="dim")
-        loss = self._metrics.get("loss")
+        loss = one.metrics.get("loss")
         return Text.assemble(
-            (wording.sparkline(self._scores).ljust(total, "·"), "cyan"),
-            f"  score {wording.score(self._scores[-1])}",
+            (wording.sparkline(one.scores).ljust(total, "·"), "cyan"),
+            f"  score {wording.score(one.scores[-1])}",
             f"  loss {loss:.3f}" if loss is not None else "",
-            (f"  {len(self._scores)} of {total} evaluations, {elapsed}", "dim"),
+            (f"  {len(one.scores)} of {total} evaluations, {elapsed}", "dim"),
         )
 
     def _time(self) -> RenderableType:
@@ -230,7 +269,9 @@ class LiveDisplay(Display):
 
 def headline(spec: StudySpec) -> str:
     """What the study is, in one line."""
-    return f"{spec.name}: {spec.model.name} on {spec.data.train}, sampler {spec.sampler.name}"
+    parts = [f"{spec.model.name} on {spec.data.train}", f"sampler {spec.sampler.name}"]
+    parts += [] if spec.packing == "off" else [f"packing {spec.packing}"]
+    return f"{spec.name}: {', '.join(parts)}"
 
 
 def _result(trial: FrozenTrial) -> str:

@@ -41,6 +41,8 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            # study/heartbeat.py gives the signs of life that Study.optimize would give.
+            warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed")
             # What libraries deprecate among themselves is not for the user to mend.
             warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
             yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -24,10 +25,9 @@ INTERRUPTED = "interrupted"
 # The trial did nothing wrong: it is run again and counts against no budget.
 NOT_ITS_OWN_FAULT = {KILLED, INTERRUPTED}
 RETRY_OF = "retry_of"
-
-
-class TrialFailed(Exception):
-    """A trial that failed by itself; the study goes on."""
+# Whether the trial ran in a pack, and if not, why.
+PACKED = "packed"
+ALONE = "alone"
 
 
 def fail(trial: optuna.Trial, reason: str, message: str) -> None:
@@ -69,6 +69,17 @@ def best_of(trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
 def configuration(trial: FrozenTrial) -> str:
     """What the trial tried, in one line."""
     return wording.compact(trial.user_attrs.get("configuration", trial.params), trial.params)
+
+
+def side_by_side(trials: Iterable[FrozenTrial]) -> str | None:
+    """How many trials ran in a pack and why the others did not; None where nothing was packed."""
+    packed = [trial for trial in trials if counts(trial) and PACKED in trial.user_attrs]
+    if not packed:
+        return None
+    alone = Counter(str(t.user_attrs[ALONE]) for t in packed if ALONE in t.user_attrs)
+    text = f"{len(packed) - alone.total()} trials side by side"
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in alone.most_common())
+    return f"{text}, {alone.total()} alone ({reasons})" if alone else text
 
 
 def mark_owner(trial: optuna.Trial) -> None:

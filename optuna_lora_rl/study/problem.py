@@ -2,7 +2,7 @@
 
 Scores compare only where model, data, training, objective and the fixed parameters are the same.
 They are stored with the study when it begins and compared when it goes on. Budget, sampler,
-pruner, storage and output may change at any time.
+pruner, packing, storage and output may change at any time.
 """
 
 from __future__ import annotations

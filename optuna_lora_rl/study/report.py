@@ -34,6 +34,8 @@ _BOOKKEEPING = {
     "curve",
     "source",
     outcome.RETRY_OF,
+    outcome.PACKED,
+    outcome.ALONE,
 }
 
 
@@ -113,10 +115,12 @@ def _opening(spec: StudySpec, trials: Sequence[FrozenTrial]) -> str:
         )
         if state in states
     ]
+    packed = outcome.side_by_side(trials)
     return (
         f"<h1>{html.escape(spec.name)}</h1><p class=quiet><b>{html.escape(spec.model.name)}</b> "
         f"on <b>{html.escape(spec.data.train)}</b> · sampler {spec.sampler.name} · pruner "
-        f"{spec.pruner.name} · {', '.join(counts) or 'no trials yet'}</p>"
+        f"{spec.pruner.name} · {', '.join(counts) or 'no trials yet'}"
+        f"{f' · {html.escape(packed)}' if packed else ''}</p>"
         f"<p class=quiet>Score = quality − {spec.objective.cost_weight:g} × cost. Quality is "
         f"what {spec.objective.metric} gained over the untuned model; a cost of 1 is one run of "
         f"the reference configuration ({spec.objective.cost_source}).</p>"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,19 +19,23 @@ from optuna_lora_rl.study import adapters
 from optuna_lora_rl.study import dashboard
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import report
+from optuna_lora_rl.study import storage
 from optuna_lora_rl.study import wording
 from optuna_lora_rl.study.budget import Usage
 from optuna_lora_rl.study.display import Display
+from optuna_lora_rl.study.heartbeat import Heartbeat
 from optuna_lora_rl.study.interruption import Interruption
-from optuna_lora_rl.study.objective import Objective
 from optuna_lora_rl.study.opening import open_study
 from optuna_lora_rl.study.opening import quiet
 from optuna_lora_rl.study.storage import database_errors
+from optuna_lora_rl.study.trials import Trials
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from optuna_lora_rl.finetuning.trial import FineTuner
+    from optuna_lora_rl.finetuning.trial import Run
+    from optuna_lora_rl.finetuning.trial import TrialResult
     from optuna_lora_rl.study.spec import StudySpec
 
 Ending = Literal["budget", "interruption", "failures"]
@@ -122,11 +127,54 @@ class _Worker:
                 reason = wording.first_line(error)
                 raise UserError(f"the untuned model cannot be evaluated: {reason}") from error
         self.study.set_user_attr(report.UNTUNED, untuned.metrics())
-        objective = Objective(
-            spec=self.spec, tuner=tuner, display=self.display, interruption=self.interruption
-        )
+        if self.spec.packing != "off" and not self._is_packed():
+            self.display.says("trials run one after the other: trackers follow one at a time")
         self.display.works_on("proposing")
-        self.study.optimize(objective, catch=(outcome.TrialFailed,), callbacks=[self._after_trial])
+        with Heartbeat(self.study) as heartbeat:
+            trials = Trials(
+                self.study,
+                self.spec,
+                display=self.display,
+                interruption=self.interruption,
+                heartbeat=heartbeat,
+                packed=self._is_packed(),
+                may_begin=self._may_begin,
+                ended=self._after_trial,
+            )
+            try:
+                self._train(tuner, trials)
+            except BaseException as error:
+                trials.give_up(_why(error))
+                raise
+        self.study._storage.remove_session()
+
+    def _train(self, tuner: FineTuner, trials: Trials) -> None:
+        """Trains until no trial may begin and none runs."""
+        if not self._is_packed():
+            while (run := trials.next()) is not None:
+                trials.done(run, self._alone(tuner, run))
+            return
+        packing = self.spec.packing
+        size = packing if isinstance(packing, int) else None
+        with self.interruption.window():
+            tuner.run_packed(trials.next, trials.done, size=size, says=trials.says)
+
+    def _is_packed(self) -> bool:
+        # Trackers follow one run at a time, and take its names from the environment.
+        return self.spec.packing != "off" and not self.spec.training.report_to
+
+    def _alone(self, tuner: FineTuner, run: Run) -> TrialResult | Exception:
+        try:
+            with _own_tensorboard_folder(self.spec, run.number), self.interruption.window():
+                return tuner.run(
+                    run.configuration,
+                    seed=run.seed,
+                    report=run.report,
+                    folder=run.folder,
+                    trackers_name=run.trackers_name,
+                )
+        except Exception as error:
+            return error
 
     def _load(self) -> FineTuner:
         if self._tuner is None:
@@ -145,13 +193,14 @@ class _Worker:
             self._tuner.prepare()
         return self._tuner
 
-    def _after_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        trials = self._trials()
+    def _may_begin(self) -> bool:
+        # Failures may stop looking hopeless: a trial that ran beside them succeeds.
+        return not (self._exhausted() or outcome.hopeless(self._own, self._trials()))
+
+    def _after_trial(self, trial: FrozenTrial) -> None:
         self._own.append(trial)
-        self.display.trial_ends(trial, trials)
-        adapters.drop_others(study, self.spec.folder)
-        if self._exhausted() or outcome.hopeless(self._own, trials):
-            study.stop()
+        self.display.trial_ends(trial, self._trials())
+        adapters.drop_others(self.study, self.spec.folder)
 
     def _finish(self, ended_by: Ending, reason: str) -> RunResult:
         adapters.drop_others(self.study, self.spec.folder)
@@ -194,6 +243,30 @@ class _Worker:
         if budget.wall_hours is not None and elapsed >= budget.wall_hours:
             return f"{elapsed:.3g} of {budget.wall_hours:g} hours on the clock"
         return Usage.of(self._trials()).exhausted(budget)
+
+
+def _why(error: BaseException) -> str:
+    """Why trials end that did nothing wrong, when ``error`` ends the run."""
+    if isinstance(error, KeyboardInterrupt):
+        return "the run was interrupted"
+    if storage.fatal_cause(error) is not None:
+        return "the disk or the database failed"
+    return f"the run ended by an error: {wording.first_line(error)}"
+
+
+@contextmanager
+def _own_tensorboard_folder(spec: StudySpec, number: int) -> Iterator[None]:
+    """Keeps a trial's TensorBoard files apart from its adapter, which may be deleted."""
+    before = os.environ.get("TENSORBOARD_LOGGING_DIR")
+    base = Path(before) if before else spec.folder / "tensorboard"
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(base / f"trial-{number:04d}")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TENSORBOARD_LOGGING_DIR"]
+        else:
+            os.environ["TENSORBOARD_LOGGING_DIR"] = before
 
 
 @contextmanager

@@ -40,6 +40,10 @@ SHORT_FORMS = {
 SamplerName = Literal["rl", "bandit", "tpe", "gp", "cmaes", "random", "qmc", "nsgaii"]
 PrunerName = Literal[
     "none",
+    "async-halving",
+    "peer-median",
+    "cost-aware",
+    "pareto",
     "median",
     "percentile",
     "successive-halving",
@@ -49,6 +53,8 @@ PrunerName = Literal[
     "wilcoxon",
 ]
 Count = Annotated[int, Field(ge=1)]
+# What shards the base model for one trainer, so that no second adapter can train beside it.
+_SHARDING = ("deepspeed", "fsdp")
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -80,7 +86,9 @@ class PrunerChoice(BaseModel):
     name: PrunerName = Field(
         default="none",
         description="The pruner. It sees the score after each of a trial's evaluations; its steps "
-        "count evaluations. Optuna cannot prune a study of two objectives.",
+        "count evaluations. `async-halving`, `peer-median` and `cost-aware` judge a trial among "
+        "running ones too, so they suit packed trials. `pareto` is for two objectives, the only "
+        "one that prunes them.",
     )
 
     @property
@@ -165,6 +173,14 @@ class StudySpec(BaseModel):
     budget: Budget = Field(
         default_factory=Budget, description="When it ends; `budget: 20` is short for trials."
     )
+    packing: Literal["off", "auto"] | Count = Field(
+        default="off",
+        description="How many trials train side by side over one pass of the frozen base model: "
+        "`off` for one after the other, `auto` for as many as a GPU's memory takes and one on a "
+        "CPU, where packs save nothing, or at most this many. A trial gives the same result in "
+        "all cases, so a study may go on with another value. What cannot be packed runs alone. "
+        "Not to be mixed up with `training.packing`, which puts several examples into one row.",
+    )
     storage: str | None = Field(
         default=None,
         description="SQLAlchemy URL of the database, such as `postgresql://user@host/name` for "
@@ -182,10 +198,44 @@ class StudySpec(BaseModel):
             raise ValueError(f"name is {name!r}, but names a folder too and must have no slash")
         return name
 
+    @field_validator("packing", mode="before")
+    @classmethod
+    def _is_a_packing(cls, packing: Any) -> Any:
+        if packing is False:
+            # YAML 1.1 reads a bare "off" as false.
+            return "off"
+        is_count = isinstance(packing, int) and packing is not True and packing >= 1
+        if not is_count and packing not in ("off", "auto"):
+            raise ValueError(
+                f"packing is {packing!r}, but must be off, auto, or a whole number, at least 1"
+            )
+        return packing
+
     @model_validator(mode="after")
     def _fits_together(self) -> StudySpec:
         self.lora_space()
+        if self.packing != "off":
+            self._check_packing()
+        if self.pruner.name == "pareto" and not self.objective.cost_weight:
+            raise ValueError(
+                "pruner is 'pareto', but objective.cost_weight is 0, so that no run's cost is "
+                "known before its end; give it a weight above 0, which two objectives do not use"
+            )
         return self
+
+    def _check_packing(self) -> None:
+        if self.objective.cost_source == "measured":
+            raise ValueError(
+                f"packing is {self.packing!r}, but objective.cost_source is 'measured': the time "
+                "and memory of one trial cannot be told apart in a pack; use cost_source: "
+                "estimated, or packing: off"
+            )
+        for name in _SHARDING:
+            if name in self.training.extra:
+                raise ValueError(
+                    f"packing is {self.packing!r}, but training.extra has {name!r}, which takes "
+                    "the base model apart for one trial; leave it out, or use packing: off"
+                )
 
     def lora_space(self) -> LoraSpace:
         """The search space that ``space`` and ``target_sets`` describe."""

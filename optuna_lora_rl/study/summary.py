@@ -34,6 +34,9 @@ def standing(console: Console, study: optuna.Study, spec: StudySpec) -> None:
     """How far the study is, its best trials, and what they gained."""
     trials = study.get_trials(deepcopy=False)
     _say(console, Text.assemble((spec.name, "bold"), f"  {progress(trials, spec)}"))
+    packed = outcome.side_by_side(trials)
+    if packed:
+        _say(console, Text(packed, style="dim"))
     best = report.top(trials, 5)
     if not best:
         _say(console, "No trial has been completed yet.")
@@ -85,6 +88,11 @@ def description(console: Console, spec: StudySpec) -> None:
         rows.add_row("tuned", f"{name}: {wording.domain(distribution)}")
     rows.add_row("sampler", spec.sampler.name)
     rows.add_row("pruner", spec.pruner.name)
+    if spec.packing != "off":
+        side_by_side = (
+            "as many trials" if spec.packing == "auto" else f"up to {spec.packing} trials"
+        )
+        rows.add_row("packing", f"{side_by_side} side by side")
     rows.add_row("budget", ", ".join(f"{wording.number(v)} {k}" for k, v in limits.items()))
     rows.add_row("output", f"{spec.folder}/")
     console.print(rows, highlight=False)

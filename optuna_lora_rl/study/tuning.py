@@ -45,7 +45,7 @@ def tune(
     output: str | Path = "runs/tune",
     seed: int = 0,
     display: Display | None = None,
-    **sections: Mapping[str, Any],
+    **sections: Any,
 ) -> TuningResult:
     """Finds a good LoRA configuration and trains its adapter.
 
@@ -63,8 +63,8 @@ def tune(
         output: Folder for the database, the adapters and the report.
         seed: Seed of the proposals and of training.
         display: Shows progress; nothing by default.
-        **sections: Further sections as in a YAML file (docs/configuration.md), such as
-            ``objective={"cost_weight": 0.2}`` or ``data={"max_length": 256}``.
+        **sections: Further keys and sections as in a YAML file (docs/configuration.md), such as
+            ``packing=8``, ``objective={"cost_weight": 0.2}`` or ``data={"max_length": 256}``.
 
     Raises:
         UserError: If an argument is wrong, if model, data or disk cannot be used, or if the first

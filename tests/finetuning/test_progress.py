@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -12,11 +13,11 @@ from optuna_lora_rl.finetuning.progress import Progress
 def progress(**changes: Any) -> Progress:
     settings: dict[str, Any] = {
         "metric": "loss",
-        "baseline": Evaluation(loss=4.0, token_accuracy=0.0),
+        "baselines": defaultdict(lambda: Evaluation(loss=4.0, token_accuracy=0.0)),
         "charge": 0.25,
         "steps": 100,
         "patience": 0,
-        "generate": dict,
+        "generate": lambda step: {},
         "report": None,
     }
     return Progress(**{**settings, **changes})

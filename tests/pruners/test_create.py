@@ -29,7 +29,7 @@ def run(pruner: optuna.pruners.BasePruner, qualities: list[float]) -> list[int]:
     return [trial.last_step or 0 for trial in study.trials]
 
 
-@pytest.mark.parametrize("name", pruners.NAMES)
+@pytest.mark.parametrize("name", [name for name in pruners.NAMES if name != "pareto"])
 def test_every_pruner_serves_a_study_and_can_be_pickled(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", optuna.exceptions.ExperimentalWarning)
@@ -108,6 +108,15 @@ def test_patient_wraps_another_pruner_by_name() -> None:
         ("wilcoxon", {"p_threshold": 2}, ["p_threshold", "between 0 and 1"]),
         ("patient", {"wrapped_pruner": "halving"}, ["patient", "'halving'"]),
         ("patient", {"wrapped_pruner": {"lower": 1}}, ["patient", "'name'"]),
+        ("patient", {"wrapped_pruner": "pareto"}, ["patient", "'pareto'"]),
+        ("async-halving", {"noise": -1}, ["noise", "-1", "at least 0"]),
+        ("async-halving", {"reduction_factor": 1}, ["reduction_factor", "at least 2"]),
+        ("async-halving", {"min_resource": "all"}, ["min_resource", "'all'", "'auto'"]),
+        ("peer-median", {"noise": "none"}, ["noise", "'none'", "'auto'"]),
+        ("peer-median", {"percentil": 20}, ["'percentil'", "mean 'percentile'"]),
+        ("cost-aware", {"probability": 2}, ["probability", "between 0 and 1"]),
+        ("cost-aware", {"last_step": 0}, ["last_step", "at least 1"]),
+        ("pareto", {"probability": 0.9}, ["pareto", "probability", "0.5"]),
         ("patient", {"wraped": "median"}, ["'wraped'", "mean 'wrapped_pruner'"]),
     ],
 )
@@ -123,16 +132,27 @@ def test_a_number_that_yaml_reads_as_a_text_is_a_number() -> None:
     assert pruners.create("patient", {"min_delta": "1e-3"})._min_delta == 1e-3  # type: ignore[attr-defined]
 
 
-def test_several_objectives_can_only_go_unpruned() -> None:
+def test_several_objectives_are_for_pareto_or_nobody() -> None:
     pruners.check("none", n_objectives=2)
     pruners.check("median", n_objectives=1)
-    with pytest.raises(UserError, match="'median' cannot be used with 2 objectives"):
+    with pytest.raises(UserError, match=r"'median' cannot be used with 2 objectives.*'pareto'"):
         pruners.check("median", n_objectives=2)
+
+
+def test_pareto_needs_several_objectives() -> None:
+    pruners.check("pareto", n_objectives=2)
+    with pytest.raises(UserError, match=r"'pareto' needs several objectives.*'cost-aware'"):
+        pruners.check("pareto", n_objectives=1)
 
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("median", {"n_warmup_steps": 30}), ("successive-halving", {"min_resource": 4})],
+    [
+        ("median", {"n_warmup_steps": 30}),
+        ("peer-median", {"n_warmup_steps": 30}),
+        ("successive-halving", {"min_resource": 4}),
+        ("async-halving", {"min_resource": 4}),
+    ],
 )
 def test_a_pruner_that_would_wait_for_the_end_is_refused(
     name: str, options: dict[str, Any]
@@ -141,6 +161,13 @@ def test_a_pruner_that_would_wait_for_the_end_is_refused(
     pruners.check(name, options, evaluations=50)
     with pytest.raises(UserError, match="less than 4: a step is an evaluation"):
         pruners.check(name, options, evaluations=4)
+
+
+@pytest.mark.parametrize(("name", "objectives"), [("cost-aware", 1), ("pareto", 2)])
+def test_a_forecast_needs_two_evaluations_before_the_last(name: str, objectives: int) -> None:
+    pruners.check(name, n_objectives=objectives, evaluations=3)
+    with pytest.raises(UserError, match="only 2 in all"):
+        pruners.check(name, n_objectives=objectives, evaluations=2)
 
 
 def test_wilcoxon_needs_enough_evaluations_to_be_sure_before_the_end() -> None:

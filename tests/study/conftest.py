@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 
 from optuna_lora_rl.finetuning import trial as trial_module
 from optuna_lora_rl.finetuning.evaluation import Evaluation
+from optuna_lora_rl.finetuning.trial import Run
 from optuna_lora_rl.finetuning.trial import TrialResult
 from optuna_lora_rl.study import spec as study_spec
 from optuna_lora_rl.study.spec import StudySpec
@@ -82,6 +84,8 @@ class PaperTuner:
     failures: list[BaseException | None] = []  # noqa: RUF012
     seeds: list[int] = []  # noqa: RUF012
     tested: list[Path] = []  # noqa: RUF012
+    # How many ran side by side, each time that one was trained for an evaluation.
+    together: list[int] = []  # noqa: RUF012
 
     def __init__(self, model: Any, data: Any, training: Any, objective: Any, **_: Any) -> None:
         self.training, self.objective = training, objective
@@ -92,13 +96,44 @@ class PaperTuner:
     def baseline(self) -> Evaluation:
         return Evaluation(loss=2.0, token_accuracy=0.25)
 
-    def run(
-        self, configuration: Any, *, seed: int, report: Any, folder: Path, trackers_name: str
-    ) -> TrialResult:
-        PaperTuner.seeds.append(seed)
+    def run(self, configuration: Any, **rest: Any) -> TrialResult:
+        *_, result = self._course(Run(0, configuration, **rest))
+        assert result is not None
+        return result
+
+    def run_packed(
+        self,
+        runs: Callable[[], Run | None],
+        done: Callable[[Run, TrialResult | Exception], None],
+        *,
+        size: int | None,
+        says: Callable[[str], None],
+    ) -> None:
+        """Trains ``size`` runs in turn, each for an evaluation; three are all that fits."""
+        running: list[tuple[Run, Iterator[TrialResult | None]]] = []
+        while True:
+            while len(running) < (size or 3) and (run := runs()) is not None:
+                running.append((run, self._course(run)))
+            if not running:
+                return
+            for run, course in list(running):
+                PaperTuner.together.append(len(running))
+                result: TrialResult | Exception | None
+                try:
+                    result = next(course)
+                except Exception as error:
+                    result = error
+                if result is not None:
+                    running.remove((run, course))
+                    done(run, result)
+
+    def _course(self, run: Run) -> Iterator[TrialResult | None]:
+        assert run.seed is not None and run.report is not None and run.folder is not None
+        PaperTuner.seeds.append(run.seed)
         failure = PaperTuner.failures.pop(0) if PaperTuner.failures else None
         if failure is not None:
             raise failure
+        configuration: Any = run.configuration
         quality = 1 - 0.2 * abs(math.log10(configuration["learning_rate"] / 1e-3))
         cost = configuration["lora_rank"] / 8
         curve = []
@@ -107,10 +142,13 @@ class PaperTuner:
             share = evaluation / evaluations
             score = share * quality - self.objective.cost_weight * cost
             curve.append({"step": evaluation, "loss": 2 - share * quality, "score": score})
-            report(evaluation, score, {"loss": 2 - share * quality, "quality": share * quality})
-        folder.mkdir(parents=True)
-        (folder / "adapter_config.json").write_text("{}", encoding="utf-8")
-        return TrialResult(
+            metrics = {"loss": 2 - share * quality, "quality": share * quality}
+            run.report(evaluation, score, metrics)
+            if evaluation < evaluations:
+                yield None
+        run.folder.mkdir(parents=True)
+        (run.folder / "adapter_config.json").write_text("{}", encoding="utf-8")
+        yield TrialResult(
             quality=quality,
             score=quality - self.objective.cost_weight * cost,
             cost=cost,
@@ -135,5 +173,6 @@ class PaperTuner:
 def paper(monkeypatch: pytest.MonkeyPatch) -> type[PaperTuner]:
     """Replaces the fine-tuner by one on paper."""
     PaperTuner.failures, PaperTuner.seeds, PaperTuner.tested = [], [], []
+    PaperTuner.together = []
     monkeypatch.setattr(trial_module, "FineTuner", PaperTuner)
     return PaperTuner

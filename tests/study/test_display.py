@@ -49,7 +49,7 @@ def test_the_panel_shows_trial_score_best_and_time(
     study = runner.run(spec).study
     panel.trial_ends(study.trials[0], study.trials[:1])
     panel.trial_starts(1, study.trials[1].user_attrs["configuration"])
-    panel.evaluated(1, 0.25, {"loss": 1.5})
+    panel.evaluated(1, 1, 0.25, {"loss": 1.5})
     picture = Console(file=io.StringIO(), width=100)
     picture.print(panel._render())
     panel.closes()

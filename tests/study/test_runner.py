@@ -162,7 +162,8 @@ def test_later_equal_failures_do_not_stop_it(paper: type[PaperTuner], make_spec:
     assert runner.run(make_spec({"budget": 6})).ended_by == "budget"
 
 
-@pytest.mark.parametrize("pruner", PRUNERS)
+# "pareto" is for two objectives: tests/study/test_packing.py has a study of that kind.
+@pytest.mark.parametrize("pruner", [name for name in PRUNERS if name != "pareto"])
 def test_every_pruner_runs(paper: type[PaperTuner], make_spec: MakeSpec, pruner: str) -> None:
     options = {"threshold": {"lower": 0.2}, "wilcoxon": {"p_threshold": 0.5}}.get(pruner, {})
     spec = make_spec(

@@ -45,8 +45,8 @@ def start(file: Path, *arguments: str, limit: int | None = None) -> subprocess.P
     )
 
 
-def wait_for_training(process: subprocess.Popen[str], file: Path) -> optuna.Study:
-    """Waits until the running trial has reported."""
+def wait_for_training(process: subprocess.Popen[str], file: Path, trials: int = 1) -> optuna.Study:
+    """Waits until all running trials have reported."""
     spec = study_spec.load(file)
     study = None
     for _ in range(600):
@@ -54,8 +54,10 @@ def wait_for_training(process: subprocess.Popen[str], file: Path) -> optuna.Stud
         assert process.poll() is None, process.communicate()
         if study is None and (spec.folder / "cache").exists():
             study = opening.load_study(spec)
-        if study is not None and any(trial.intermediate_values for trial in study.get_trials()):
-            return study
+        if study is not None:
+            reported = [bool(trial.intermediate_values) for trial in study.get_trials()]
+            if sum(reported) >= trials:
+                return study
     raise AssertionError("no trial reported")
 
 
@@ -93,6 +95,35 @@ def test_a_signal_ends_cleanly_and_says_how_to_go_on(
     assert trials[0].state == TrialState.FAIL
     assert trials[0].user_attrs["failure"] == "interrupted"
     assert trials[1].state == TrialState.WAITING
+
+
+def test_a_killed_pack_loses_the_running_trials_and_runs_them_again(
+    study_file: StudyFile, paper: type[PaperTuner]
+) -> None:
+    file = study_file(LONG | {"packing": 2})
+    process = start(file)
+    study = wait_for_training(process, file, trials=2)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    killed = [trial.params for trial in study.get_trials()]
+
+    again = runner.run(study_spec.load(file)).study
+    assert [trial.state.name for trial in again.trials] == ["FAIL"] * 2 + ["COMPLETE"] * 2
+    assert {trial.user_attrs["failure"] for trial in again.trials[:2]} == {"killed"}
+    assert [trial.params for trial in again.trials[2:]] == killed
+
+
+def test_a_signal_ends_a_pack_cleanly(study_file: StudyFile) -> None:
+    file = study_file(LONG | {"packing": 2})
+    process = start(file)
+    study = wait_for_training(process, file, trials=2)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "nothing finished is lost" in output and "Traceback" not in output + errors
+    trials = study.get_trials()
+    assert [trial.state.name for trial in trials] == ["FAIL"] * 2 + ["WAITING"] * 2
+    assert {trial.user_attrs["failure"] for trial in trials[:2]} == {"interrupted"}
 
 
 def test_a_full_disk_is_one_sentence_and_nothing_finished_is_lost(study_file: StudyFile) -> None:

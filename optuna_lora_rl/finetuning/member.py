@@ -1,0 +1,142 @@
+"""A run's side of a pack: its requests, and the detour of its backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from optuna_lora_rl.finetuning.lora import Adapter
+from optuna_lora_rl.finetuning.packed_lora import Factors
+
+
+@dataclass(frozen=True)
+class Call:
+    """The wish that a function is called in the thread of the pack."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A batch that waits for its hidden states.
+
+    Attributes:
+        input_ids: (sequences, length).
+        attention_mask: The same shape.
+        trains: Whether gradients are wanted.
+        drops: Whether inputs are dropped out.
+        autocast: The type that autocast computes in, or None where it is off.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    trains: bool
+    drops: bool
+    autocast: torch.dtype | None
+
+
+@dataclass(frozen=True)
+class Backward:
+    """Hidden states whose gradient waits to go on into the adapter."""
+
+
+class Member:
+    """A run's side of the pack, used in its coroutine.
+
+    Args:
+        ask: Makes a request of the pack and waits for the answer.
+
+    Attributes:
+        trained: The adapter's updates by module name.
+        fixed: What an initialisation has to have taken out of the base weights.
+        hidden: The last hidden states that wait for a gradient.
+    """
+
+    def __init__(self, ask: Callable[[Any], Any]) -> None:
+        self.trained: dict[str, Factors] = {}
+        self.fixed: dict[str, Factors] = {}
+        self.hidden: Tensor | None = None
+        self._ask = ask
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Calls a function in the thread of the pack; what it raises is raised here."""
+        return self._ask(Call(function, arguments))
+
+    def join(self, adapter: Adapter, *, subtracts_start: bool) -> None:
+        """Sends the adapter's model through the shared base from now on.
+
+        Args:
+            adapter: In a model of its own, with the weights of the shared one.
+            subtracts_start: Whether the initialisation took the adapter's first update out of
+                these weights (PiSSA, OLoRA); the shared ones still have it.
+        """
+        model = adapter.model.get_base_model()
+        for name, layer in model.named_modules():
+            if "default" not in getattr(layer, "lora_A", ()):
+                continue
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            scale, p = layer.scaling["default"], getattr(layer.lora_dropout["default"], "p", 0.0)
+            self.trained[name] = Factors(a, b, scale, p)
+            if subtracts_start:
+                self.fixed[name] = Factors(a.detach().clone(), b.detach().clone(), -scale)
+        self._redirect(adapter, model.base_model)
+        _spare_walks(adapter.model)
+
+    def after_backward(self) -> None:
+        """Takes the gradient of the hidden states on into the adapter's weights."""
+        if self.hidden is not None:
+            self._ask(Backward())
+
+    def weights(self) -> list[Tensor]:
+        """The tensors that are trained."""
+        factors = self.trained.values()
+        return [t for f in factors for t in (f.a, f.b) if t.requires_grad]
+
+    def _redirect(self, adapter: Adapter, backbone: Any) -> None:
+        own = backbone.forward
+
+        @wraps(own)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            wanted = {name for name, v in kwargs.items() if v is not None and v is not False}
+            if args or wanted != {"input_ids", "attention_mask"}:
+                # Generation, with its cache. The model is whole and can do it by itself.
+                return own(*args, **kwargs)
+            if self.hidden is not None:
+                raise RuntimeError("two forward passes in one training step cannot be packed")
+            ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
+            kind = ids.device.type
+            hidden = self._ask(
+                Forward(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    trains=torch.is_grad_enabled(),
+                    drops=adapter.model.training,
+                    autocast=torch.get_autocast_dtype(kind)
+                    if torch.is_autocast_enabled(kind)
+                    else None,
+                )
+            )
+            self.hidden = hidden if hidden.requires_grad else None
+            return BaseModelOutputWithPast(last_hidden_state=hidden)
+
+        backbone.forward = forward
+
+
+def _spare_walks(model: PeftModel) -> None:
+    """Remembers what a trainer would walk all modules for, three times in every step."""
+    parameters, train = list(model.parameters()), model.train
+
+    def switch(mode: bool = True) -> nn.Module:
+        return train(mode) if mode != model.training else model
+
+    model.parameters = lambda recurse=True: iter(parameters)
+    model.train = switch

@@ -1,0 +1,418 @@
+"""Several fine-tuning runs side by side over one forward pass of the base model.
+
+Each run is an ordinary one: its own PeftModel, its own trainer with data order, loss, optimizer,
+schedule, clipping and evaluation, in a coroutine of its own. Only its backbone is not its own.
+Where the trainer calls it, the run waits; when all wait, their batches go through the shared
+base model together, each with its own low-rank updates (``packed_lora``), and every run gets
+the hidden states of its own rows. What comes after (head, loss, metrics) is the trainer's again.
+The backward pass takes the same way: each loss is differentiated as far as the hidden states,
+and from there all go back together.
+
+Runs need not be in step. One that ends, in whatever way, leaves its place to the next.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import contextmanager
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+from typing import Protocol
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optuna_lora_rl.finetuning.coroutine import Coroutine
+from optuna_lora_rl.finetuning.coroutine import Globals
+from optuna_lora_rl.finetuning.isolation import is_out_of_memory
+from optuna_lora_rl.finetuning.isolation import let_go
+from optuna_lora_rl.finetuning.member import Backward
+from optuna_lora_rl.finetuning.member import Call
+from optuna_lora_rl.finetuning.member import Forward
+from optuna_lora_rl.finetuning.member import Member
+from optuna_lora_rl.finetuning.packed_lora import PackedBatch
+from optuna_lora_rl.finetuning.packed_lora import Share
+from optuna_lora_rl.finetuning.price import Measured
+
+# On a CPU, products of more rows than this are no faster, and activations fall out of the cache.
+_CPU_SEQUENCES = 64
+
+
+class Job(Protocol):
+    """One run for a pack."""
+
+    def work(self, member: Member) -> None:
+        """The run itself, called in a coroutine."""
+
+    def done(self, error: Exception | None, took: Measured) -> None:
+        """Called in the thread of the pack when ``work`` has ended."""
+
+
+class _Seat:
+    """One run in the pack, seen from outside.
+
+    Attributes:
+        job: The run.
+        member: Its own side.
+        coroutine: Where it runs.
+        batch: The batch that it gave last.
+        took: Its seconds so far, and the peak of memory while it was there.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.coroutine: Coroutine[None] = Coroutine(lambda: job.work(self.member))
+        self.member = Member(self.coroutine.ask)
+        self.batch: Forward | None = None
+        self.seconds = 0.0
+        self.peak_bytes = 0
+
+    def takes(self) -> Forward:
+        """The batch that it waits with, or waited with before its backward pass."""
+        request = self.coroutine.request
+        if isinstance(request, Forward):
+            self.batch = request
+        assert self.batch is not None
+        return self.batch
+
+    def waits_to_go_back(self) -> bool:
+        return isinstance(self.coroutine.request, Backward)
+
+    def order(self) -> tuple[Any, ...]:
+        """Places runs side by side whose updates can be computed together."""
+        trained = self.member.trained
+        ranks = [factors.a.shape[0] for factors in trained.values()]
+        return len(self.takes().input_ids), sorted(trained), max(ranks, default=0)
+
+
+@dataclass(eq=False)
+class _Pass:
+    """Batches that went through the base model together.
+
+    Attributes:
+        seats: Whose batches they are, in the order of their rows.
+        shares: Their parts.
+        together: Their adapters.
+        output: Hidden states, (sequences, length, hidden).
+        before: The seats' global state before the pass.
+    """
+
+    seats: list[_Seat]
+    shares: list[Share]
+    together: PackedBatch
+    output: Tensor
+    before: list[Globals]
+
+    def own(self, tensor: Tensor, share: Share) -> Tensor:
+        return tensor[slice(*share.rows), : share.length]
+
+
+class Pack:
+    """Runs jobs side by side.
+
+    Args:
+        base: The shared base model; between the passes it is as it was.
+        device: Where it is.
+        size: Most runs at once.
+        checkpointing: Whether activations are recomputed in the backward pass.
+        says: Told when the pack has to become smaller.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        device: torch.device,
+        *,
+        size: int,
+        checkpointing: bool,
+        says: Callable[[str], None],
+    ) -> None:
+        self._base = base
+        self._device = device
+        self._size = size
+        self._most = size
+        self._checkpointing = checkpointing
+        self._says = says
+        self._seats: list[_Seat] = []
+        self._asks = True
+        self._process = psutil.Process()
+
+    def run(self, jobs: Callable[[], Job | None]) -> None:
+        """Runs until ``jobs`` has none and all have ended.
+
+        Args:
+            jobs: Called whenever a place is free; None for "not now", asked again when a run
+                has ended.
+
+        Raises:
+            BaseException: What ``jobs`` and ``done`` raise; the runs are abandoned.
+        """
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        try:
+            while self._fill(jobs):
+                looking = [seat for seat in self._seats if not seat.takes().trains]
+                # First those that only evaluate, so that all take the next step together.
+                for alike in _alike(looking or self._seats):
+                    self._serve(alike)
+        finally:
+            for seat in self._seats:
+                seat.coroutine.abandon()
+                let_go(seat.coroutine.error)
+            self._seats.clear()
+
+    def _fill(self, jobs: Callable[[], Job | None]) -> bool:
+        while self._asks and len(self._seats) < self._size:
+            job = jobs()
+            if job is None:
+                self._asks = False
+                break
+            seat = _Seat(job)
+            self._seats.append(seat)
+            self._advance(seat)
+        return bool(self._seats)
+
+    def _advance(
+        self, seat: _Seat, answer: Any = None, *, error: BaseException | None = None
+    ) -> None:
+        """Lets a run go on until it waits for a pass, or ends."""
+        while True:
+            with self._charged([seat]):
+                seat.coroutine.resume(answer, error=error)
+            if seat.coroutine.ended:
+                self._ends(seat)
+                return
+            request = seat.coroutine.request
+            if not isinstance(request, Call):
+                return
+            answer = error = None
+            try:
+                answer = request.function(*request.arguments)
+            except Exception as raised:
+                error = raised
+
+    def _ends(self, seat: _Seat) -> None:
+        self._seats.remove(seat)
+        self._asks = True
+        error = seat.coroutine.error
+        if error is not None and not isinstance(error, Exception):
+            raise error
+        seat.job.done(error, Measured(seat.seconds, seat.peak_bytes))
+        let_go(error)
+        # A trainer is a knot of references, and the collector rarely comes by itself.
+        gc.collect()
+
+    def _serve(self, seats: Sequence[_Seat]) -> None:
+        """Takes the runs' batches through the base model and their gradients back."""
+        for together in self._cut(sorted(seats, key=_Seat.order)):
+            for passed in self._forward(together):
+                self._answer(passed)
+
+    def _cut(self, seats: list[_Seat]) -> Iterator[list[_Seat]]:
+        """Cuts runs into passes: what memory allows and, on a CPU, the cache likes."""
+        together: list[_Seat] = []
+        for seat in seats:
+            rows = sum(len(other.takes().input_ids) for other in (*together, seat))
+            crowded = self._device.type == "cpu" and rows > _CPU_SEQUENCES
+            if together and (crowded or len(together) >= self._most):
+                yield together
+                together = []
+            together.append(seat)
+        yield together
+
+    def _answer(self, passed: _Pass) -> None:
+        for seat, share in zip(passed.seats, passed.shares, strict=True):
+            # Cut off from the graph: its loss goes back as far as this.
+            hidden = passed.own(passed.output, share).detach()
+            self._advance(seat, hidden.requires_grad_(passed.output.requires_grad))
+        self._backward(passed)
+        for seat in passed.seats:
+            if seat.waits_to_go_back():
+                seat.member.hidden = None
+                self._advance(seat)
+
+    def _forward(self, seats: list[_Seat]) -> Iterator[_Pass]:
+        """Computes the hidden states, in as many passes as memory needs.
+
+        Each pass has to be over, its way back included, before the next is asked for.
+        """
+        before = [seat.coroutine.globals for seat in seats]
+        error = None
+        try:
+            with self._charged(seats):
+                passed = self._passed(seats, before)
+        except (RuntimeError, MemoryError) as raised:
+            if not is_out_of_memory(raised):
+                raise
+            error = raised
+        if error is None:
+            yield passed
+            return
+        self._makes_room(error)
+        for seat, state in zip(seats, before, strict=True):
+            seat.coroutine.globals = state
+        if len(seats) == 1:
+            self._advance(seats[0], error=error)
+            return
+        for half in self._halves(seats):
+            yield from self._forward(half)
+
+    def _passed(self, seats: list[_Seat], before: list[Globals]) -> _Pass:
+        batches = [seat.takes() for seat in seats]
+        first = batches[0]
+        length = max(batch.input_ids.shape[1] for batch in batches)
+        shares = list(self._shares(seats, batches))
+        together = PackedBatch(shares, drops=first.drops, replays=self._checkpointing)
+        kind = self._device.type
+        with (
+            torch.set_grad_enabled(first.trains),
+            torch.autocast(kind, dtype=first.autocast, enabled=first.autocast is not None),
+            self._ready(together, trains=first.trains),
+        ):
+            output = self._base.base_model(
+                input_ids=_padded([batch.input_ids for batch in batches], length),
+                attention_mask=_padded([batch.attention_mask for batch in batches], length),
+                use_cache=False,
+            ).last_hidden_state
+        for seat, share in zip(seats, shares, strict=True):
+            if share.generator is not None:
+                seat.coroutine.globals = seat.coroutine.globals.drawn(share.generator)
+        return _Pass(seats, shares, together, output, before)
+
+    def _shares(self, seats: list[_Seat], batches: list[Forward]) -> Iterator[Share]:
+        start = 0
+        for seat, batch in zip(seats, batches, strict=True):
+            rows, length = batch.input_ids.shape
+            trained = seat.member.trained
+            drops = batch.drops and any(factors.dropout > 0 for factors in trained.values())
+            yield Share(
+                trained=trained,
+                fixed=seat.member.fixed,
+                rows=(start, start + rows),
+                length=length,
+                generator=seat.coroutine.globals.generator(self._device) if drops else None,
+            )
+            start += rows
+
+    def _backward(self, passed: _Pass) -> None:
+        """Adds to the adapters' gradients what the hidden states' gradients make of them."""
+        waiting = [seat for seat in passed.seats if seat.waits_to_go_back()]
+        if not waiting:
+            return
+        error = None
+        try:
+            with self._charged(waiting):
+                self._go_back(passed, waiting)
+            return
+        except (RuntimeError, MemoryError) as raised:
+            if not is_out_of_memory(raised):
+                raise
+            error = raised
+        passed.output = passed.output.detach()
+        self._makes_room(error)
+        if len(waiting) == 1:
+            self._advance(waiting[0], error=error)
+            return
+        before = dict(zip(passed.seats, passed.before, strict=True))
+        for half in self._halves(waiting):
+            for seat in half:
+                seat.coroutine.globals = before[seat]
+            for again in self._forward(half):
+                self._backward(again)
+
+    def _go_back(self, passed: _Pass, waiting: list[_Seat]) -> None:
+        arriving = torch.zeros_like(passed.output)
+        for seat, share in zip(passed.seats, passed.shares, strict=True):
+            if seat in waiting and seat.member.hidden is not None:
+                gradient = seat.member.hidden.grad
+                if gradient is not None:
+                    passed.own(arriving, share).copy_(gradient)
+        weights = [weight for seat in waiting for weight in seat.member.weights()]
+        with self._ready(passed.together, trains=True):
+            # Not `backward`: if memory runs out half-way, no gradient has been added yet.
+            gradients = torch.autograd.grad(passed.output, weights, arriving)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient if weight.grad is None else weight.grad + gradient
+
+    def _halves(self, seats: list[_Seat]) -> tuple[list[_Seat], list[_Seat]]:
+        middle = (len(seats) + 1) // 2
+        if middle < self._most:
+            self._most = middle
+            shared = f"at most {middle} trials share a pass" if middle > 1 else "trials take turns"
+            self._says(f"memory ran out: from now on {shared}")
+        return seats[:middle], seats[middle:]
+
+    def _makes_room(self, error: BaseException) -> None:
+        let_go(error)
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @contextmanager
+    def _ready(self, together: PackedBatch, *, trains: bool) -> Iterator[None]:
+        """The base model with the adapters in it."""
+        recomputes = self._checkpointing and trains
+        with together.within(self._base):
+            with _recomputed(self._base) if recomputes else nullcontext():
+                yield
+
+    @contextmanager
+    def _charged(self, seats: Sequence[_Seat]) -> Iterator[None]:
+        """Counts the time of the block, in equal parts, and looks at the memory after it."""
+        started = time.perf_counter()
+        yield
+        took = (time.perf_counter() - started) / len(seats)
+        if self._device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self._device)
+        else:
+            peak = self._process.memory_info().rss
+        for seat in seats:
+            seat.seconds += took
+            seat.peak_bytes = max(seat.peak_bytes, peak)
+
+
+@contextmanager
+def _recomputed(base: PreTrainedModel) -> Iterator[None]:
+    """The model with gradient checkpointing, which a trainer would turn on for good."""
+    embeddings = base.get_input_embeddings()
+    hooks, attributes = dict(embeddings._forward_hooks), set(base.__dict__)
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    # Each time, transformers hangs a hook on the embeddings that makes the inputs differentiable,
+    # which is what checkpoints of the other kind need.
+    embeddings._forward_hooks.clear()
+    embeddings._forward_hooks.update(hooks)
+    base.train()
+    try:
+        yield
+    finally:
+        base.eval()
+        base.gradient_checkpointing_disable()
+        for name in set(base.__dict__) - attributes:
+            del base.__dict__[name]
+
+
+def _alike(seats: Iterable[_Seat]) -> list[list[_Seat]]:
+    """Groups runs whose batches can share a pass."""
+    groups: dict[tuple[Any, ...], list[_Seat]] = {}
+    for seat in seats:
+        batch = seat.takes()
+        groups.setdefault((batch.trains, batch.drops, batch.autocast), []).append(seat)
+    return list(groups.values())
+
+
+def _padded(batches: list[Tensor], length: int) -> Tensor:
+    """Joins (sequences, own length) to (all sequences, length), padded on the right."""
+    joined = batches[0].new_zeros((sum(len(batch) for batch in batches), length))
+    start = 0
+    for batch in batches:
+        joined[start : start + len(batch), : batch.shape[1]] = batch
+        start += len(batch)
+    return joined

@@ -1,0 +1,80 @@
+"""Evaluations that read more of the validation set the further a run is.
+
+An early evaluation only tells the hopeless from the hopeful, and need not read everything. All
+runs read the same examples at the same evaluation, each evaluation those of the one before and
+more, and quality compares with the untuned model on the same examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from dataclasses import replace
+
+import numpy as np
+from datasets import Dataset
+
+from optuna_lora_rl.finetuning.evaluation import Evaluation
+from optuna_lora_rl.finetuning.evaluation import Questions
+
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one evaluation of a run reads, and what the untuned model makes of it.
+
+    Attributes:
+        dataset: Tokenised examples.
+        asked: Questions, where the metric compares answers.
+        baseline: The untuned model's evaluation.
+    """
+
+    dataset: Dataset
+    asked: Questions | None
+    baseline: Evaluation
+
+
+class Stages:
+    """The stages of a study's runs, each measured once.
+
+    Args:
+        whole: All there is; the last stage of every run.
+        first: Share of it that the first evaluation reads.
+        measure: Evaluates the untuned model.
+    """
+
+    def __init__(
+        self,
+        whole: Stage,
+        first: float,
+        measure: Callable[[Dataset, Questions | None], Evaluation],
+    ) -> None:
+        self._whole = whole
+        self._first = first
+        self._measure = measure
+        self._known = {1.0: whole}
+        self._order = np.random.default_rng(_SEED).permutation(len(whole.dataset))
+
+    def of(self, steps: frozenset[int]) -> dict[int, Stage]:
+        """Returns the stage of each step after which a run is evaluated."""
+        ordered = sorted(steps)
+        shares = np.linspace(self._first, 1.0, len(ordered)) if len(ordered) > 1 else [1.0]
+        return {step: self._stage(float(s)) for step, s in zip(ordered, shares, strict=True)}
+
+    def _stage(self, share: float) -> Stage:
+        if share not in self._known:
+            dataset = self._whole.dataset
+            count = max(1, round(share * len(dataset)))
+            chosen = dataset.select(sorted(self._order[:count].tolist()))
+            asked = _first_of(self._whole.asked, share)
+            self._known[share] = Stage(chosen, asked, self._measure(chosen, asked))
+        return self._known[share]
+
+
+def _first_of(asked: Questions | None, share: float) -> Questions | None:
+    # Drawn by lot already, so the first ones are as good as any.
+    if asked is None:
+        return None
+    count = max(1, round(share * len(asked.prompts)))
+    return replace(asked, prompts=asked.prompts[:count], answers=asked.answers[:count])

@@ -1,0 +1,76 @@
+"""Evaluations that read more of the validation set the further a run is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from datasets import Dataset
+
+from optuna_lora_rl.finetuning.evaluation import Evaluation
+from optuna_lora_rl.finetuning.evaluation import Questions
+from optuna_lora_rl.finetuning.stages import Stage
+from optuna_lora_rl.finetuning.stages import Stages
+from optuna_lora_rl.finetuning.trial import FineTuner
+from optuna_lora_rl.finetuning.trial import Run
+
+Make = Callable[..., FineTuner]
+
+
+def stages(first: float, measured: list[int]) -> Stages:
+    dataset = Dataset.from_dict({"input_ids": [[i] for i in range(100)]})
+    asked = Questions(prompts=tuple((i,) for i in range(8)), answers=("a",) * 8)
+
+    def measure(part: Dataset, asked: Questions | None) -> Evaluation:
+        measured.append(len(part))
+        return Evaluation(loss=float(len(part)), token_accuracy=0.0)
+
+    return Stages(Stage(dataset, asked, Evaluation(loss=100.0, token_accuracy=0)), first, measure)
+
+
+def test_each_evaluation_reads_what_the_one_before_read_and_more() -> None:
+    measured: list[int] = []
+    made = stages(0.25, measured)
+    course = made.of(frozenset({10, 20, 30, 40}))
+    read = [{row[0] for row in course[step].dataset["input_ids"]} for step in (10, 20, 30, 40)]
+    assert [len(part) for part in read] == [25, 50, 75, 100]
+    assert read[0] < read[1] < read[2] < read[3]
+    assert [len(course[step].asked.prompts) for step in (10, 20, 30, 40)] == [2, 4, 6, 8]  # type: ignore[union-attr]
+    assert [course[step].baseline.loss for step in (10, 20, 30, 40)] == [25, 50, 75, 100]
+    # Another run reads the same at the same evaluation, and nothing is measured twice.
+    again = made.of(frozenset({5, 7, 11, 13}))
+    assert again[5].dataset["input_ids"] == course[10].dataset["input_ids"]
+    assert measured == [25, 50, 75]
+
+
+def test_all_is_read_each_time_unless_asked_otherwise() -> None:
+    measured: list[int] = []
+    course = stages(1.0, measured).of(frozenset({1, 2}))
+    assert course[1] is course[2]
+    assert measured == []
+
+
+def test_a_single_evaluation_reads_all() -> None:
+    assert len(stages(0.1, []).of(frozenset({9}))[9].dataset) == 100
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_smaller_first_evaluations_leave_training_and_its_end_as_they_are(
+    make_tuner: Make, tuner: FineTuner, packed: bool
+) -> None:
+    wanted = {"lora_rank": 4, "max_steps": 4, "learning_rate": 1e-2}
+    growing = make_tuner(first_evaluation=0.5)
+    whole = tuner.run(wanted)
+    if packed:
+        results = []
+        runs = iter([Run(0, wanted)])
+        growing.run_packed(
+            lambda: next(runs, None), lambda run, result: results.append(result), size=2
+        )
+        (part,) = results
+    else:
+        part = growing.run(wanted)
+    assert part.curve[-1] == pytest.approx(whole.curve[-1], rel=1e-5)
+    assert part.curve[0]["loss"] != pytest.approx(whole.curve[0]["loss"], rel=1e-6)
+    # Against the untuned model on the same examples, so of the same order.
+    assert part.curve[0]["quality"] == pytest.approx(whole.curve[0]["quality"], abs=0.2)
