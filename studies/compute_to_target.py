@@ -1,0 +1,647 @@
+"""Compute to target: what it takes to reach the score that the naive arm has after 50 trials.
+
+    python studies/compute_to_target.py
+
+For each task and seed the naive arm (``studies/naive.py``: a fresh ``from_pretrained`` and
+``SFTTrainer`` for each trial, TPE, MedianPruner) runs 50 trials; its best score is the target.
+The other arms add one part after another and stop when a finished trial reaches the target:
+
+    naive         Optuna + TRL as one writes it today
+    shared base   FineTuner.run: the model loaded and the data tokenised once; TPE, MedianPruner
+    sampler       RLSampler instead of TPE
+    pruner        another pruner than MedianPruner
+    options       other training options, where ``--training`` gives any
+    packing       FineTuner.run_packed
+
+The score is the package's: quality - 0.1 * cost, with the counted cost. The naive arm's is
+computed by the same functions from the validation loss that its trainer reports; equal
+configurations have equal losses. All arms tune the same parameters, evaluate at the same steps,
+and ask the pruner at each evaluation but the last. The study lies in memory. A score less than
+0.001 below the target reaches it, for all arms alike: equal configurations on other numbers of
+threads differ by so much at most, and the noise of a score is ten times that.
+
+Compute is counted in tokens that were trained on, without padding, those of runs that are pruned
+or were under way at the end included; evaluated tokens are counted apart. Seconds are those of
+the wall, from the first question to the sampler (in the package's arms: from the loading of the
+model) to the end of the trial that reaches the target; imports are not counted. An arm that has
+not reached the target after twice the trials is counted with twice what it has spent (PAR2, the
+habit of algorithm configuration), and the table says how many there are.
+
+Every (task, seed, arm) is a fresh process and a line of the records; what the records hold is not
+run again, so remove them when the code has changed. The results name the revisions they are of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
+
+import measuring
+import numpy as np
+
+if TYPE_CHECKING:
+    import optuna
+
+    from optuna_lora_rl.finetuning.trial import FineTuner
+    from optuna_lora_rl.finetuning.trial import TrialResult
+
+FILE = str(Path(__file__).resolve())
+# Short ones, none of those that the pruners' options were chosen on (studies/curves.py).
+TASKS = ("sorting-small", "arithmetic-small", "brackets-small", "reviews-ample")
+# What naive.suggest says in Optuna's words.
+SPACE: dict[str, Any] = {
+    "lora_rank": {"low": 2, "high": 64, "log": True},
+    "lora_alpha": {"ratio": {"low": 0.5, "high": 8, "log": True}, "of": "lora_rank"},
+    "lora_dropout": {"low": 0.0, "high": 0.3},
+    "target_modules": ["qv", "attention", "mlp", "all-linear"],
+    "learning_rate": {"low": 1e-4, "high": 3e-2, "log": True},
+    "batch_size": [4, 8, 16],
+}
+TOLERANCE = 1e-3
+_MEDIAN = "Optuna's MedianPruner"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Which parts an arm has.
+
+    Attributes:
+        name: That of the part that it adds.
+        shares: Whether trials share one base model.
+        sampler: ``tpe`` or ``rl``.
+        packs: Whether trials train side by side.
+        prunes: Whether it has the pruner that was asked for.
+        options: Whether it has the training options that were asked for.
+    """
+
+    name: str
+    shares: bool = True
+    sampler: str = "rl"
+    packs: bool = True
+    prunes: bool = True
+    options: bool = False
+
+
+ARMS = (
+    Arm("naive", shares=False, sampler="tpe", packs=False, prunes=False),
+    Arm("shared base", sampler="tpe", packs=False, prunes=False),
+    Arm("sampler", packs=False, prunes=False),
+    Arm("pruner", packs=False),
+    Arm("options", packs=False, options=True),
+    Arm("packing", options=True),
+)
+
+
+class _Reached(Exception):
+    """Ends a pack when a trial has reached the target."""
+
+
+class Search:
+    """One study until its target is reached, and what it took.
+
+    Args:
+        study: An Optuna study that maximises.
+        suggest: Gives a trial its configuration.
+        job: ``trials`` at most, ``target`` or None, ``evaluations`` of a trial.
+        tokens: Counts while the study runs.
+
+    Attributes:
+        reached: Whether a finished trial has reached the target.
+    """
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        suggest: Callable[[optuna.Trial], Mapping[str, Any]],
+        job: measuring.Job,
+        tokens: measuring.Tokens,
+    ) -> None:
+        self.reached = False
+        self._study = study
+        self._suggest = suggest
+        self._job = job
+        self._tokens = tokens
+        self._began = time.monotonic()
+        self._asked = 0
+        self._seconds = {"sampler": 0.0, "pruner": 0.0}
+        self._ended: list[dict[str, Any]] = []
+
+    def ask(self) -> tuple[optuna.Trial, Mapping[str, Any]] | None:
+        """Return the next trial, or None when there are no more."""
+        if self.reached or self._asked == self._job["trials"]:
+            return None
+        self._asked += 1
+        began = time.monotonic()
+        trial = self._study.ask()
+        configuration = self._suggest(trial)
+        self._took("sampler", began)
+        return trial, configuration
+
+    def report(self, trial: optuna.Trial) -> Callable[[float], None]:
+        """Return a function that takes the trial's scores and may raise ``TrialPruned``."""
+        import optuna
+
+        evaluation = 0
+
+        def report(score: float) -> None:
+            nonlocal evaluation
+            evaluation += 1
+            began = time.monotonic()
+            trial.report(score, evaluation)
+            prune = evaluation < self._job["evaluations"] and trial.should_prune()
+            self._took("pruner", began)
+            if prune:
+                raise optuna.TrialPruned
+
+        return report
+
+    def tell(self, trial: optuna.Trial, outcome: float | Exception) -> None:
+        """Take a trial's score, or what ended it."""
+        import optuna
+
+        began = time.monotonic()
+        score = None
+        if isinstance(outcome, optuna.TrialPruned):
+            state = optuna.trial.TrialState.PRUNED
+        elif isinstance(outcome, Exception) or not math.isfinite(outcome):
+            state = optuna.trial.TrialState.FAIL
+        else:
+            state, score = optuna.trial.TrialState.COMPLETE, float(outcome)
+        self._study.tell(trial, score, state)
+        self._took("sampler", began)
+        self._ended.append({"trial": trial.number, "state": state.name, "score": score})
+        self._ended[-1] |= self._spent()
+        target = self._job["target"]
+        if score is not None and target is not None and score >= target - TOLERANCE:
+            self.reached = True
+
+    def result(self) -> measuring.Result:
+        scores = [end["score"] for end in self._ended if end["score"] is not None]
+        return {
+            **self._spent(),
+            "reached": self.reached,
+            "best": max(scores, default=None),
+            "trials": len(self._ended),
+            "begun": self._asked,
+            "sampler_seconds": round(self._seconds["sampler"], 3),
+            "pruner_seconds": round(self._seconds["pruner"], 3),
+            "ended": self._ended,
+        }
+
+    def _spent(self) -> dict[str, Any]:
+        return {
+            "seconds": round(time.monotonic() - self._began, 3),
+            "tokens": self._tokens.trained,
+            "padded_tokens": self._tokens.padded,
+            "evaluated_tokens": self._tokens.evaluated,
+        }
+
+    def _took(self, part: str, began: float) -> None:
+        self._seconds[part] += time.monotonic() - began
+
+
+def prepare(job: measuring.Job) -> Callable[[], measuring.Result]:
+    """Import everything; what is returned runs the study."""
+    import optuna
+
+    # Not loaded by the modules that name it, and not to be paid for by the first proposal.
+    import optuna_lora_rl.samplers.rl  # noqa: F401
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    measuring.set_threads(job["threads"])
+    tuner = _tuner(job)
+    if not job["shares"]:
+        return _naive(job, tuner)
+    return partial(_package, job, tuner)
+
+
+def _study(job: measuring.Job) -> optuna.Study:
+    import optuna
+
+    from optuna_lora_rl import pruners
+    from optuna_lora_rl import samplers
+
+    # The number of trials that the study is planned with, whatever the most.
+    options = {"n_trials": job["planned"]} if job["sampler"] == "rl" else {}
+    pruner: optuna.pruners.BasePruner = optuna.pruners.MedianPruner()
+    if job["pruner"] != _MEDIAN:
+        pruner = pruners.create(job["pruner"], first_step=1, last_step=job["evaluations"])
+    return optuna.create_study(
+        direction="maximize",
+        sampler=samplers.create(job["sampler"], seed=job["seed"], options=options),
+        pruner=pruner,
+    )
+
+
+def _tuner(job: measuring.Job) -> FineTuner:
+    from optuna_lora_rl.finetuning.options import DataOptions
+    from optuna_lora_rl.finetuning.options import ModelOptions
+    from optuna_lora_rl.finetuning.options import ObjectiveOptions
+    from optuna_lora_rl.finetuning.trial import FineTuner
+
+    return FineTuner(
+        ModelOptions(name=job["model"]),
+        DataOptions(train=job["data"]),
+        measuring.training_options(job),
+        ObjectiveOptions(reference={"max_steps": job["steps"]}),
+    )
+
+
+def _naive(job: measuring.Job, tuner: FineTuner) -> Callable[[], measuring.Result]:
+    import naive
+    import optuna
+
+    from optuna_lora_rl.finetuning.model import path_of
+
+    folder = tempfile.TemporaryDirectory()
+    data = naive.read(*measuring.rows(tuner.data, Path(folder.name)), Path(folder.name, "cache"))
+    setup = naive.Setup(
+        model=path_of(tuner.model),
+        evaluations=job["evaluations"],
+        seed=job["seed"],
+        on_gpu=measuring.on_gpu(job["device"]),
+        folder=folder.name,
+    )
+    score = scores(tuner)
+
+    def run() -> measuring.Result:
+        with folder, measuring.counted() as tokens:
+            search = Search(_study(job), lambda t: naive.suggest(t, job["steps"]), job, tokens)
+            while (asked := search.ask()) is not None:
+                trial, configuration = asked
+                report = search.report(trial)
+
+                def reported(step: int, loss: float) -> None:
+                    report(score(configuration, loss))  # noqa: B023
+
+                try:
+                    loss = naive.train(configuration, setup, data, reported)
+                except optuna.TrialPruned as pruned:
+                    search.tell(trial, pruned)
+                else:
+                    search.tell(trial, score(configuration, loss))
+            return search.result()
+
+    return run
+
+
+def scores(tuner: FineTuner) -> Callable[[Mapping[str, Any], float], float]:
+    """Return the package's score as a function of a configuration and its validation loss."""
+    from optuna_lora_rl.finetuning.configuration import Configuration
+    from optuna_lora_rl.finetuning.evaluation import quality
+    from optuna_lora_rl.finetuning.preparation import prepare as prepared
+    from optuna_lora_rl.finetuning.price import Price
+
+    objective, training = tuner.objective, tuner.training
+    made = prepared(tuner.model, tuner.data, training, objective)
+    price = Price(made, tuner.model.dtype, training, objective, {})
+    untuned = tuner.baseline()
+
+    def score(configuration: Mapping[str, Any], loss: float) -> float:
+        cost = price.estimated(price.estimate(Configuration.of(configuration)))["total"]
+        return quality("loss", {"loss": loss}, untuned) - objective.cost_weight * cost
+
+    return score
+
+
+def _package(job: measuring.Job, tuner: FineTuner) -> measuring.Result:
+    from optuna_lora_rl.space import LoraSpace
+
+    suggest = LoraSpace(SPACE | {"max_steps": job["steps"]}).suggest
+    with measuring.counted() as tokens:
+        search = Search(_study(job), suggest, job, tokens)
+        tuner.prepare()
+        tuner.baseline()
+        (_packed if job["packs"] else _one_by_one)(search, tuner, job)
+        return search.result()
+
+
+def _one_by_one(search: Search, tuner: FineTuner, job: measuring.Job) -> None:
+    while (asked := search.ask()) is not None:
+        trial, configuration = asked
+        report = search.report(trial)
+        outcome: float | Exception
+        try:
+            outcome = tuner.run(configuration, report=lambda n, score, _: report(score)).score  # noqa: B023
+        except Exception as error:
+            outcome = error
+        search.tell(trial, _expected(outcome))
+
+
+def _packed(search: Search, tuner: FineTuner, job: measuring.Job) -> None:
+    from optuna_lora_rl.finetuning.trial import Run
+
+    running: dict[int, optuna.Trial] = {}
+
+    def runs() -> Run | None:
+        asked = search.ask()
+        if asked is None:
+            return None
+        trial, configuration = asked
+        running[trial.number] = trial
+        report = search.report(trial)
+        return Run(trial.number, configuration, report=lambda n, score, _: report(score))
+
+    def done(run: Run, result: TrialResult | Exception) -> None:
+        outcome = result if isinstance(result, Exception) else result.score
+        search.tell(running.pop(run.number), _expected(outcome))
+        if search.reached:
+            raise _Reached
+
+    with suppress(_Reached):
+        tuner.run_packed(runs, done, size=job["size"])
+
+
+def _expected(outcome: float | Exception) -> float | Exception:
+    """Return an outcome that trials may have; anything else is a bug and shall be seen."""
+    import optuna
+
+    from optuna_lora_rl.finetuning.failure import FineTuningError
+
+    if isinstance(outcome, Exception) and not isinstance(
+        outcome, optuna.TrialPruned | FineTuningError
+    ):
+        raise outcome
+    return outcome
+
+
+def measure(
+    given: argparse.Namespace, records: measuring.Records
+) -> dict[tuple[str, int], dict[str, measuring.Result]]:
+    """Run what the records lack, and return all results by task and seed, and by arm."""
+    found: dict[tuple[str, int], dict[str, measuring.Result]] = {}
+    # Seeds outermost: what is there of a stopped run covers all tasks.
+    for seed in range(given.seeds):
+        for task in given.tasks:
+            own = found[task, seed] = {}
+            for arm in arms(given):
+                target = None if arm.name == "naive" else own["naive"]["best"]
+                job = _job(given, arm, task, seed, target)
+                key = {**job, "arm": arm.name, "machine": measuring.machine()}
+                result = records.find(key)
+                if result is None:
+                    result = measuring.launch(FILE, [job])[0]
+                    records.add(key, result)
+                own[arm.name] = result
+                print(
+                    f"{task} {seed} {arm.name}: best {result['best']:.4f} after "
+                    f"{result['trials']} trials, {result['tokens']} tokens, "
+                    f"{result['seconds']:.0f} s",
+                    flush=True,
+                )
+    return found
+
+
+def arms(given: argparse.Namespace) -> list[Arm]:
+    return [arm for arm in ARMS if given.training or arm.name != "options"]
+
+
+def _job(
+    given: argparse.Namespace, arm: Arm, task: str, seed: int, target: float | None
+) -> measuring.Job:
+    own = measuring.own_threads(given.model, given.threads)
+    training = dict(given.training) if arm.options else {}
+    return {
+        "model": given.model,
+        "device": given.device,
+        "data": f"tiny:{task}",
+        "seed": seed,
+        "steps": given.steps,
+        "evaluations": training.pop("evaluations", given.evaluations),
+        "planned": given.trials,
+        "trials": given.trials if arm.name == "naive" else 2 * given.trials,
+        "target": target,
+        "shares": arm.shares,
+        "sampler": arm.sampler,
+        "packs": arm.packs,
+        "size": given.size if arm.packs else 1,
+        "pruner": given.pruner if arm.prunes else _MEDIAN,
+        "training": training,
+        "threads": own if arm.shares else given.naive_threads,
+    }
+
+
+def first_hit(naive: measuring.Result) -> dict[str, Any]:
+    """Return what the naive arm had spent when it first reached its own target."""
+    target = naive["best"] - TOLERANCE
+    return dict(
+        next(end for end in naive["ended"] if end["score"] is not None and end["score"] >= target)
+    )
+
+
+def spent(result: measuring.Result, measure: str) -> float:
+    """Return an arm's compute to target; twice what it spent where it did not get there."""
+    return float(result[measure]) * (1 if result["reached"] else 2)
+
+
+def summarise(
+    found: Mapping[tuple[str, int], Mapping[str, measuring.Result]], names: Sequence[str]
+) -> dict[str, Any]:
+    """Ratios, intervals, and each part's share.
+
+    Args:
+        found: Results by (task, seed) and by arm.
+        names: The arms in the order of their parts, ``naive`` first.
+    """
+    pairs = [{name: results[name] for name in names} for results in found.values()]
+    hits = [first_hit(results["naive"]) for results in pairs]
+    rows: dict[str, Any] = {}
+    for name in names:
+        own = [results[name] for results in pairs]
+        rows[name] = row = {
+            "reached": sum(result["reached"] for result in own),
+            "median_trials": float(np.median([result["trials"] for result in own])),
+            "sampler_seconds_share": _share(own, "sampler_seconds"),
+            "pruner_seconds_share": _share(own, "pruner_seconds"),
+        }
+        if name == "naive":
+            row["reached"] = len(pairs)
+            row["median_trials_to_first_hit"] = float(np.median([h["trial"] + 1 for h in hits]))
+            continue
+        for measure in ("tokens", "seconds"):
+            compute = [spent(result, measure) for result in own]
+            whole = [results["naive"][measure] for results in pairs]
+            row[f"{measure}_to_50_trials"] = _ratio(whole, compute)
+            row[f"{measure}_to_first_hit"] = _ratio([hit[measure] for hit in hits], compute)
+    return {"pairs": len(pairs), "arms": rows, "parts": _parts(pairs, hits, names)}
+
+
+def _parts(
+    pairs: Sequence[Mapping[str, measuring.Result]],
+    hits: Sequence[Mapping[str, Any]],
+    names: Sequence[str],
+) -> dict[str, Any]:
+    """Each part's factor: compute to target without it over that with it."""
+    parts: dict[str, Any] = {}
+    for measure in ("tokens", "seconds"):
+        compute = {name: [spent(results[name], measure) for results in pairs] for name in names}
+        compute["naive"] = [hit[measure] for hit in hits]
+        total = np.log(_ratio(compute["naive"], compute[names[-1]])[0])
+        for before, name in pairwise(names):
+            factor = _ratio(compute[before], compute[name])
+            verdict = "pays" if factor[1] > 1 else "costs" if factor[2] < 1 else "not shown"
+            share = float(np.log(factor[0]) / total) if total else 0.0
+            parts.setdefault(name, {})[measure] = {
+                "factor": factor,
+                "share": share,
+                "verdict": verdict,
+            }
+    return parts
+
+
+def _ratio(naive: Sequence[float], own: Sequence[float]) -> list[float]:
+    pairs = np.stack([np.array(naive, dtype=float), np.array(own, dtype=float)], axis=1)
+    return measuring.interval(pairs, measuring.geometric_mean_ratio)
+
+
+def _share(results: Sequence[measuring.Result], part: str) -> float:
+    return float(sum(r[part] for r in results) / sum(r["seconds"] for r in results))
+
+
+def markdown(entries: dict[str, Any]) -> str:
+    """All entries as a page."""
+    lines = [
+        "# Compute to target",
+        "",
+        "What it takes to reach the score that the naive arm (`studies/naive.py`) has after 50 "
+        "trials; `studies/compute_to_target.py` says what is measured. Ratios are geometric means "
+        "over (task, seed) of the naive arm's compute over the arm's, with 95% bootstrap "
+        "intervals, paired by task and seed: against all of the naive arm's trials, and, "
+        "stricter, against what it had spent when it first had its final score, which nobody "
+        "knows at that time. Arms that did not reach the target after twice the trials count "
+        "with twice what they spent.",
+        "",
+    ]
+    for name, entry in sorted(entries.items()):
+        lines += [f"## {name}", "", *measuring.provenance(entry), *_tables(entry)]
+    return "\n".join(lines)
+
+
+def _tables(entry: Mapping[str, Any]) -> list[str]:
+    found = entry["summary"]
+    s = entry["settings"]
+    trials = s["trials"]
+    lines = [
+        f"{found['pairs']} pairs of task ({', '.join(s['tasks'])}) and seed; {s['steps']} steps, "
+        f"{s['evaluations']} evaluations a trial; packs of {s['size']}, pruner `{s['pruner']}`"
+        + (f", options {s['training']}" if s["training"] else "")
+        + ".",
+        "",
+        f"| with | reached | median trials | tokens, x of {trials} trials | seconds, x of "
+        f"{trials} trials | tokens, x of first hit | seconds, x of first hit "
+        "| sampler's, pruner's share of time |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for arm, row in found["arms"].items():
+        ratios = [
+            measuring.shown(row[f"{measure}_to_{base}"]) if arm != "naive" else "–"
+            for base in ("50_trials", "first_hit")
+            for measure in ("tokens", "seconds")
+        ]
+        number = f"{row['median_trials']:.0f}"
+        if arm == "naive":
+            number += f" (first hit {row['median_trials_to_first_hit']:.0f})"
+        shares = f"{row['sampler_seconds_share']:.1%}, {row['pruner_seconds_share']:.1%}"
+        cells = [arm, f"{row['reached']}/{found['pairs']}", number, *ratios, shares]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Each part's factor, as it is added to those above it, and its share of the whole ratio "
+        "to the first hit (in logarithms):",
+        "",
+        "| part | tokens [95%] | share | | seconds [95%] | share | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for part, row in found["parts"].items():
+        cells = [part]
+        for measure in ("tokens", "seconds"):
+            one = row[measure]
+            cells += [measuring.shown(one["factor"]), f"{one['share']:.0%}", one["verdict"]]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, "", _unpaid(found["parts"]), ""]
+
+
+def _unpaid(parts: Mapping[str, Any]) -> str:
+    unpaid = [
+        f"{name} in {measure}"
+        for name, row in parts.items()
+        for measure in ("tokens", "seconds")
+        if row[measure]["verdict"] != "pays"
+    ]
+    if not unpaid:
+        return "Every part paid, in tokens and in seconds."
+    return f"Not shown to pay (the interval reaches down to 1): {', '.join(unpaid)}."
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line of this file."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if list(arguments) == ["--worker"]:
+        measuring.serve(prepare)
+        return
+    given = _options(arguments)
+    if not Path(given.model).is_dir() and "/" not in given.model:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    records = measuring.Records(given.records)
+    found = measure(given, records)
+    settings = {
+        name: value for name, value in vars(given).items() if name not in ("records", "output")
+    }
+    entry = {
+        "command": measuring.command(FILE, arguments),
+        "versions": measuring.versions(),
+        "machine": measuring.machine(),
+        "revisions": sorted(records.revisions),
+        "settings": settings,
+        "summary": summarise(found, [arm.name for arm in arms(given)]),
+    }
+    print(measuring.publish(given.output / "compute_to_target", given.name, entry, markdown))
+
+
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure the compute to a given score.")
+    parser.add_argument("--name", default="The built-in model", help="heading of the results")
+    parser.add_argument("--model", default="tiny", help="tiny, a folder, or a hub name")
+    parser.add_argument("--device", default="cpu", choices=("auto", "cpu"))
+    parser.add_argument("--tasks", default=TASKS, type=lambda text: tuple(text.split(",")))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--trials", type=int, default=50, help="of the naive arm")
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of a trial")
+    parser.add_argument("--evaluations", type=int, default=4)
+    parser.add_argument("--size", type=int, default=8, help="of the packs")
+    parser.add_argument("--pruner", default="async-halving", help="by the package's names")
+    parser.add_argument(
+        "--training",
+        default={},
+        type=json.loads,
+        help="training options of a last arm, in JSON, such as evaluation subsets",
+    )
+    parser.add_argument("--threads", type=int, help="of the package's arms")
+    parser.add_argument("--naive-threads", type=int, help="of the naive arm; torch's by default")
+    parser.add_argument(
+        "--records", type=Path, default=measuring.FOLDER.parent / "logs/compute_to_target.jsonl"
+    )
+    parser.add_argument("--output", type=Path, default=measuring.RESULTS)
+    given = parser.parse_args(arguments)
+    if given.steps % given.evaluations:
+        parser.error("--steps has to be a multiple of --evaluations, for equal work")
+    return given
+
+
+if __name__ == "__main__":
+    main()

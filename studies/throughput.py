@@ -1,0 +1,449 @@
+"""Trials an hour at equal work: the naive arm, one shared base, and packs of several sizes.
+
+    python studies/throughput.py --model tiny
+    python studies/throughput.py --model 30m
+    python studies/throughput.py --model Qwen/Qwen2.5-0.5B --device auto --trials 32
+
+Every arm trains the same fixed list of configurations, with the same data, steps, batch size and
+evaluations and no pruning; there is no sampler in any arm, since nothing is proposed. So the work
+is equal, and the final validation losses have to agree, which is recorded. Each arm runs in fresh
+processes of its own, the arms of one repeat after each other, repeat after repeat. Imports and a
+run of one step that warms the process up are not counted; loading the model for each trial is
+counted in the naive arm; the package's one preparation is counted apart and with the trials.
+
+The naive arm (``studies/naive.py``) has torch's own number of threads. The package has that which
+its runner takes (one for the built-in model, torch's own for others), or ``--threads``. How much
+this matters shows in ``naive, 1 thread``. Arms "x2" are two worker processes that share the list,
+each with half of the cores.
+
+Model ``30m`` is a Llama of 31.5 million parameters with random weights, made on the spot: time
+does not depend on what the weights are. What the records hold is not measured again, so remove
+them when the code has changed; the results name the revisions that they are of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import measuring
+import numpy as np
+
+FILE = str(Path(__file__).resolve())
+ROOT = measuring.FOLDER.parent
+MADE = ROOT / "runs" / "benchmark-30m"
+# What an unattended run of half an hour to an hour on two cores can do.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "trials": 16,
+        "steps": 40,
+        "validation": 160,
+        "sets": ["uniform", "mixed"],
+        "pairs": [4, 8],
+    },
+    "30m": {"trials": 16, "steps": 16, "validation": 64, "sets": ["mixed"], "pairs": []},
+}
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to get through the list.
+
+    Attributes:
+        kind: ``naive``, ``shared`` or ``packed``.
+        size: Most trials side by side in one process.
+        processes: Worker processes.
+        one_thread: Whether each process shall have one thread, whatever its usual number.
+        defaults: Whether the naive arm keeps TRL's defaults (``naive.Setup``).
+    """
+
+    kind: str
+    size: int = 1
+    processes: int = 1
+    one_thread: bool = False
+    defaults: bool = False
+
+    @property
+    def name(self) -> str:
+        name = {"naive": "naive", "shared": "shared base"}.get(self.kind, f"packed {self.size}")
+        name += ", 1 thread" if self.one_thread else ""
+        name += ", TRL's defaults" if self.defaults else ""
+        return name + (f" x{self.processes}" if self.processes > 1 else "")
+
+
+def arms(sizes: Sequence[int], pairs: Sequence[int]) -> list[Arm]:
+    """Return the arms.
+
+    Args:
+        sizes: Of packs in one process.
+        pairs: Of packs in two processes; with any, the other arms run in two processes as well.
+    """
+    chosen = [Arm("naive"), Arm("naive", one_thread=True), Arm("naive", defaults=True)]
+    chosen.append(Arm("shared"))
+    chosen += [Arm("packed", size) for size in sizes]
+    if pairs:
+        chosen += [Arm("naive", processes=2), Arm("shared", processes=2)]
+    return chosen + [Arm("packed", size, processes=2) for size in pairs]
+
+
+def configurations(kind: str, count: int, steps: int) -> list[dict[str, Any]]:
+    """Return the list, the same at every call.
+
+    Args:
+        kind: ``uniform`` (they differ in the learning rate alone) or ``mixed`` (in all).
+        count: How many.
+        steps: Optimizer steps of each.
+    """
+    generator = random.Random(f"{kind} configurations")
+    made = []
+    for _ in range(count):
+        rank, ratio, dropout, target = 8, 2.0, 0.0, "all-linear"
+        if kind == "mixed":
+            rank = round(2 * 32 ** generator.random())
+            ratio = 0.5 * 16 ** generator.random()
+            dropout = generator.choice([0.0, 0.1, 0.3])
+            target = generator.choice(["qv", "attention", "mlp", "all-linear"])
+        made.append(
+            {
+                "lora_rank": rank,
+                "lora_alpha": ratio * rank,
+                "lora_dropout": dropout,
+                "target_modules": target,
+                "learning_rate": 1e-4 * 30 ** generator.random(),
+                "batch_size": BATCH,
+                "max_steps": steps,
+            }
+        )
+    return made
+
+
+def prepare(job: measuring.Job) -> Callable[[], measuring.Result]:
+    """Get a worker ready; what it returns is timed."""
+    measuring.set_threads(job["threads"])
+    if job["kind"] == "make":
+        return lambda: make_model(Path(job["model"]))
+    every = configurations(job["set"], job["trials"], job["steps"])
+    chosen = [every[number] for number in job["numbers"]]
+    ready = _naive if job["kind"] == "naive" else _package
+    return ready(job, chosen)
+
+
+def _naive(job: measuring.Job, chosen: list[dict[str, Any]]) -> Callable[[], measuring.Result]:
+    import naive
+
+    from optuna_lora_rl.finetuning.model import path_of
+    from optuna_lora_rl.finetuning.options import ModelOptions
+
+    # Kept by the function that is returned, as long as trials read from it.
+    folder = tempfile.TemporaryDirectory()
+    data = naive.read(*measuring.rows(_data(job), Path(folder.name)), Path(folder.name, "cache"))
+    setup = naive.Setup(
+        model=path_of(ModelOptions(name=job["model"])),
+        evaluations=job["evaluations"],
+        seed=0,
+        on_gpu=measuring.on_gpu(job["device"]),
+        folder=folder.name,
+        defaults=job["defaults"],
+    )
+    naive.train(chosen[0] | {"max_steps": 1}, setup, data, lambda step, loss: None)
+
+    def trials() -> measuring.Result:
+        with folder:
+            losses = [naive.train(one, setup, data, lambda step, loss: None) for one in chosen]
+        return {"losses": losses, "once_seconds": 0.0, "notes": []}
+
+    return lambda: measuring.timed(trials)
+
+
+def _package(job: measuring.Job, chosen: list[dict[str, Any]]) -> Callable[[], measuring.Result]:
+    from optuna_lora_rl.finetuning.options import ModelOptions
+    from optuna_lora_rl.finetuning.options import ObjectiveOptions
+    from optuna_lora_rl.finetuning.trial import FineTuner
+
+    tuner = FineTuner(
+        ModelOptions(name=job["model"]),
+        _data(job),
+        measuring.training_options(job),
+        ObjectiveOptions(reference={"max_steps": job["steps"]}),
+    )
+
+    def once() -> measuring.Result:
+        tuner.prepare()
+        tuner.baseline()
+        return {}
+
+    once_seconds = measuring.timed(once)["seconds"]
+    run = _packed if job["kind"] == "packed" else _one_by_one
+    run(tuner, [chosen[0] | {"max_steps": 1}], job["size"])
+
+    def trials() -> measuring.Result:
+        return run(tuner, chosen, job["size"]) | {"once_seconds": once_seconds}
+
+    return lambda: measuring.timed(trials)
+
+
+def _one_by_one(tuner: Any, chosen: list[dict[str, Any]], size: int) -> measuring.Result:
+    return {"losses": [tuner.run(one).metrics["loss"] for one in chosen], "notes": []}
+
+
+def _packed(tuner: Any, chosen: list[dict[str, Any]], size: int) -> measuring.Result:
+    from optuna_lora_rl.finetuning.trial import Run
+
+    waiting = [Run(number, one) for number, one in enumerate(chosen)]
+    waiting.reverse()
+    losses: dict[int, float] = {}
+    notes: list[str] = []
+
+    def done(run: Any, result: Any) -> None:
+        if isinstance(result, Exception):
+            raise result
+        losses[run.number] = result.metrics["loss"]
+
+    tuner.run_packed(
+        lambda: waiting.pop() if waiting else None, done, size=size, says=notes.append
+    )
+    return {"losses": [losses[number] for number in range(len(chosen))], "notes": notes}
+
+
+def _data(job: measuring.Job) -> Any:
+    from optuna_lora_rl.finetuning.options import DataOptions
+
+    return DataOptions(train=job["data"], max_validation_samples=job["validation"])
+
+
+def make_model(folder: Path) -> measuring.Result:
+    """Write a Llama of 31.5 million random parameters, with the built-in tokenizer."""
+    import torch
+    from transformers import AutoTokenizer
+    from transformers import LlamaConfig
+    from transformers import LlamaForCausalLM
+
+    from optuna_lora_rl import tiny
+
+    tokenizer = AutoTokenizer.from_pretrained(str(tiny.MODEL_FOLDER))
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            # More than the tokenizer has: a head of a usual share of the work.
+            vocab_size=8192,
+            hidden_size=512,
+            intermediate_size=1536,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    return {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+
+
+def measure(given: argparse.Namespace, records: measuring.Records) -> dict[str, Any]:
+    """Measure what the records lack, and return all measurements: [set][arm][repeat]."""
+    chosen = arms(given.sizes, given.pairs)
+    found: dict[str, Any] = {kind: {arm.name: [] for arm in chosen} for kind in given.sets}
+    for repeat in range(given.repeats):
+        # Forth and back, so that no arm always runs after the same one.
+        order = list(product(given.sets, chosen))[:: -1 if repeat % 2 else 1]
+        for kind, arm in order:
+            key = {**_settings(given), "set": kind, "arm": arm.name, "repeat": repeat}
+            result = records.find(key)
+            if result is None:
+                result = _joined(measuring.launch(FILE, _jobs(given, kind, arm)))
+                records.add(key, result)
+            found[kind][arm.name].append(result)
+            print(f"{repeat} {kind} {arm.name}: {result['seconds']:.1f} s", flush=True)
+    return found
+
+
+def _settings(given: argparse.Namespace) -> dict[str, Any]:
+    work = ("model", "device", "data", "trials", "steps", "evaluations", "validation")
+    names = (*work, "threads", "naive_threads")
+    return {name: getattr(given, name) for name in names} | {"machine": measuring.machine()}
+
+
+def _jobs(given: argparse.Namespace, kind: str, arm: Arm) -> list[measuring.Job]:
+    threads = given.naive_threads
+    if arm.kind != "naive":
+        threads = measuring.own_threads(given.model, given.threads)
+    if arm.processes > 1 and threads is None:
+        threads = max(1, measuring.machine()["cores"] // arm.processes)
+    shared = {
+        **_settings(given),
+        "model": str(MADE) if given.model == "30m" else given.model,
+        "kind": arm.kind,
+        "size": arm.size,
+        "defaults": arm.defaults,
+        "set": kind,
+        "threads": 1 if arm.one_thread else threads,
+    }
+    numbers = range(given.trials)
+    return [shared | {"numbers": list(numbers[i :: arm.processes])} for i in range(arm.processes)]
+
+
+def _joined(results: Sequence[measuring.Result]) -> measuring.Result:
+    """Join what the processes of one arm did: time of the slowest, memory of all."""
+    losses: list[float] = [0.0] * sum(len(result["losses"]) for result in results)
+    for i, result in enumerate(results):
+        losses[i :: len(results)] = result["losses"]
+    joined = {
+        name: sum(result[name] for result in results)
+        for name in results[0]
+        if "peak" in name or name == "cpu_seconds"
+    }
+    return joined | {
+        "seconds": max(result["seconds"] for result in results),
+        "once_seconds": max(result["once_seconds"] for result in results),
+        "losses": losses,
+        "notes": sorted({note for result in results for note in result["notes"]}),
+    }
+
+
+def summarise(found: dict[str, list[measuring.Result]]) -> dict[str, Any]:
+    """Compare the arms of one set with the naive ones."""
+    seconds = {name: np.array([r["seconds"] for r in runs]) for name, runs in found.items()}
+    naive = [name for name in found if name.startswith("naive")]
+    best = min(naive, key=lambda name: float(np.median(seconds[name])))
+    expected = np.array(found["naive"][0]["losses"])
+    rows: dict[str, Any] = {}
+    for name, runs in found.items():
+        trials = len(expected)
+        took = float(np.median(seconds[name]))
+        whole = float(np.median([r["seconds"] + r["once_seconds"] for r in runs]))
+        differences = np.abs(np.array([r["losses"] for r in runs]) - expected)
+        rows[name] = {
+            "seconds": seconds[name].tolist(),
+            "cpu_seconds": [r["cpu_seconds"] for r in runs],
+            "trials_an_hour": 3600 * trials / took,
+            "trials_an_hour_with_preparation": 3600 * trials / whole,
+            "preparation_seconds": float(np.median([r["once_seconds"] for r in runs])),
+            "ratio": _ratio(seconds["naive"], seconds[name]),
+            "ratio_to_fastest_naive": _ratio(seconds[best], seconds[name]),
+            "peak_bytes": max(r.get("peak_cuda_bytes") or r["peak_rss_bytes"] for r in runs),
+            "largest_loss_difference": float(differences.max()),
+            "notes": sorted({note for r in runs for note in r["notes"]}),
+        }
+    return {"fastest_naive": best, "arms": rows}
+
+
+def _ratio(naive: np.ndarray, own: np.ndarray) -> list[float]:
+    return measuring.interval(np.stack([naive, own], axis=1), measuring.ratio_of_medians)
+
+
+def markdown(entries: dict[str, Any]) -> str:
+    """All entries as a page."""
+    lines = [
+        "# Trials an hour at equal work",
+        "",
+        "The same fixed configurations in every arm, no pruning, no sampler; `studies/naive.py` "
+        "is the naive arm, `studies/throughput.py` says what is measured. Ratios are those of "
+        "median times to the naive arm's and to that of the fastest naive variant, with 95% "
+        "bootstrap intervals over repeats. Memory is the processes' peak resident size, on a GPU "
+        "what torch allocated. The last column is the largest difference of any trial's final "
+        "validation loss from the naive arm's.",
+        "",
+    ]
+    for name, entry in sorted(entries.items()):
+        s = entry["settings"]
+        lines += [f"## {name}", ""]
+        lines += measuring.provenance(entry)
+        for kind, found in entry["sets"].items():
+            lines += [
+                f"{s['trials']} {kind} configurations of {s['steps']} steps of {BATCH} sequences "
+                f"(`{s['data']}`), {s['evaluations']} evaluations on {s['validation']} examples, "
+                f"{entry['repeats']} repeats; the fastest naive variant is "
+                f"'{found['fastest_naive']}'.",
+                "",
+                "| arm | trials/hour | with preparation | x naive [95%] | x fastest naive [95%] "
+                "| peak memory, MB | loss difference |",
+                "|---|---|---|---|---|---|---|",
+            ]
+            for arm, row in found["arms"].items():
+                lines.append(
+                    f"| {arm} | {row['trials_an_hour']:.0f} "
+                    f"| {row['trials_an_hour_with_preparation']:.0f} "
+                    f"| {measuring.shown(row['ratio'])} "
+                    f"| {measuring.shown(row['ratio_to_fastest_naive'])} "
+                    f"| {row['peak_bytes'] / 1e6:.0f} | {row['largest_loss_difference']:.1e} |"
+                )
+            lines.append("")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line of this file."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if list(arguments) == ["--worker"]:
+        measuring.serve(prepare)
+        return
+    given = _options(arguments)
+    if not Path(given.model).is_dir() and "/" not in given.model:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    if given.model == "30m" and not (MADE / "config.json").exists():
+        job = {"kind": "make", "threads": None, "model": str(MADE)}
+        print(measuring.launch(FILE, [job])[0], flush=True)
+    records = measuring.Records(given.records)
+    found = measure(given, records)
+    entry = {
+        "command": measuring.command(FILE, arguments),
+        "versions": measuring.versions(),
+        "machine": measuring.machine(),
+        "revisions": sorted(records.revisions),
+        "settings": _settings(given),
+        "repeats": given.repeats,
+        "sets": {kind: summarise(arms) for kind, arms in found.items()},
+    }
+    on = entry["machine"].get("gpu", "cpu") if given.device != "cpu" else "cpu"
+    name = f"{Path(given.model).name} on {on}"
+    if given.threads is not None:
+        name += f", threads: {given.threads}"
+    print(measuring.publish(given.output / "throughput", name, entry, markdown))
+
+
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure trials an hour at equal work.")
+    parser.add_argument("--model", default="tiny", help="tiny, 30m, a folder, or a hub name")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu"))
+    parser.add_argument("--data", default="tiny:dates-small", help="as data.train of a study")
+    parser.add_argument("--sets", type=lambda text: text.split(","), help="uniform, mixed or both")
+    parser.add_argument("--trials", type=int, help="configurations of a set")
+    parser.add_argument("--steps", type=int, help="optimizer steps of a trial")
+    parser.add_argument("--validation", type=int, help="most validation examples")
+    parser.add_argument("--evaluations", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sizes", default="1,2,4,8,16", type=_numbers, help="of packs")
+    parser.add_argument("--pairs", type=_numbers, help="of packs in two processes; '' for none")
+    parser.add_argument("--threads", type=int, help="of a process of the package's arms")
+    parser.add_argument("--naive-threads", type=int, help="of the naive arm; torch's by default")
+    parser.add_argument("--records", type=Path, default=ROOT / "logs" / "throughput.jsonl")
+    parser.add_argument("--output", type=Path, default=measuring.RESULTS)
+    given = parser.parse_args(arguments)
+    for name, value in DEFAULTS.get(given.model, DEFAULTS["tiny"]).items():
+        if getattr(given, name) is None:
+            setattr(given, name, value)
+    if given.steps % given.evaluations:
+        parser.error("--steps has to be a multiple of --evaluations, for equal work")
+    return given
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
+if __name__ == "__main__":
+    main()
