@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -28,20 +27,22 @@ LONG = {"space.max_steps": 5000, "training.evaluations": 2000, "budget": 2}
 
 def start(file: Path, *arguments: str, limit: int | None = None) -> subprocess.Popen[str]:
     """``optuna-lora-rl run`` in a process of its own, whose files may be limited in size."""
-
-    def confine() -> None:
-        if limit is not None:
-            # As on a full disk, a write fails instead of killing the process.
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
+    command = [sys.executable, "-m", "optuna_lora_rl", "run", str(file), *arguments]
+    if limit is not None:
+        # Set by a process in between: code between fork and exec may hang where threads run.
+        # Python ignores SIGXFSZ, so a write fails, as on a full disk, instead of killing.
+        set_limit = (
+            "import os, resource, sys;"
+            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"
+            "os.execv(sys.argv[1], sys.argv[1:])"
+        )
+        command = [sys.executable, "-c", set_limit, *command]
     return subprocess.Popen(
-        [sys.executable, "-m", "optuna_lora_rl", "run", str(file), *arguments],
+        command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        preexec_fn=confine,
     )
 
 
