@@ -7,7 +7,8 @@ Notations
     source    index into ``SOURCES``, shape (N,)
     valid     shape (B, N): not a repeat of a finished trial, nor close to a pending one
 
-Whatever can be sampled can be scored, so no space is too odd: discrete, mixed or conditional.
+The source "transfer" is for configurations that earlier studies found good; a study without any
+has none of it. Whatever can be sampled can be scored, so no space is too odd: discrete, mixed or conditional.
 All random numbers come from the generator that is passed in.
 """
 
@@ -26,7 +27,16 @@ from optuna_lora_rl.policy.prior import GUIDE_RATIO
 from optuna_lora_rl.policy.prior import GUIDE_RATIO_SPREAD
 from optuna_lora_rl.policy.roles import ROLES
 
-SOURCES = ("default", "sweep", "prior", "uniform", "axis", "mutation", "improvement")
+SOURCES = (
+    "default",
+    "sweep",
+    "prior",
+    "uniform",
+    "axis",
+    "mutation",
+    "improvement",
+    "transfer",
+)
 _LEARNING_RATE = ROLES.index("learning_rate")
 
 _SAME = 1e-7
