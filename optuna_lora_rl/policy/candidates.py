@@ -8,7 +8,8 @@ Notations
     valid     shape (B, N): not a repeat of a finished trial, nor close to a pending one
 
 The source "transfer" is for configurations that earlier studies found good; a study without any
-has none of it. Whatever can be sampled can be scored, so no space is too odd: discrete, mixed or conditional.
+has none of it. Whatever can be sampled can be scored, so no space is too odd: discrete, mixed or
+conditional.
 All random numbers come from the generator that is passed in.
 """
 
