@@ -1,0 +1,55 @@
+"""What the commands share: how they are given a study, and where they write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from optuna_lora_rl.study.spec import StudySpec
+
+# Columns of output that goes to a file or a pipe.
+_FILE_WIDTH = 140
+
+StudyFile = Annotated[Path, typer.Argument(metavar="STUDY.YAML", help="The study's file.")]
+Overrides = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key of the file, such as --set budget.trials=5; may be repeated.",
+    ),
+]
+
+
+def load(file: Path, overrides: Sequence[str]) -> StudySpec:
+    """Read a study's file."""
+    from optuna_lora_rl.study import spec
+
+    return spec.load(file, overrides)
+
+
+def console() -> Console:
+    """The terminal, or a file that is wide enough for a table."""
+    from rich.console import Console
+
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=_FILE_WIDTH)
+
+
+def split(words: str | None) -> list[str] | None:
+    """The words between commas; None for none."""
+    return None if words is None else [word.strip() for word in words.split(",")]
+
+
+def again(file: Path, overrides: Sequence[str]) -> str:
+    """The file and overrides as they have to be typed again."""
+    import shlex
+
+    return shlex.join([str(file), *(part for o in overrides for part in ("--set", o))])

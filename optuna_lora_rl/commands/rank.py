@@ -1,0 +1,168 @@
+"""Commands that look at models and adapters, without a study."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from optuna_lora_rl.commands.given import console
+from optuna_lora_rl.commands.given import split
+
+app = typer.Typer()
+
+ModelName = Annotated[str, typer.Option("--model", help="tiny, a local folder or a hub name.")]
+Modules = Annotated[
+    str | None,
+    typer.Option(help="Ends of layers' names, separated by commas, such as q_proj,v_proj."),
+]
+AdapterFolder = Annotated[
+    Path, typer.Argument(metavar="ADAPTER", help="Folder of a saved adapter, in PEFT's format.")
+]
+
+
+class WeightType(StrEnum):
+    """The types in which weights can be loaded."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Complexity(StrEnum):
+    """How hard a task is."""
+
+    low = "low"
+    medium = "medium"
+    high = "high"
+
+
+@app.command()
+def analyze(
+    model: Annotated[
+        str | None, typer.Option("--model", help="tiny, a local folder or a hub name.")
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", help="Analyse a saved adapter's updates instead.")
+    ] = None,
+    modules: Modules = None,
+    csv: Annotated[Path | None, typer.Option("--csv", help="Write the table as CSV.")] = None,
+    figure: Annotated[
+        Path | None, typer.Option("--figure", help="Write a heat map, layers by modules, as HTML.")
+    ] = None,
+    capacity: Annotated[
+        Path | None,
+        typer.Option("--capacity", help="Show what each rank takes, and write it as HTML."),
+    ] = None,
+    dtype: Annotated[WeightType, typer.Option(help="Type to load the weights in.")] = (
+        WeightType.auto
+    ),
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Decompose large weights whole; slow.")
+    ] = False,
+) -> None:
+    """Show the singular values of a model's weights or an adapter's updates, layer by layer.
+
+    An adapter's base is not loaded; given with --model, the updates are compared with it.
+
+    Example: [bold]optuna-lora-rl analyze --model tiny --csv spectra.csv --figure map.html[/]
+    """
+    from optuna_lora_rl.rank import commands
+
+    commands.analyze(
+        console(),
+        model,
+        adapter,
+        modules=split(modules),
+        dtype=dtype.value,
+        exact=exact,
+        files=commands.Files(csv=csv, figure=figure, capacity=capacity),
+    )
+
+
+@app.command()
+def advise(
+    model: ModelName,
+    task_complexity: Annotated[
+        Complexity, typer.Option(help="How hard the task is.")
+    ] = Complexity.medium,
+    memory_gb: Annotated[
+        float | None, typer.Option(min=0, help="Memory there is, in 10^9 bytes.")
+    ] = None,
+    modules: Modules = None,
+    by_weight: Annotated[
+        bool, typer.Option("--by-weight", help="Differ layer by layer, by the weights' spectra.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences in one forward pass.")] = 8,
+    length: Annotated[int, typer.Option(min=1, help="Their length in tokens.")] = 512,
+    examples: Annotated[int | None, typer.Option(min=1, help="Training examples.")] = None,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Activations are recomputed.")
+    ] = False,
+    dtype: Annotated[WeightType, typer.Option(help="Type of the frozen weights.")] = (
+        WeightType.auto
+    ),
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the decisions as JSON.")
+    ] = None,
+) -> None:
+    """Advise ranks to begin with, with reasons, and the memory that training takes.
+
+    Example: [bold]optuna-lora-rl advise --model tiny --task-complexity medium --memory-gb 8[/]
+    """
+    from optuna_lora_rl.rank import advisor
+    from optuna_lora_rl.rank import commands
+
+    commands.advise(
+        console(),
+        model,
+        complexity=task_complexity.value,
+        memory_gb=memory_gb,
+        workload=advisor.Workload(
+            batch_size=batch_size, length=length, checkpointing=checkpointing, examples=examples
+        ),
+        modules=split(modules),
+        by_weight=by_weight,
+        dtype=dtype.value,
+        output=output,
+    )
+
+
+@app.command()
+def truncate(
+    adapter: AdapterFolder,
+    energy: Annotated[
+        float | None, typer.Option(help="Share of each update's energy to keep, such as 0.95.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Largest rank to keep.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
+) -> None:
+    """Cut a trained adapter to the rank that its updates need, without loading its base.
+
+    Without --energy and --rank, shows what each would leave.
+
+    Example: [bold]optuna-lora-rl truncate my-adapter --energy 0.95 --output smaller[/]
+    """
+    from optuna_lora_rl.rank import commands
+
+    commands.truncate(console(), adapter, output, energy=energy, rank=rank)
+
+
+@app.command()
+def merge(
+    adapter: AdapterFolder,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="Its base; the one that it names by default.")
+    ] = None,
+) -> None:
+    """Merge an adapter into its base model, and write that as an ordinary model folder.
+
+    Example: [bold]optuna-lora-rl merge my-adapter --output merged[/]
+    """
+    from optuna_lora_rl.rank import commands
+
+    commands.merge(console(), adapter, model, output)

@@ -1,0 +1,190 @@
+"""Commands that run a study and show it."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from optuna_lora_rl.commands.given import Overrides
+from optuna_lora_rl.commands.given import StudyFile
+from optuna_lora_rl.commands.given import again
+from optuna_lora_rl.commands.given import console
+from optuna_lora_rl.commands.given import load
+
+app = typer.Typer()
+
+TrialNumber = Annotated[
+    int | None, typer.Option("--trial", help="Number of a trial; the best one by default.")
+]
+
+
+class ExportFormat(StrEnum):
+    """What ``export`` can write."""
+
+    peft = "peft"
+
+
+@app.command()
+def init(
+    file: Annotated[Path, typer.Argument(metavar="STUDY.YAML", help="The file to write.")] = Path(
+        "study.yaml"
+    ),
+    model: Annotated[str, typer.Option(help="tiny, a local folder or a hub name.")] = "tiny",
+    train: Annotated[
+        str, typer.Option(help="tiny:<task>, a .jsonl/.csv/.parquet file, or a hub name.")
+    ] = "tiny:dates-small",
+    trials: Annotated[int, typer.Option(min=1, help="Number of trials.")] = 20,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
+) -> None:
+    """Write a study's file with a comment on every key.
+
+    Example: [bold]optuna-lora-rl init my.yaml --model Qwen/Qwen2.5-0.5B --train data.jsonl[/]
+    """
+    from optuna_lora_rl.study import template
+
+    template.write(file, model=model, train=train, trials=trials, force=force)
+    console().print(f"wrote {file}; next: optuna-lora-rl run {file}", highlight=False)
+
+
+@app.command()
+def validate(file: StudyFile, overrides: Overrides = []) -> None:  # noqa: B006
+    """Check a study's file, without loading the model or the data.
+
+    Example: [bold]optuna-lora-rl validate studies/quickstart.yaml[/]
+    """
+    from optuna_lora_rl.study import summary
+
+    summary.description(console(), load(file, overrides))
+
+
+@app.command()
+def run(
+    file: StudyFile,
+    overrides: Overrides = [],  # noqa: B006
+    plain: Annotated[
+        bool, typer.Option("--plain", help="One line a trial, also on a terminal.")
+    ] = False,
+) -> None:
+    """Run a study to its budget, or go on with it.
+
+    Ctrl-C ends it cleanly; the same command goes on. Several workers may run the same file at
+    once. Exit status: 0 at the end of the budget, 1 when the first trials all failed the same
+    way, 2 for a mistake in the file, 130 after Ctrl-C.
+
+    Example: [bold]optuna-lora-rl run studies/quickstart.yaml --set budget.trials=30[/]
+    """
+    from optuna_lora_rl.study import display
+    from optuna_lora_rl.study import runner
+    from optuna_lora_rl.study import summary
+
+    spec, terminal = load(file, overrides), console()
+    result = runner.run(spec, display=display.create(terminal, plain=plain))
+    summary.ending(terminal, result, spec, command=again(file, overrides))
+    raise typer.Exit(runner.EXIT_CODES[result.ended_by])
+
+
+@app.command()
+def status(file: StudyFile, overrides: Overrides = []) -> None:  # noqa: B006
+    """Show how far a study is, and its best trials.
+
+    Example: [bold]optuna-lora-rl status studies/quickstart.yaml[/]
+    """
+    from optuna_lora_rl.study import opening
+    from optuna_lora_rl.study import summary
+
+    spec = load(file, overrides)
+    summary.standing(console(), opening.load_study(spec), spec)
+
+
+@app.command()
+def best(
+    file: StudyFile,
+    overrides: Overrides = [],  # noqa: B006
+    json: Annotated[bool, typer.Option("--json", help="Everything known of it, as JSON.")] = False,
+) -> None:
+    """Show the best configuration.
+
+    Example: [bold]optuna-lora-rl best studies/quickstart.yaml --json[/]
+    """
+    from optuna_lora_rl.study import opening
+    from optuna_lora_rl.study import summary
+
+    spec = load(file, overrides)
+    summary.best(console(), opening.load_study(spec), spec, as_json=json)
+
+
+@app.command()
+def ask(
+    file: StudyFile,
+    overrides: Overrides = [],  # noqa: B006
+    count: Annotated[int, typer.Option(min=1, help="How many configurations.")] = 1,
+) -> None:
+    """Ask the study's sampler for configurations, as JSON, to run them elsewhere.
+
+    Example: [bold]optuna-lora-rl ask study.yaml[/] prints one JSON object a line:
+    trial, params (what is tuned) and configuration (every parameter).
+    """
+    from optuna_lora_rl.study import asking
+
+    for line in asking.ask(load(file, overrides), count):
+        print(line)
+
+
+@app.command()
+def tell(
+    file: StudyFile,
+    result: Annotated[
+        str, typer.Argument(metavar="JSON", help="The result, or - to read it from stdin.")
+    ],
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Tell the study the result of a configuration that was asked for.
+
+    Example: [bold]optuna-lora-rl tell study.yaml '{"trial": 3, "value": 0.42}'[/].
+    Several objectives: "values": [...]. No result: "state": "fail", with an optional "reason".
+    """
+    from optuna_lora_rl.study import asking
+
+    said = sys.stdin.read() if result == "-" else result
+    print(asking.tell(load(file, overrides), said))
+
+
+@app.command()
+def export(
+    file: StudyFile,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    to: Annotated[ExportFormat, typer.Option(help="The format.")] = ExportFormat.peft,
+    trial: TrialNumber = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Write a trial's adapter for other programs.
+
+    Example: [bold]optuna-lora-rl export study.yaml --to peft --output my-adapter[/]
+    """
+    from optuna_lora_rl.study import export as exporting
+    from optuna_lora_rl.study import opening
+
+    spec = load(file, overrides)
+    complete = exporting.to_peft(opening.load_study(spec), spec, output, trial)
+    what = "adapter" if complete else "adapter_config.json (the weights were not kept)"
+    console().print(f"wrote the {what} to {output}", highlight=False)
+
+
+@app.command()
+def dashboard(
+    file: StudyFile,
+    overrides: Overrides = [],  # noqa: B006
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8080,
+) -> None:
+    """Show the study in optuna-dashboard, with its notes, artifacts and figure.
+
+    Example: [bold]optuna-lora-rl dashboard studies/quickstart.yaml --port 8081[/]
+    """
+    from optuna_lora_rl.study import dashboard as showing
+
+    raise typer.Exit(showing.serve(load(file, overrides), host=host, port=port))
