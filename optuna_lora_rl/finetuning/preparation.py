@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -54,11 +55,21 @@ def prepare(
     data_options: DataOptions,
     training: TrainingOptions,
     objective: ObjectiveOptions,
+    *,
+    cache: Path | None = None,
 ) -> Prepared:
     """Loads model and data; the data first, because its mistakes show sooner.
 
+    Args:
+        model_options: The base model.
+        data_options: The examples.
+        training: How every run trains.
+        objective: What is maximised.
+        cache: Folder where tokens are kept.
+
     Raises:
-        UserError: When either cannot be had, or they do not fit the options.
+        UserError: When either cannot be had, they do not fit the options, or the cache cannot be
+            written.
     """
     device = model.device_of(training.use_cpu)
     _check_device(model_options, training, device)
@@ -76,6 +87,7 @@ def prepare(
             training,
             max_length=longest(base, data_options),
             use_cpu=device.type == "cpu",
+            cache=cache,
         )
         asked = questions(base, splits.validation, data_options, objective)
     return Prepared(base, splits, made, made.lengths, asked, device)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from datasets import DatasetDict
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
@@ -15,15 +18,19 @@ from trl import SFTTrainer
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning.data import Splits
+from optuna_lora_rl.finetuning.data import fingerprint
 from optuna_lora_rl.finetuning.data import turns
 from optuna_lora_rl.finetuning.hub import first_line
 from optuna_lora_rl.finetuning.lora import restored
 from optuna_lora_rl.finetuning.model import Base
+from optuna_lora_rl.finetuning.once import datasets_once
 from optuna_lora_rl.finetuning.options import TrainingOptions
 from optuna_lora_rl.finetuning.quiet import quiet
 from optuna_lora_rl.finetuning.sources import Row
 
 _COLUMNS = ("input_ids", "labels", "seq_lengths")
+# What decides how rows become tokens.
+_LIBRARIES = ("datasets", "tokenizers", "transformers", "trl")
 
 
 @dataclass(frozen=True)
@@ -50,21 +57,49 @@ class Tokens:
 
 
 def tokenise(
-    splits: Splits, base: Base, training: TrainingOptions, *, max_length: int, use_cpu: bool
+    splits: Splits,
+    base: Base,
+    training: TrainingOptions,
+    *,
+    max_length: int,
+    use_cpu: bool,
+    cache: Path | None = None,
 ) -> Tokens:
     """Tokenises and cuts all splits.
 
     Prompt/completion examples are learnt in their completion only, others in every token, as TRL
     does; ``training.extra`` may say otherwise.
 
+    Args:
+        splits: The examples.
+        base: Whose tokenizer it is.
+        training: How every run trains.
+        max_length: Longest sequence, in tokens.
+        use_cpu: Whether runs are on the CPU.
+        cache: Folder where tokens are kept by the content of the examples and all that decides
+            what becomes of them; without it they are made in each process.
+
     Raises:
-        UserError: When the tokenizer cannot render chat messages, or nothing is left to learn.
+        UserError: When the tokenizer cannot render chat messages, nothing is left to learn, or
+            the cache cannot be written.
     """
     datasets = {"train": splits.train, "validation": splits.validation}
     if splits.test:
         datasets["test"] = splits.test
+    facts = {
+        "rows": {name: fingerprint(rows) for name, rows in datasets.items()},
+        "model": base.fingerprint,
+        "max_length": max_length,
+        "packing": training.packing,
+        "extra": _facts(training.extra),
+        "versions": {name: version(name) for name in _LIBRARIES},
+    }
     try:
-        prepared = _prepare(datasets, base, training, max_length, use_cpu)
+        prepared = datasets_once(
+            cache, "tokens", facts, lambda: _prepare(datasets, base, training, max_length, use_cpu)
+        )
+    except UserError:
+        raise
     except (TemplateError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise UserError(
             f"data.train: the {splits.kind} examples cannot be tokenised with the tokenizer of "
@@ -96,7 +131,7 @@ def _prepare(
     training: TrainingOptions,
     max_length: int,
     use_cpu: bool,
-) -> dict[str, Dataset]:
+) -> DatasetDict:
     settings: dict[str, Any] = {
         "output_dir": "runs",
         "use_cpu": use_cpu,
@@ -120,7 +155,7 @@ def _prepare(
             processing_class=base.tokenizer,
         )
     prepared = {"train": trainer.train_dataset, **trainer.eval_dataset}
-    return {name: _columns(dataset) for name, dataset in prepared.items()}
+    return DatasetDict({name: _columns(dataset) for name, dataset in prepared.items()})
 
 
 def _culprit(datasets: dict[str, list[Row]], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -147,6 +182,14 @@ def _preparation(extra: dict[str, Any]) -> dict[str, Any]:
         "packing_strategy",
     )
     return {name: value for name, value in extra.items() if name in names}
+
+
+def _facts(extra: dict[str, Any]) -> dict[str, Any]:
+    facts = _preparation(extra)
+    template = facts.get("chat_template_path")
+    if isinstance(template, str) and Path(template).is_file():
+        facts["chat_template"] = Path(template).read_text(encoding="utf-8")
+    return facts
 
 
 def _columns(dataset: Dataset) -> Dataset:

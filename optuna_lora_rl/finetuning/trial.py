@@ -121,8 +121,8 @@ class FineTuner:
         training: How every run trains.
         objective: What is maximised.
         target_sets: The user's own lists of module names, by name.
-        cache: Folder for what is measured once (the untuned model, the reference run); without
-            it, it is measured once in each process.
+        cache: Folder for what is made once (tokens, the untuned model's evaluation, the reference
+            run); without it, it is made once in each process.
 
     Example:
         >>> tuner = FineTuner(
@@ -301,7 +301,7 @@ class FineTuner:
     def _prepared(self) -> Prepared:
         from optuna_lora_rl.finetuning.preparation import prepare
 
-        return prepare(self.model, self.data, self.training, self.objective)
+        return prepare(self.model, self.data, self.training, self.objective, cache=self.cache)
 
     @cached_property
     def _price(self) -> Price:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.finetuning import tokens
 from optuna_lora_rl.finetuning.data import Kind
 from optuna_lora_rl.finetuning.data import Splits
 from optuna_lora_rl.finetuning.evaluation import questions
@@ -111,3 +113,86 @@ def test_preparation_leaves_the_model_as_it_was(base: Any) -> None:
     attributes = set(base.model.__dict__)
     made(base, "text", [{"text": "abc"}])
     assert set(base.model.__dict__) == attributes
+
+
+class TestCache:
+    ROWS = ({"prompt": "1+1=", "completion": "2"}, {"prompt": "1+2=", "completion": "3"})
+
+    @pytest.fixture
+    def preparations(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """Counts how often TRL prepares."""
+        counted: list[int] = []
+        own = tokens._prepare
+
+        def prepare(*arguments: Any) -> Any:
+            counted.append(1)
+            return own(*arguments)
+
+        monkeypatch.setattr(tokens, "_prepare", prepare)
+        return counted
+
+    def made(self, base: Any, cache: Path | None, **changed: Any) -> Tokens:
+        rows = changed.pop("rows", list(self.ROWS))
+        splits = Splits(kind="prompt-completion", train=rows, validation=rows[:1], test=None)
+        training = TrainingOptions(extra=changed.pop("extra", {}))
+        return tokenise(
+            splits,
+            base,
+            training,
+            max_length=changed.pop("max_length", 16),
+            use_cpu=True,
+            cache=cache,
+        )
+
+    def test_tokens_are_made_once_and_are_the_same(
+        self, base: Any, preparations: list[int], tmp_path: Path
+    ) -> None:
+        alone = self.made(base, None)
+        first, second = self.made(base, tmp_path), self.made(base, tmp_path)
+        assert len(preparations) == 2
+        for found in (first, second):
+            assert found.train.to_dict() == alone.train.to_dict()
+            assert found.validation.to_dict() == alone.validation.to_dict()
+            assert found.unlearnable == alone.unlearnable and found.test is None
+
+    @pytest.mark.parametrize(
+        "changed",
+        [
+            {"rows": [*ROWS, {"prompt": "1+3=", "completion": "4"}]},
+            {"max_length": 5},
+            {"extra": {"completion_only_loss": False}},
+        ],
+        ids=lambda changed: next(iter(changed)),
+    )
+    def test_what_decides_the_tokens_makes_them_anew(
+        self, base: Any, preparations: list[int], tmp_path: Path, changed: dict[str, Any]
+    ) -> None:
+        self.made(base, tmp_path)
+        found = self.made(base, tmp_path, **changed)
+        assert len(preparations) == 2
+        assert found.train.to_dict() == self.made(base, None, **changed).train.to_dict()
+
+    def test_another_model_makes_them_anew(
+        self, base: Any, preparations: list[int], tmp_path: Path
+    ) -> None:
+        self.made(base, tmp_path)
+        self.made(replace(base, fingerprint="another"), tmp_path)
+        assert len(preparations) == 2
+
+    def test_a_damaged_entry_is_made_again(
+        self, base: Any, preparations: list[int], tmp_path: Path
+    ) -> None:
+        whole = self.made(base, tmp_path).train.to_dict()
+        (entry,) = (tmp_path / "tokens").iterdir()
+        next(iter(entry.glob("train/*.arrow"))).write_bytes(b"half")
+        assert self.made(base, tmp_path).train.to_dict() == whole
+        assert self.made(base, tmp_path).train.to_dict() == whole
+        assert len(preparations) == 2
+        assert [path.name for path in (tmp_path / "tokens").iterdir()] == [entry.name]
+
+    def test_a_folder_that_cannot_be_written_is_one_sentence(
+        self, base: Any, tmp_path: Path
+    ) -> None:
+        (tmp_path / "tokens").write_text("in the way")
+        with pytest.raises(UserError, match=r"the cache folder .*tokens' cannot be written"):
+            self.made(base, tmp_path)
