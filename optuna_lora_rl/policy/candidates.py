@@ -238,6 +238,7 @@ def propose_candidates(
     count: int = 256,
     rounds: int = 4,
     grid: Tensor | None = None,
+    earlier: Tensor | None = None,
 ) -> Candidates:
     """Candidates of every source for one step.
 
@@ -250,6 +251,7 @@ def propose_candidates(
         count: about how many candidates.
         rounds: of the local search.
         grid: all configurations of a small discrete space, shape (B, k, D), added as they are.
+        earlier: the best of earlier studies, shape (B, k, D).
     """
     share = max(count // 16, 2)
     anchors, real = observed.best(5)
@@ -269,6 +271,8 @@ def propose_candidates(
     sets.append(("mutation", perturb(parents, layout, scale, chance, generator)))
     if grid is not None:
         sets.append(("uniform", grid))
+    if earlier is not None:
+        sets.append(("transfer", earlier))
     sets = [(name, snap(points)) for name, points in sets]
     everything = torch.cat([points for _, points in sets], 1)
     blocked = _blocked_acquisition(acquisition, observed)

@@ -5,11 +5,15 @@
 With n finished trials lambda_n = 1 / (1 + n / prior_trials)^2 fades, so that the untrained policy
 is "defaults, then a Gaussian process" (compare pi-BO, Hvarfner et al. 2022). The network's last
 layer starts at zero: training can only move on from there.
+
+Earlier studies (:mod:`~optuna_lora_rl.policy.transfer`) change what the surrogate expects; as far
+as they are trusted, prior and network, which know nothing of them, are silent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +36,8 @@ from optuna_lora_rl.policy.prior import space_prior
 from optuna_lora_rl.policy.surrogate import Surrogate
 from optuna_lora_rl.policy.surrogate import believe
 from optuna_lora_rl.policy.surrogate import fit
+from optuna_lora_rl.policy.transfer import SourceModel
+from optuna_lora_rl.policy.transfer import weigh
 
 # Most units that a constraint is kept or broken by.
 _FARTHEST = 3.0
@@ -77,6 +83,7 @@ class Decision:
         residual: logits without the network, shape (B, N); -inf where not allowed.
         logits: logits with it.
         surrogate: the fitted process (its hyperparameters can start the next fit).
+        trust: how far earlier studies are believed, from 0 (or none) to 1.
     """
 
     candidates: Candidates
@@ -85,6 +92,7 @@ class Decision:
     residual: Tensor
     logits: Tensor
     surrogate: Surrogate
+    trust: float = 0.0
 
     def explain(self, row: int, choice: int) -> dict[str, float | str]:
         """Why a candidate was chosen, as plain values."""
@@ -110,15 +118,17 @@ def residual_logits(
     layout: Layout,
     observed: Observed,
     settings: Settings,
+    trust: float = 0.0,
 ) -> Tensor:
     """The policy without its network, shape (B, N)."""
     valid, source = candidates.valid, candidates.source
     log_ei = torch.where(valid, view.log_ei, -torch.inf)
     log_prior = torch.where(valid, view.log_prior, -torch.inf)
-    weight = prior_weight(observed, settings)[:, None]
+    weight = prior_weight(observed, settings)[:, None] * (1.0 - trust)
     gap = (log_ei - log_ei.amax(1, keepdim=True)).clamp_min(-20.0)
     logits = settings.beta * gap + weight * (log_prior - log_prior.amax(1, keepdim=True))
-    return torch.where(valid, logits + _opening(source, layout, observed), -torch.inf)
+    opening = _opening(source, layout, observed) * (1.0 - trust)
+    return torch.where(valid, logits + opening, -torch.inf)
 
 
 def _opening(source: Tensor, layout: Layout, observed: Observed) -> Tensor:
@@ -145,6 +155,7 @@ def decide(
     grid: Tensor | None = None,
     feasibility: Feasibility | None = None,
     start: Tensor | None = None,
+    sources: Sequence[SourceModel] = (),
 ) -> Decision:
     """Fit the surrogate, generate candidates and score them.
 
@@ -158,11 +169,16 @@ def decide(
         grid: all configurations of a small discrete space, shape (B, k, D).
         feasibility: log-probability that points (B, N, D) keep the constraints, shape (B, N).
         start: hyperparameters from which to start the surrogate's fit.
+        sources: what earlier studies know of this space (a batch of one).
     """
     extra = torch.where(observed.failed, settings.failure_noise, 0.0).to(torch.float64)
-    surrogate = fit(
-        layout.model_coordinates(observed.x) if observed.x.shape[1] else observed.x,
-        observed.y,
+    z = layout.model_coordinates(observed.x) if observed.x.shape[1] else observed.x
+    opinion = weigh(sources, layout, observed) if sources else None
+    trust = opinion.trust if opinion else 0.0
+    y = opinion.residual(z, observed.y) if opinion else observed.y
+    own = fit(
+        z,
+        y,
         observed.mask,
         layout.unordered,
         layout.lengthscales(),
@@ -171,26 +187,27 @@ def decide(
         iterations=settings.iterations,
         fit_rows=settings.fit_rows,
     )
+    surrogate = opinion.informed(own) if opinion else own
     best = (
         surrogate.incumbent(observed.good)
         if observed.x.shape[1]
         else observed.horizon.double() * 0.0
     )
-    fitted = surrogate
     if observed.pending.shape[1]:
         pending = layout.model_coordinates(observed.pending)
         # What is believed of a running trial is also what there is to improve on: else the next
         # proposal would gain once more what that trial gains, from right beside it.
         mean, _ = surrogate.posterior(pending)
-        believed = torch.where(observed.pending_mask, mean, -torch.inf).amax(1)
-        best = torch.maximum(best, believed)
-        surrogate = believe(surrogate, observed.y, extra, pending, observed.pending_mask)
+        expected = torch.where(observed.pending_mask, mean, -torch.inf).amax(1)
+        best = torch.maximum(best, expected)
+        believed = believe(own, y, extra, pending, observed.pending_mask)
+        surrogate = opinion.informed(believed) if opinion else believed
 
     def look(x: Tensor) -> Assessment:
         sure = torch.zeros(x.shape[:2], dtype=torch.float64)
         return assess(x, layout, surrogate, best, feasibility(x) if feasibility else sure)
 
-    weight = prior_weight(observed, settings)[:, None]
+    weight = prior_weight(observed, settings)[:, None] * (1.0 - trust)
 
     def acquisition(x: Tensor) -> Tensor:
         view = look(x)
@@ -205,12 +222,13 @@ def decide(
         count=settings.candidates,
         rounds=settings.rounds,
         grid=grid,
+        earlier=torch.cat([s.best for s in sources])[None] if sources else None,
     )
     view = look(candidates.x)
     seen = features(candidates, view, layout, observed, surrogate, best)
-    residual = residual_logits(candidates, view, layout, observed, settings)
-    logits = residual if network is None else residual + network(seen).double()
-    return Decision(candidates, view, seen, residual, logits, fitted)
+    residual = residual_logits(candidates, view, layout, observed, settings, trust)
+    logits = residual if network is None else residual + (1.0 - trust) * network(seen).double()
+    return Decision(candidates, view, seen, residual, logits, own, trust)
 
 
 def fit_feasibility(layout: Layout, observed: Observed, constraints: Tensor) -> Feasibility | None:

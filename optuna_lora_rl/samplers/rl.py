@@ -38,12 +38,14 @@ from optuna_lora_rl.samplers.history import parameters_of
 from optuna_lora_rl.samplers.history import publish
 from optuna_lora_rl.samplers.history import read_history
 from optuna_lora_rl.samplers.history import space_of
+from optuna_lora_rl.samplers.transfer import EarlierStudies
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from optuna.distributions import BaseDistribution
     from optuna.study import Study
+    from optuna.study import StudyDirection
     from optuna.trial import FrozenTrial
 
     from optuna_lora_rl.policy.dimensions import Space
@@ -94,6 +96,10 @@ class RLSampler(BaseSampler):
         learned: ``False`` switches the network off and leaves what training started from:
             the guides' defaults, then a Gaussian process.
         n_candidates: about how many candidates each proposal scores.
+        source_studies: earlier studies to start from, in any storage: Optuna studies, or lists of
+            their trials (whose directions are then taken to be those of the new study). Other
+            parameters, ranges, scales and metrics are fine; each needs at least three trials with
+            a result. They are read once, here. One that misleads is dropped within a few trials.
 
     Raises:
         UserError: an argument is not one of those above, or the weights are missing or made for
@@ -109,6 +115,7 @@ class RLSampler(BaseSampler):
         weights: str | Path | None = None,
         learned: bool = True,
         n_candidates: int = 256,
+        source_studies: Sequence[Study | Sequence[FrozenTrial]] = (),
     ) -> None:
         if seed is not None and not (is_whole(seed) and seed >= 0):
             raise UserError(f"seed is {seed!r}, but must be a whole number, at least 0")
@@ -128,6 +135,7 @@ class RLSampler(BaseSampler):
         self._roles = dict(roles or {})
         self._network = weight_files.load(weights) if learned else None
         self._settings = Settings(candidates=n_candidates)
+        self._earlier = EarlierStudies(source_studies, self._roles)
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -176,7 +184,9 @@ class RLSampler(BaseSampler):
                 trials, space, study.directions, current=trial.number, unused=True
             )
             with _on_cpu():
-                point, why = self._propose(space, _recent_and_best(history), generator)
+                point, why = self._propose(
+                    space, _recent_and_best(history), study.directions, generator
+                )
             params = space.decode(point)
             # Another worker may have had the same thought meanwhile. Whoever finds it published
             # thinks again; of two that publish at once, the later trial does.
@@ -213,18 +223,27 @@ class RLSampler(BaseSampler):
         )
         column = space.names.index(param_name)
         given = space.encode(trial.params)
+        source = "default" if first else "prior"
         with _on_cpu():
-            coordinate = draw_parameter(space, given, column, None if first else generator)
+            opening = self._earlier.opening(space, column, study.directions) if first else None
+            if opening is not None:
+                coordinate, source = opening, "transfer"
+            else:
+                coordinate = draw_parameter(space, given, column, None if first else generator)
         if PROPOSAL_KEY not in trial.system_attrs:
-            source = "default" if first else "prior"
             study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL_KEY, {"source": source})
         return space.dimensions[column].decode(coordinate)
 
     def _propose(
-        self, space: Space, history: History, generator: torch.Generator
+        self,
+        space: Space,
+        history: History,
+        directions: Sequence[StudyDirection],
+        generator: torch.Generator,
     ) -> tuple[np.ndarray, dict[str, float | str]]:
         layout = layout_of(space)
-        observed = _observed(history, layout.default, self._n_trials, generator)
+        weights = _objective_weights(len(directions), generator)
+        observed = _observed(history, layout.default, self._n_trials, weights)
         grid = None
         if space.n_configurations <= _MAX_GRID:
             axes = [torch.from_numpy(dimension.grid(_MAX_GRID)) for dimension in space.dimensions]
@@ -240,6 +259,7 @@ class RLSampler(BaseSampler):
             self._settings,
             grid=grid,
             feasibility=fit_feasibility(layout, observed, constraints),
+            sources=self._earlier.models(space, layout, directions, weights),
         )
         return _best(decision)
 
@@ -256,20 +276,27 @@ def _best(decision: Decision) -> tuple[np.ndarray, dict[str, float | str]]:
     return decision.candidates.x[0, choice].numpy(), decision.explain(0, choice)
 
 
+def _objective_weights(n_objectives: int, generator: torch.Generator) -> np.ndarray:
+    """Random weights, uniform over the simplex, so that proposals spread over the front."""
+    if n_objectives == 1:
+        return np.ones(1)
+    gamma = -torch.rand(n_objectives, generator=generator, dtype=torch.float64).log()
+    weights: np.ndarray = (gamma / gamma.sum()).numpy()
+    return weights
+
+
 def _observed(
-    history: History, default: Tensor, n_trials: int | None, generator: torch.Generator
+    history: History, default: Tensor, n_trials: int | None, weights: np.ndarray
 ) -> Observed:
     """The history as the policy takes it: one task, no NaN, one score a trial."""
     points = np.where(np.isnan(history.points), default.numpy(), history.points)
     running = np.flatnonzero(history.running)[-_MAX_PENDING:]
     finished = ~history.running
-    good, n_objectives = history.scored[finished], history.scores.shape[1]
+    good = history.scored[finished]
     scores = np.zeros(len(good))
-    if n_objectives == 1:
+    if len(weights) == 1:
         scores[good] = history.scores[finished][good, 0]
     else:
-        gamma = -torch.rand(n_objectives, generator=generator, dtype=torch.float64).log()
-        weights = (gamma / gamma.sum()).numpy()
         scores[good] = scalarise(history.scores[finished][good], weights)
     mask = torch.ones((1, len(good)), dtype=torch.bool)
     failed = torch.from_numpy(~good)[None]
