@@ -1,18 +1,14 @@
-"""What is made once and kept on disk: tokens, the untuned evaluation, the reference run."""
+"""What is measured once and kept on disk: the untuned model, the reference run."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from datasets import DatasetDict
-from datasets import load_from_disk
 
 from optuna_lora_rl.errors import UserError
 
@@ -47,34 +43,6 @@ def once(
     return saved
 
 
-def datasets_once(
-    folder: Path | None,
-    kind: str,
-    facts: Mapping[str, Any],
-    make: Callable[[], DatasetDict],
-) -> DatasetDict:
-    """Returns data sets from disk, or makes and keeps them; as ``once`` does with numbers."""
-    if folder is None:
-        return make()
-    path = folder / kind / digest(json.dumps(dict(facts), sort_keys=True))
-    saved = _saved(path)
-    if saved is None:
-        made = make()
-        _save(made, path)
-        # Read back, so that what was just made is used in the form that later processes see.
-        saved = _saved(path) or made
-    return saved
-
-
-def _saved(path: Path) -> DatasetDict | None:
-    try:
-        found = load_from_disk(str(path))
-    except Exception:
-        # Absent or damaged; Arrow raises many kinds of errors on what it did not write.
-        return None
-    return found if isinstance(found, DatasetDict) else None
-
-
 def digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -87,28 +55,11 @@ def _write(path: Path, values: dict[str, float]) -> None:
         unfinished.write_text(json.dumps(values), encoding="utf-8")
         unfinished.replace(path)
     except OSError as error:
-        raise _unwritable(path, error) from None
+        raise unwritable(path.parent, error) from None
 
 
-def _save(made: DatasetDict, path: Path) -> None:
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    try:
-        made.save_to_disk(str(unfinished))
-        # A damaged folder goes; one that another process has just finished may stay.
-        if _saved(path) is None:
-            shutil.rmtree(path, ignore_errors=True)
-            try:
-                unfinished.rename(path)
-            except OSError:
-                if _saved(path) is None:
-                    raise
-    except OSError as error:
-        raise _unwritable(path, error) from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _unwritable(path: Path, error: OSError) -> UserError:
+def unwritable(folder: Path, error: OSError) -> UserError:
+    """Says that the cache cannot be written, and why."""
     return UserError(
-        f"the cache folder {str(path.parent)!r} cannot be written: {error.strerror or error}"
+        f"the cache folder {str(folder)!r} cannot be written: {error.strerror or error}"
     )

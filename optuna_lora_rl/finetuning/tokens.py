@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from datasets import DatasetDict
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
@@ -21,9 +20,9 @@ from optuna_lora_rl.finetuning.data import Splits
 from optuna_lora_rl.finetuning.data import fingerprint
 from optuna_lora_rl.finetuning.data import turns
 from optuna_lora_rl.finetuning.hub import first_line
+from optuna_lora_rl.finetuning.kept import kept
 from optuna_lora_rl.finetuning.lora import restored
 from optuna_lora_rl.finetuning.model import Base
-from optuna_lora_rl.finetuning.once import datasets_once
 from optuna_lora_rl.finetuning.options import TrainingOptions
 from optuna_lora_rl.finetuning.quiet import quiet
 from optuna_lora_rl.finetuning.sources import Row
@@ -31,6 +30,8 @@ from optuna_lora_rl.finetuning.sources import Row
 _COLUMNS = ("input_ids", "labels", "seq_lengths")
 # What decides how rows become tokens.
 _LIBRARIES = ("datasets", "tokenizers", "transformers", "trl")
+# Of TRL's arguments: what changes the tokenizer too, which only preparing does.
+_CHANGES_TOKENIZER = ("chat_template_path", "eos_token")
 
 
 @dataclass(frozen=True)
@@ -89,22 +90,25 @@ def tokenise(
     facts = {
         "rows": {name: fingerprint(rows) for name, rows in datasets.items()},
         "model": base.fingerprint,
+        "chat_template": base.tokenizer.chat_template,
         "max_length": max_length,
         "packing": training.packing,
-        "extra": _facts(training.extra),
+        "extra": _preparation(training.extra),
         "versions": {name: version(name) for name in _LIBRARIES},
     }
-    try:
-        prepared = datasets_once(
-            cache, "tokens", facts, lambda: _prepare(datasets, base, training, max_length, use_cpu)
-        )
-    except UserError:
-        raise
-    except (TemplateError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise UserError(
-            f"data.train: the {splits.kind} examples cannot be tokenised with the tokenizer of "
-            f"{base.name!r}{_culprit(datasets, base.tokenizer)}: {first_line(error)}"
-        ) from error
+    if any(name in training.extra for name in _CHANGES_TOKENIZER):
+        cache = None
+
+    def make() -> dict[str, Dataset]:
+        try:
+            return _prepare(datasets, base, training, max_length, use_cpu)
+        except (TemplateError, ValueError, RuntimeError, TypeError, KeyError) as error:
+            raise UserError(
+                f"data.train: the {splits.kind} examples cannot be tokenised with the tokenizer "
+                f"of {base.name!r}{_culprit(datasets, base.tokenizer)}: {first_line(error)}"
+            ) from error
+
+    prepared = kept(None if cache is None else cache / "tokens", facts, make)
     for name, dataset in prepared.items():
         if not len(dataset):
             raise UserError(
@@ -131,7 +135,7 @@ def _prepare(
     training: TrainingOptions,
     max_length: int,
     use_cpu: bool,
-) -> DatasetDict:
+) -> dict[str, Dataset]:
     settings: dict[str, Any] = {
         "output_dir": "runs",
         "use_cpu": use_cpu,
@@ -155,7 +159,7 @@ def _prepare(
             processing_class=base.tokenizer,
         )
     prepared = {"train": trainer.train_dataset, **trainer.eval_dataset}
-    return DatasetDict({name: _columns(dataset) for name, dataset in prepared.items()})
+    return {name: _columns(dataset) for name, dataset in prepared.items()}
 
 
 def _culprit(datasets: dict[str, list[Row]], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -182,14 +186,6 @@ def _preparation(extra: dict[str, Any]) -> dict[str, Any]:
         "packing_strategy",
     )
     return {name: value for name, value in extra.items() if name in names}
-
-
-def _facts(extra: dict[str, Any]) -> dict[str, Any]:
-    facts = _preparation(extra)
-    template = facts.get("chat_template_path")
-    if isinstance(template, str) and Path(template).is_file():
-        facts["chat_template"] = Path(template).read_text(encoding="utf-8")
-    return facts
 
 
 def _columns(dataset: Dataset) -> Dataset:

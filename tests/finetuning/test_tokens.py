@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,38 @@ class TestCache:
         self.made(base, tmp_path)
         self.made(replace(base, fingerprint="another"), tmp_path)
         assert len(preparations) == 2
+
+    def test_another_split_or_template_makes_them_anew(
+        self, base: Any, preparations: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        rows = [{"messages": TURNS}]
+        splits = Splits("messages", rows, rows, None)
+        options: dict[str, Any] = {"max_length": 16, "use_cpu": True, "cache": tmp_path}
+        before = tokenise(splits, base, TrainingOptions(), **options)
+        tokenise(replace(splits, validation=rows * 2), base, TrainingOptions(), **options)
+        tokenise(replace(splits, test=rows), base, TrainingOptions(), **options)
+        monkeypatch.setattr(base.tokenizer, "chat_template", ">" + base.tokenizer.chat_template)
+        after = tokenise(splits, base, TrainingOptions(), **options)
+        assert len(preparations) == 4
+        assert after.lengths == [length + 1 for length in before.lengths]
+
+    def test_other_versions_make_them_anew(
+        self, base: Any, preparations: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for changed in (None, "datasets", "tokenizers", "transformers", "trl"):
+            monkeypatch.setattr(tokens, "version", lambda name, new=changed: str(name == new))
+            self.made(base, tmp_path)
+        assert len(preparations) == 5
+
+    def test_what_changes_the_tokenizer_is_never_taken_from_disk(
+        self, base: Any, preparations: list[int], tmp_path: Path
+    ) -> None:
+        for _ in range(2):
+            own = replace(base, tokenizer=deepcopy(base.tokenizer))
+            self.made(own, tmp_path, extra={"eos_token": "9"})
+            assert own.tokenizer.eos_token == "9"
+        assert len(preparations) == 2
+        assert not list(tmp_path.iterdir())
 
     def test_a_damaged_entry_is_made_again(
         self, base: Any, preparations: list[int], tmp_path: Path

@@ -465,6 +465,15 @@ def test_the_untuned_model_is_measured_once(
         make_tuner(cache=tmp_path, max_validation_samples=3).baseline()
 
 
+def test_runs_on_data_from_the_cache_give_the_same(make_tuner: Make, tmp_path: Path) -> None:
+    alone = make_tuner().run(QUICK)
+    make_tuner(cache=tmp_path).prepare()
+    (entry,) = (tmp_path / "tokens").iterdir()
+    before = entry.stat().st_mtime_ns
+    assert make_tuner(cache=tmp_path).run(QUICK).curve == alone.curve
+    assert entry.stat().st_mtime_ns == before
+
+
 def test_a_damaged_cache_is_measured_again(make_tuner: Make, tmp_path: Path) -> None:
     first = make_tuner(cache=tmp_path).baseline()
     (path,) = (tmp_path / "baselines").iterdir()

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.finetuning import kept as kept_module
+from optuna_lora_rl.finetuning.kept import kept
+
+
+def small() -> dict[str, Dataset]:
+    return {"train": Dataset.from_dict({"input_ids": [[n, n] for n in range(3)]})}
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone", "no sums"])
+def test_a_damaged_entry_is_made_again(tmp_path: Path, damage: str) -> None:
+    kept(tmp_path, {"a": 1}, small)
+    (arrow,) = tmp_path.rglob("*.arrow")
+    content = arrow.read_bytes()
+    match damage:
+        case "cut":
+            arrow.write_bytes(content[: len(content) // 2])
+        case "changed":
+            arrow.write_bytes(content[:-300] + b"\x07" + content[-299:])
+        case "gone":
+            arrow.unlink()
+        case _:
+            (arrow.parents[1] / "sums.json").unlink()
+    for times in (1, 0):
+        calls: list[int] = []
+
+        def counted(calls: list[int] = calls) -> dict[str, Dataset]:
+            calls.append(1)
+            return small()
+
+        assert kept(tmp_path, {"a": 1}, counted)["train"].to_dict() == small()["train"].to_dict()
+        assert len(calls) == times
+
+
+def test_of_two_processes_at_once_the_first_entry_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def beaten() -> dict[str, Dataset]:
+        kept(tmp_path, {}, small)
+        return small()
+
+    assert kept(tmp_path, {}, beaten)["train"].to_dict() == small()["train"].to_dict()
+    (entry,) = tmp_path.iterdir()
+    # By a hair: the other's entry comes between the look and the renaming.
+    looks = iter([False, False])
+    monkeypatch.setattr(kept_module, "_intact", lambda path: next(looks))
+    monkeypatch.setattr(kept_module.shutil, "rmtree", spared(entry))
+    assert kept(tmp_path, {}, small)["train"].to_dict() == small()["train"].to_dict()
+    assert next(looks, None) is None
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == [entry]
+    assert kept_module._intact(entry)
+
+
+def spared(entry: Path) -> Callable[..., None]:
+    own = shutil.rmtree
+    return lambda path, **how: None if path == entry else own(path, **how)
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"the cache folder '.*tokens' cannot be written: Not a"):
+        kept(tmp_path / "file" / "tokens", {}, small)
