@@ -6,19 +6,15 @@ from typing import TYPE_CHECKING
 from typing import Literal
 
 import numpy as np
-from optuna.pruners import BasePruner
 
 from optuna_lora_rl.pruners import limits
-from optuna_lora_rl.pruners.peers import peers_of
+from optuna_lora_rl.pruners.rules import PeerPruner
 
 if TYPE_CHECKING:
-    from optuna.study import Study
-    from optuna.trial import FrozenTrial
-
     from optuna_lora_rl.pruners.peers import Peers
 
 
-class AsyncHalvingPruner(BasePruner):
+class AsyncHalvingPruner(PeerPruner):
     """Keep the best 1/``reduction_factor`` of the trials at each rung, without waiting.
 
     Rungs stand at ``min_resource * reduction_factor ** k``. A trial is judged as it reports at a
@@ -74,13 +70,7 @@ class AsyncHalvingPruner(BasePruner):
         self._n_min_trials = n_min_trials
         self._noise = noise
 
-    def prune(self, study: Study, trial: FrozenTrial) -> bool:
-        """Judge a trial by its latest report."""
-        if not trial.intermediate_values:
-            return False
-        peers = peers_of(study, trial)
-        if not np.isfinite(peers.own[peers.step]):
-            return True
+    def _judge(self, peers: Peers) -> bool:
         if peers.at_the_end or not self._at_rung(peers):
             return False
         there = peers.at(peers.step)

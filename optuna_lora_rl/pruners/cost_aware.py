@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
-from typing import Literal
 
 import numpy as np
-from optuna.pruners import BasePruner
 
-from optuna_lora_rl.pruners import limits
 from optuna_lora_rl.pruners.forecast import forecast
-from optuna_lora_rl.pruners.peers import peers_of
+from optuna_lora_rl.pruners.rules import ForecastPruner
+from optuna_lora_rl.pruners.rules import PeerPruner
 
 if TYPE_CHECKING:
-    from optuna.study import Study
-    from optuna.trial import FrozenTrial
-
     from optuna_lora_rl.pruners.peers import Peers
 
 
-class CostAwarePruner(BasePruner):
+class CostAwarePruner(PeerPruner, ForecastPruner):
     """Extrapolate each learning curve, and stop those that will not reach the best.
 
     A trial's reports are extrapolated to the last step by power laws with uncertainty, whose form
@@ -74,40 +69,9 @@ class CostAwarePruner(BasePruner):
         ValueError: An argument is out of range.
     """
 
-    def __init__(
-        self,
-        *,
-        probability: float = 0.1,
-        n_startup_trials: int = 4,
-        n_warmup_steps: int = 0,
-        last_step: int | None = None,
-        noise: float | Literal["auto"] = "auto",
-    ) -> None:
-        limits.check_number("probability", probability, low=0, high=1)
-        limits.check_number("n_startup_trials", n_startup_trials, low=1)
-        limits.check_number("n_warmup_steps", n_warmup_steps, low=0)
-        limits.check_number("noise", noise, low=0, or_auto=True)
-        if last_step is not None:
-            limits.check_number("last_step", last_step, low=1)
-        self._probability = probability
-        self._n_startup_trials = n_startup_trials
-        self._n_warmup_steps = n_warmup_steps
-        self._last_step = last_step
-        self._noise = noise
-
-    def prune(self, study: Study, trial: FrozenTrial) -> bool:
-        """Judge a trial by its reports so far."""
-        if not trial.intermediate_values:
-            return False
-        peers = peers_of(study, trial)
-        if not np.isfinite(peers.own[peers.step]):
-            return True
-        last_step = self._last_step or peers.last_step
-        if last_step is None or peers.step >= last_step or peers.step < self._n_warmup_steps:
-            return False
-        if len(peers.ended) + len(peers.running) < self._n_startup_trials or len(peers.own) < 2:
-            return False
-        return all(self._hopeless(each, last_step) for each in peers.twice())
+    def _judge(self, peers: Peers) -> bool:
+        end = self._end(peers, len(peers.ended) + len(peers.running))
+        return end is not None and all(self._hopeless(each, end) for each in peers.twice())
 
     def _hopeless(self, peers: Peers, last_step: int) -> bool:
         """Whether the chance to reach one of the others is too small for what the rest costs."""

@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
-from typing import Literal
 
 import numpy as np
-from optuna.pruners import BasePruner
 
 from optuna_lora_rl.errors import UserError
-from optuna_lora_rl.pruners import limits
 from optuna_lora_rl.pruners.forecast import forecast
 from optuna_lora_rl.pruners.peers import gathered
 from optuna_lora_rl.pruners.peers import others
+from optuna_lora_rl.pruners.rules import ForecastPruner
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
 REPORTED = "reported:"
 
 
-class ParetoPruner(BasePruner):
+class ParetoPruner(ForecastPruner):
     """Stop a trial whose plausible end is dominated by a finished trial.
 
     Each objective is extrapolated to the last step as ``CostAwarePruner`` does it; one that no
@@ -72,26 +70,8 @@ class ParetoPruner(BasePruner):
         ValueError: An argument is out of range.
     """
 
-    def __init__(
-        self,
-        *,
-        probability: float = 0.1,
-        n_startup_trials: int = 4,
-        n_warmup_steps: int = 0,
-        last_step: int | None = None,
-        noise: float | Literal["auto"] = "auto",
-    ) -> None:
-        limits.check_number("probability", probability, low=0, high=0.5)
-        limits.check_number("n_startup_trials", n_startup_trials, low=1)
-        limits.check_number("n_warmup_steps", n_warmup_steps, low=0)
-        limits.check_number("noise", noise, low=0, or_auto=True)
-        if last_step is not None:
-            limits.check_number("last_step", last_step, low=1)
-        self._probability = probability
-        self._n_startup_trials = n_startup_trials
-        self._n_warmup_steps = n_warmup_steps
-        self._last_step = last_step
-        self._noise = noise
+    # An end that is as probable as not is plausible.
+    _highest = 0.5
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         """Judge a trial by its reports so far.
@@ -107,13 +87,9 @@ class ParetoPruner(BasePruner):
             return False
         if not all(np.isfinite(each.own[peers.step]) for each in by_objective):
             return True
-        last_step = self._last_step or peers.last_step
-        if last_step is None or peers.step >= last_step or peers.step < self._n_warmup_steps:
-            return False
-        if len(peers.ended) < self._n_startup_trials or len(peers.own) < 2:
-            return False
+        end = self._end(peers, len(peers.ended))
         twice = zip(*(each.twice() for each in by_objective), strict=True)
-        return all(self._dominated(each, last_step) for each in twice)
+        return end is not None and all(self._dominated(each, end) for each in twice)
 
     def _dominated(self, by_objective: Sequence[Peers], last_step: int) -> bool:
         """Whether a finished trial is ahead now, and will be ahead of the best plausible end."""

@@ -6,17 +6,15 @@ from typing import TYPE_CHECKING
 from typing import Literal
 
 import numpy as np
-from optuna.pruners import BasePruner
 
 from optuna_lora_rl.pruners import limits
-from optuna_lora_rl.pruners.peers import peers_of
+from optuna_lora_rl.pruners.rules import PeerPruner
 
 if TYPE_CHECKING:
-    from optuna.study import Study
-    from optuna.trial import FrozenTrial
+    from optuna_lora_rl.pruners.peers import Peers
 
 
-class PeerMedianPruner(BasePruner):
+class PeerMedianPruner(PeerPruner):
     """Stop a trial that is behind the median of its peers at the same step.
 
     Peers are all other trials, running, pruned and finished, that have reported at the step;
@@ -67,13 +65,7 @@ class PeerMedianPruner(BasePruner):
         self._n_warmup_steps = n_warmup_steps
         self._noise = noise
 
-    def prune(self, study: Study, trial: FrozenTrial) -> bool:
-        """Judge a trial by its latest report."""
-        if not trial.intermediate_values:
-            return False
-        peers = peers_of(study, trial)
-        if not np.isfinite(peers.own[peers.step]):
-            return True
+    def _judge(self, peers: Peers) -> bool:
         if peers.at_the_end or peers.step < self._n_warmup_steps:
             return False
         there = peers.at(peers.step)
