@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from numbers import Integral
@@ -19,6 +20,7 @@ from optuna_lora_rl.errors import UserError
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
+    from optuna.study import Study
     from optuna.trial import FrozenTrial
 
     from optuna_lora_rl.samplers.bandit import BanditSampler
@@ -70,7 +72,11 @@ _LIMITS: dict[str, tuple[float, float]] = {
 
 
 def create(
-    name: str, *, seed: int | None = None, options: Mapping[str, Any] | None = None
+    name: str,
+    *,
+    seed: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    source_studies: Sequence[Study] = (),
 ) -> BaseSampler:
     """Return the sampler called ``name``.
 
@@ -79,6 +85,7 @@ def create(
         seed: makes the study reproducible; a whole number from 0 to 2**32 - 1.
         options: keyword arguments of the sampler's class, except ``seed`` and those that a file
             cannot say.
+        source_studies: earlier studies to start from, for ``rl`` alone.
 
     Raises:
         UserError: unknown name or option, wrong type, a value out of range, or a package that
@@ -95,7 +102,7 @@ def create(
         f"sampler {name!r}",
         getattr(import_module(module), class_name),
         {} if options is None else options,
-        given={"seed": seed},
+        given={"seed": seed} | ({"source_studies": source_studies} if source_studies else {}),
         hidden=_DEPRECATED,
         limits=_LIMITS,
     )

@@ -230,7 +230,7 @@ class RLSampler(BaseSampler):
                 coordinate, source = opening, "transfer"
             else:
                 coordinate = draw_parameter(space, given, column, None if first else generator)
-        if PROPOSAL_KEY not in trial.system_attrs:
+        if PROPOSAL_KEY not in trial.system_attrs or source == "transfer":
             study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL_KEY, {"source": source})
         return space.dimensions[column].decode(coordinate)
 

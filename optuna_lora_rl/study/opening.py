@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from optuna.study import StudyDirection
 from optuna_lora_rl import pruners
 from optuna_lora_rl import samplers
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.study import earlier
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import problem
 from optuna_lora_rl.study.storage import open_storage
@@ -69,7 +71,7 @@ def open_study(spec: StudySpec, *, heartbeat: bool = True) -> optuna.Study:
         storage=storage,
         directions=directions,
         load_if_exists=True,
-        sampler=create_sampler(spec),
+        sampler=create_sampler(spec, source_studies=earlier.load_all(spec)),
         pruner=create_pruner(spec),
     )
     problem.adopt(study, spec)
@@ -97,20 +99,23 @@ def load_study(spec: StudySpec) -> optuna.Study:
         raise missing from None
 
 
-def create_sampler(spec: StudySpec, *, number: int | None = None) -> optuna.samplers.BaseSampler:
+def create_sampler(
+    spec: StudySpec, *, number: int | None = None, source_studies: Sequence[optuna.Study] = ()
+) -> optuna.samplers.BaseSampler:
     """The sampler that the file asks for.
 
     Args:
         spec: The study.
         number: Number of the trial that it is for. It is mixed into the seeds of samplers that
             would otherwise propose their first points again in every new process.
+        source_studies: Earlier studies to start from.
     """
     name, seed, options = spec.sampler.name, spec.sampler.seed, dict(spec.sampler.options)
     if name == "rl" and spec.budget.trials is not None:
         options.setdefault("n_trials", spec.budget.trials)
     if name in _FORGETFUL and number is not None:
         seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-    return samplers.create(name, seed=seed, options=options)
+    return samplers.create(name, seed=seed, options=options, source_studies=source_studies)
 
 
 def create_pruner(spec: StudySpec) -> optuna.pruners.BasePruner:

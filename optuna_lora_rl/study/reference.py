@@ -166,9 +166,9 @@ A section may be written as one value where it has one key that matters:
 {", ".join(f"`{section}` (`{section}.{key}`)" for section, key in SHORT_FORMS.items())}.
 Paths are relative to the folder where the command is run. Numbers such as `1e-4` are numbers.
 
-What may change when a study goes on: `budget`, `sampler`, `pruner`, `packing`, `output`, the
-trackers, and the ranges in `space`. Anything else would mix two problems in one study and is
-refused with the difference named.
+What may change when a study goes on: `budget`, `sampler`, `transfer_from`, `pruner`, `packing`,
+`output`, the trackers, and the ranges in `space`. Anything else would mix two problems in one
+study and is refused with the difference named.
 """
 
 _SPACE = """## `space`

@@ -97,6 +97,27 @@ class PrunerChoice(BaseModel):
         return dict(self.__pydantic_extra__ or {})
 
 
+class EarlierStudy(BaseModel):
+    """A study to start from."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    study: str | None = Field(
+        default=None, description="Its name; may be left out where the storage holds one study."
+    )
+    storage: str | None = Field(
+        default=None,
+        description="SQLAlchemy URL, or the output folder of an earlier run; `null` means this "
+        "study's own storage.",
+    )
+
+    @model_validator(mode="after")
+    def _names_something(self) -> EarlierStudy:
+        if self.study is None and self.storage is None:
+            raise ValueError("give study, storage, or both")
+        return self
+
+
 class Budget(BaseModel):
     """When the study ends: at whichever of these comes first."""
 
@@ -166,6 +187,13 @@ class StudySpec(BaseModel):
         default_factory=SamplerChoice,
         description="Who proposes; `sampler: tpe` is short for its name.",
     )
+    transfer_from: list[str | EarlierStudy] = Field(
+        default=[],
+        description="Earlier studies that `sampler: rl` starts from, each the output folder of an "
+        "earlier run, a storage's URL, the name of a study in this study's storage, or `{study: "
+        "name, storage: URL or folder}`. Other models, data, parameters, ranges and metrics are "
+        "fine; one that misleads is dropped within a few trials.",
+    )
     pruner: PrunerChoice = Field(
         default_factory=PrunerChoice,
         description="Who stops trials early; `pruner: median` is short.",
@@ -216,6 +244,11 @@ class StudySpec(BaseModel):
         self.lora_space()
         if self.packing != "off":
             self._check_packing()
+        if self.transfer_from and self.sampler.name != "rl":
+            raise ValueError(
+                f"transfer_from is given, but sampler.name is {self.sampler.name!r}; only rl "
+                "learns from earlier studies"
+            )
         if self.pruner.name == "pareto" and not self.objective.cost_weight:
             raise ValueError(
                 "pruner is 'pareto', but objective.cost_weight is 0, so that no run's cost is "
@@ -241,6 +274,10 @@ class StudySpec(BaseModel):
         """The search space that ``space`` and ``target_sets`` describe."""
         return LoraSpace(self.space, target_sets=self.target_sets)
 
+    def earlier_studies(self) -> list[EarlierStudy]:
+        """``transfer_from`` written out."""
+        return [_written_out(e) if isinstance(e, str) else e for e in self.transfer_from]
+
     @property
     def n_objectives(self) -> int:
         return len(self.objective.objectives)
@@ -253,6 +290,12 @@ class StudySpec(BaseModel):
     @property
     def storage_url(self) -> str:
         return self.storage or f"sqlite:///{self.folder / 'study.db'}"
+
+
+def _written_out(entry: str) -> EarlierStudy:
+    """A study's name, unless it is a URL or a folder."""
+    is_storage = "://" in entry or "/" in entry or Path(entry).is_dir()
+    return EarlierStudy(storage=entry) if is_storage else EarlierStudy(study=entry)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> StudySpec:
