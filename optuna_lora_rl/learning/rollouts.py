@@ -92,6 +92,7 @@ def clairvoyant(tasks: Tasks, x: Tensor, valid: Tensor, regret: Tensor) -> Tenso
     It must not be normalised by step: that would reward likely improvements, not large ones.
     """
     score, failed = tasks.score(x)
+    failed |= tasks.excess(x).nan_to_num(-1.0) > 0
     floor = tasks.floor[:, None]
     found = torch.where(failed, math.inf, (1.0 - score).clamp_min(0.0))
     gain = (regret[:, None] + floor).log() - (torch.minimum(found, regret[:, None]) + floor).log()
@@ -103,8 +104,8 @@ def collect(
 ) -> Rollout:
     """Run one stochastic episode a task.
 
-    A quarter of the tasks get their results late (parallel workers); the horizon is told to six
-    in ten, and wrongly to one in ten.
+    A quarter of the tasks get their results late (parallel workers), a fifth have their poor
+    trials pruned; the horizon is told to six in ten, and wrongly to one in ten.
     """
     B = len(tasks)
     lag = torch.randint(1, 4, (B,), generator=generator)
@@ -112,7 +113,14 @@ def collect(
     told = torch.rand(B, generator=generator)
     wrong = torch.randint(3, 60, (B,), generator=generator)
     horizon = torch.where(told < 0.6, length, torch.where(told < 0.7, wrong, 0))
-    environment = TuningEnvironment(tasks, length, generator, lag=lag, horizon=horizon)
+    environment = TuningEnvironment(
+        tasks,
+        length,
+        generator,
+        lag=lag,
+        horizon=horizon,
+        pruning=torch.rand(B, generator=generator) < 0.2,
+    )
     steps: list[tuple[Tensor, ...]] = []
     seen: list[Features] = []
     with torch.no_grad():

@@ -101,8 +101,17 @@ class Surface:
         value = torch.where(self.is_lora[:, None], lora, generic)
         return value, diverged & self.is_lora[:, None]
 
-    def _generic(self, x: Tensor) -> Tensor:
-        h = x @ self.W.transpose(1, 2) + self.b[:, None]
+    def demand(self, x: Tensor, layout: Layout) -> Tensor:
+        """What a constraint may limit, shape (B, N): log2 of the memory of a LoRA run that tunes
+        its rank, elsewhere a second generic function, independent of the first.
+        """
+        v = _role_values(x, layout)
+        size = v["rank"] + v["targets"].clamp_min(0.05).log2() + 0.7 * v["batch_size"]
+        sized = layout.has_role[:, ROLES.index("rank")]
+        return torch.where(sized[:, None], size, self._generic(x, shift=0.5 * math.pi))
+
+    def _generic(self, x: Tensor, shift: float = 0.0) -> Tensor:
+        h = x @ self.W.transpose(1, 2) + self.b[:, None] + shift
         h = torch.where(self.is_network[:, None, None], torch.tanh(h), torch.cos(h))
         return (h * self.a[:, None]).sum(-1)
 

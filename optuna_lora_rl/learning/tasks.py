@@ -3,11 +3,14 @@
 A task's space and truth are drawn together, since in life they hang together: whoever expects a
 learning rate writes a range round it, and is sometimes wrong. In two LoRA tasks of five the best
 learning rate is far from the guides' (up to two decades), in a tenth of the LoRA spaces the
-surface knows nothing of LoRA, and a quarter of all spaces are not LoRA ones.
+surface knows nothing of LoRA, and a quarter of all spaces are not LoRA ones. Where measured
+response surfaces are given, part of the LoRA tasks are cut out of them. Some tasks carry a
+constraint, such as a largest adapter.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import fields
@@ -16,6 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from optuna_lora_rl.learning.measured import ResponseSurface
+from optuna_lora_rl.learning.measured import Slice
+from optuna_lora_rl.learning.measured import draw_slice
+from optuna_lora_rl.learning.measured import evaluate
 from optuna_lora_rl.learning.surfaces import Surface
 from optuna_lora_rl.learning.surfaces import draw_surface
 from optuna_lora_rl.policy.candidates import uniform_points
@@ -31,6 +38,12 @@ from optuna_lora_rl.policy.roles import ROLES
 MAX_DIMENSIONS = 10
 _TARGETS = ("qv", "attention", "mlp", "all-linear")
 _LAYERS = ("all", "first-half", "last-half", "middle")
+GROUPS = ("usual_scale", "other_scale", "measured", "not_lora")
+# Decades from the guides' learning rate beyond which a task's scale is another one.
+_OTHER_SCALE = 0.7
+_CONSTRAINED = 0.08
+# Maps points (1, N, D) to values and failures, each (1, N).
+_Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -41,45 +54,97 @@ class Tasks:
         spaces: the search spaces.
         layout: of the spaces.
         surface: what their configurations score.
+        slices: of the tasks cut out of measurements, which overrule ``surface``; else ``None``.
         best: the largest value found by a long search, shape (B,).
         median: the median over uniform configurations that do not fail, shape (B,).
         noise: deviation of a run, in units of ``best - median``, shape (B,).
+        limit: largest value of the constrained quantity, infinite without constraint, (B,).
         truth: what the critic may know while training, shape (B, P).
     """
 
     spaces: tuple[Space, ...]
     layout: Layout
     surface: Surface
+    slices: tuple[Slice | None, ...]
     best: Tensor
     median: Tensor
     noise: Tensor
+    limit: Tensor
     truth: Tensor
 
     def __len__(self) -> int:
         return len(self.best)
 
     def __getitem__(self, rows: Tensor) -> Tasks:
-        chosen = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "spaces"}
-        return Tasks(spaces=tuple(self.spaces[i] for i in rows.tolist()), **chosen)
+        tuples = {"spaces", "slices"}
+        chosen = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name not in tuples}
+        order = rows.tolist()
+        return Tasks(
+            spaces=tuple(self.spaces[i] for i in order),
+            slices=tuple(self.slices[i] for i in order),
+            **chosen,
+        )
 
     @property
     def floor(self) -> Tensor:
         """Regret that is as good as none, shape (B,): half the noise, at least 0.01."""
         return (0.5 * self.noise).clamp_min(0.01)
 
+    @property
+    def constrained(self) -> Tensor:
+        """Which tasks have a constraint, shape (B,)."""
+        return self.limit < torch.inf
+
+    @property
+    def groups(self) -> Tensor:
+        """Index into ``GROUPS`` of each task, shape (B,).
+
+        A LoRA space over a surface that knows nothing of LoRA counts as another scale: the
+        guides are wrong there, too.
+        """
+        is_lora, shift, _, lora_space = self.truth.T
+        other = (shift.abs() > _OTHER_SCALE) | (is_lora < 0.5)
+        group = torch.where(other, GROUPS.index("other_scale"), GROUPS.index("usual_scale"))
+        group = torch.where(lora_space > 0.5, group, GROUPS.index("not_lora"))
+        measured = torch.tensor([cut is not None for cut in self.slices])
+        return torch.where(measured, GROUPS.index("measured"), group)
+
+    def value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw values and failures at x, each (B, N)."""
+        value, failed = self.surface(x, self.layout)
+        rows = [row for row, cut in enumerate(self.slices) if cut is not None]
+        if rows:
+            cuts = [cut for cut in self.slices if cut is not None]
+            value[rows], failed[rows] = evaluate(cuts, x[rows])
+        return value, failed
+
     def score(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Noise-free scores (1 the best known, 0 the median) and failures, each (B, N)."""
-        value, failed = self.surface(x, self.layout)
+        value, failed = self.value(x)
         span = (self.best - self.median)[:, None]
         return (value - self.median[:, None]) / span, failed
 
+    def excess(self, x: Tensor) -> Tensor:
+        """The constrained quantity less its limit, kept when <= 0, shape (B, N); NaN without."""
+        over = self.surface.demand(x, self.layout) - self.limit[:, None]
+        return torch.where(self.constrained[:, None], over, torch.nan)
 
-def draw_tasks(count: int, seed: int) -> Tasks:
-    """Random tasks; the same seed gives the same tasks."""
+
+def draw_tasks(
+    count: int, seed: int, surfaces: Sequence[ResponseSurface] = (), measured: float = 0.35
+) -> Tasks:
+    """Random tasks; the same seed and surfaces give the same tasks.
+
+    Args:
+        count: how many.
+        seed: of everything drawn.
+        surfaces: measured ones to cut tasks out of; none for synthetic tasks only.
+        measured: share of the LoRA tasks that are measured ones, where there are surfaces.
+    """
     rng = np.random.default_rng(seed)
     drawn: list[Tasks] = []
     while len(drawn) < count:
-        task = _draw_task(rng)
+        task = _draw_task(rng, surfaces, measured if surfaces else 0.0)
         if float(task.best - task.median) > 1e-3:
             drawn.append(task)
     return join(drawn)
@@ -96,9 +161,11 @@ def join(tasks: Sequence[Tasks]) -> Tasks:
         spaces=tuple(space for task in tasks for space in task.spaces),
         layout=stack([task.layout for task in tasks], MAX_DIMENSIONS),
         surface=Surface(**joined),
+        slices=tuple(cut for task in tasks for cut in task.slices),
         best=torch.cat([task.best for task in tasks]),
         median=torch.cat([task.median for task in tasks]),
         noise=torch.cat([task.noise for task in tasks]),
+        limit=torch.cat([task.limit for task in tasks]),
         truth=torch.cat([task.truth for task in tasks]),
     )
 
@@ -110,28 +177,56 @@ def _pad(tensor: Tensor, name: str) -> Tensor:
     return torch.nn.functional.pad(tensor, (0, missing))
 
 
-def _draw_task(rng: np.random.Generator) -> Tasks:
+def _draw_task(
+    rng: np.random.Generator, surfaces: Sequence[ResponseSurface], measured: float
+) -> Tasks:
     lora_space = rng.random() < 0.75
     peak = _draw_peak(rng)
-    dimensions = _lora_dimensions(rng, peak) if lora_space else _other_dimensions(rng)
-    space = make_space(dimensions)
+    cut = draw_slice(rng, surfaces) if lora_space and rng.random() < measured else None
+    if cut is not None:
+        space = cut.space
+    else:
+        space = make_space(_lora_dimensions(rng, peak) if lora_space else _other_dimensions(rng))
     layout = layout_of(space)
-    is_lora = lora_space and rng.random() < 0.9
+    is_lora = lora_space and (cut is not None or rng.random() < 0.9)
     surface = draw_surface(rng, layout, is_lora=is_lora, peak=peak)
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    best, median, place = _search(surface, layout, generator)
     noise = float(np.exp(rng.uniform(np.log(0.003), np.log(0.08))))
-    lr = float(layout.role_values(place)[0, 0, ROLES.index("learning_rate")])
-    truth = [float(is_lora), (lr - GUIDE_LR) * is_lora, np.log(noise), float(lora_space)]
-    return Tasks(
+    one = torch.ones(1, dtype=torch.float64)
+    limit = torch.inf * one
+    if rng.random() < _CONSTRAINED:
+        sample = layout.snap(uniform_points(layout, 256, generator))
+        limit = torch.quantile(surface.demand(sample, layout), rng.uniform(0.3, 0.7), dim=1)
+    task = Tasks(
         spaces=(space,),
         layout=layout,
         surface=surface,
-        best=best,
-        median=median,
-        noise=torch.tensor([noise], dtype=torch.float64),
-        truth=torch.tensor([truth], dtype=torch.float32),
+        slices=(cut,),
+        best=one,
+        median=0.0 * one,
+        noise=noise * one,
+        limit=limit,
+        truth=torch.zeros((1, 4)),
     )
+    task.best, task.median, place = _search(_allowed(task), layout, generator)
+    if cut is not None:  # the seeds' noise, or more: fewer evaluation examples are noisier
+        span = float(task.best - task.median)
+        task.noise = (task.noise.clamp_min(cut.surface.noise / max(span, 1e-9))).clamp_max(0.3)
+    lr = float(layout.role_values(place)[0, 0, ROLES.index("learning_rate")])
+    known = is_lora and bool(layout.has_role[0, ROLES.index("learning_rate")])
+    truth = [float(is_lora), (lr - GUIDE_LR) * known, float(task.noise.log()), float(lora_space)]
+    task.truth = torch.tensor([truth], dtype=torch.float32)
+    return task
+
+
+def _allowed(task: Tasks) -> _Evaluate:
+    """The task's value where the constraint is kept."""
+
+    def evaluate(x: Tensor) -> tuple[Tensor, Tensor]:
+        value, failed = task.value(x)
+        return value, failed | (task.excess(x).nan_to_num(-1.0) > 0)
+
+    return evaluate
 
 
 def _draw_peak(rng: np.random.Generator) -> float:
@@ -226,11 +321,11 @@ def _other_dimensions(rng: np.random.Generator) -> list[Dimension]:
 
 
 def _search(
-    surface: Surface, layout: Layout, generator: torch.Generator
+    evaluate: _Evaluate, layout: Layout, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Best value and median of a surface, each (1,), and the best point, (1, 1, D)."""
     x = layout.snap(uniform_points(layout, 1024, generator))
-    value, failed = surface(x, layout)
+    value, failed = evaluate(x)
     alive = value[~failed]
     median = alive.median() if len(alive) else value.median()
     value = torch.where(failed, -torch.inf, value)
@@ -243,7 +338,7 @@ def _search(
         jump = torch.rand(parents.shape, generator=generator, dtype=torch.float64)
         moved = torch.where(layout.unordered[:, None], jump, parents + step)
         born = layout.snap(torch.where(chosen, moved, parents))
-        born_value, born_failed = surface(born, layout)
+        born_value, born_failed = evaluate(born)
         x = torch.cat([x[:, top], born], 1)
         value = torch.cat([value[:, top], torch.where(born_failed, -torch.inf, born_value)], 1)
     best = value.amax(1)

@@ -41,13 +41,17 @@ class Scorer(nn.Module):
 
     def forward(self, features: Features) -> Tensor:
         """Corrections of the logits, shape (B, N)."""
-        N = features.values.shape[1]
-        context = features.context[:, None].expand(-1, N, -1)
-        h = torch.tanh(self.embed(torch.cat([features.values, context], -1)))
-        pooled = _pool(h, features.valid)
-        h = h + torch.tanh(self.mix(torch.cat([h, pooled[:, None].expand(-1, N, -1)], -1)))
+        h = torch.tanh(_shared(self.embed, features.values, features.context))
+        h = h + torch.tanh(_shared(self.mix, h, _pool(h, features.valid)))
         correction = self.bound * torch.tanh(self.last(h)[:, :, 0] / self.bound)
         return correction * _trust(features.context)[:, None]
+
+
+def _shared(layer: nn.Linear, each: Tensor, all_: Tensor) -> Tensor:
+    """A layer over each candidate's values (B, N, a) with the set's (B, b), multiplied once."""
+    a = each.shape[-1]
+    own = nn.functional.linear(each, layer.weight[:, :a], layer.bias)
+    return own + nn.functional.linear(all_, layer.weight[:, a:])[:, None]
 
 
 def _trust(context: Tensor) -> Tensor:

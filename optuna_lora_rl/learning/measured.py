@@ -1,0 +1,229 @@
+"""Tasks cut out of measured response surfaces: a few parameters tuned, the others fixed.
+
+Notations
+    P     parameters that a surface was measured over, D of them tuned in a task
+    x     points in the task's unit cube, shape (N, D)
+
+A surface says what a real fine-tuning scored over the ranges in which it was measured. A task
+tunes some of its parameters over part of their ranges, fixes the others somewhere plausible, and
+may charge for the adapter's size and the steps. In half of the tasks the learning rate's label is
+moved so that the best one lies where guides would look, as it does for larger models; so that the
+policy learns the shape of real surfaces and not the scale of the models they were measured on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from optuna_lora_rl.policy.dimensions import Dimension
+from optuna_lora_rl.policy.dimensions import Space
+from optuna_lora_rl.policy.dimensions import make_space
+from optuna_lora_rl.policy.prior import GUIDE_LR
+from optuna_lora_rl.policy.prior import coverage
+
+# How often a parameter is tuned where a surface has it; the learning rate or the rank always is.
+_TUNED = {
+    "learning_rate": 0.96,
+    "rank": 0.93,
+    "alpha": 0.65,
+    "alpha_ratio": 0.65,
+    "dropout": 0.55,
+    "targets": 0.55,
+    "layers": 0.2,
+    "batch_size": 0.35,
+    "steps": 0.2,
+    "weight_decay": 0.3,
+}
+
+
+class ResponseSurface(Protocol):
+    """What measured fine-tunings say about any configuration in their ranges.
+
+    Attributes:
+        name: of the measured task.
+        dimensions: what it was measured over, with roles and ranges.
+        noise: deviation between seeds, in the units of the value.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dimensions(self) -> tuple[Dimension, ...]: ...
+    @property
+    def noise(self) -> float: ...
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Value (larger is better) and failure of configurations, each of shape (N,).
+
+        Args:
+            x: natural values in the order of ``dimensions``, shape (N, P); a parameter without
+                order is given by the index of its choice in ``levels``.
+        """
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A task cut out of a response surface.
+
+    Args:
+        surface: the measurements' surface.
+        space: what is tuned.
+        columns: column in the space of each of the surface's parameters, -1 where fixed.
+        fixed: natural values of the fixed parameters, shape (P,).
+        shift: decades by which the task's learning rates are labelled higher than measured.
+        price: cost in the score of the largest adapter and of the most steps, in units of value.
+    """
+
+    surface: ResponseSurface
+    space: Space
+    columns: tuple[int, ...]
+    fixed: np.ndarray
+    shift: float
+    price: tuple[float, float]
+
+    def natural(self, x: Tensor) -> Tensor:
+        """The surface's own coordinates of points x (N, D), shape (N, P)."""
+        points = x.numpy()
+        values = np.repeat(self.fixed[None], len(points), axis=0)
+        for j, (dimension, column) in enumerate(
+            zip(self.surface.dimensions, self.columns, strict=True)
+        ):
+            if column < 0:
+                continue
+            tuned, u = self.space.dimensions[column], points[:, column]
+            if dimension.is_ordered:
+                values[:, j] = tuned.natural(u)
+            else:
+                places = np.array([dimension.levels.index(choice) for choice in tuned.levels])
+                cell = np.clip((u * len(places)).astype(int), 0, len(places) - 1)
+                values[:, j] = places[cell]
+            if dimension.role == "learning_rate":
+                values[:, j] *= 10.0**-self.shift
+        return torch.from_numpy(values)
+
+    def cost(self, natural: Tensor) -> Tensor:
+        """What the adapter's size and the steps take from the score, shape (N,)."""
+        size = torch.ones(len(natural), dtype=torch.float64)
+        steps = torch.zeros(len(natural), dtype=torch.float64)
+        for j, dimension in enumerate(self.surface.dimensions):
+            if dimension.role in ("targets", "layers") and not dimension.is_ordered:
+                share = torch.tensor([coverage(str(choice)) for choice in dimension.levels])
+                size = size * share.double()[natural[:, j].long()]
+            elif dimension.role == "rank":
+                size = size * natural[:, j] / dimension.high
+            elif dimension.role == "steps":
+                steps = natural[:, j] / max(dimension.high, 1e-9)
+        return self.price[0] * size + self.price[1] * steps
+
+
+def evaluate(slices: Sequence[Slice], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Values and failures at x (B, N, D), one slice a row, each of shape (B, N)."""
+    B, N = x.shape[:2]
+    value = torch.zeros((B, N), dtype=torch.float64)
+    failed = torch.zeros((B, N), dtype=torch.bool)
+    rows_of: dict[int, list[int]] = {}
+    for row, cut in enumerate(slices):
+        rows_of.setdefault(id(cut.surface), []).append(row)
+    for rows in rows_of.values():
+        natural = [slices[row].natural(x[row]) for row in rows]
+        scores, fails = slices[rows[0]].surface(torch.cat(natural))
+        for place, row in enumerate(rows):
+            here = slice(place * N, (place + 1) * N)
+            value[row] = scores[here].double() - slices[row].cost(natural[place])
+            failed[row] = fails[here]
+    return value, failed
+
+
+def draw_slice(rng: np.random.Generator, surfaces: Sequence[ResponseSurface]) -> Slice:
+    """A random task on one of the surfaces."""
+    surface = surfaces[int(rng.integers(len(surfaces)))]
+    chance = [_TUNED.get(dimension.role or "", 0.3) for dimension in surface.dimensions]
+    tuned = rng.random(len(chance)) < chance
+    if not tuned.any():
+        tuned[int(np.argmax(chance))] = True
+    shift = _shift(rng, surface)
+    dimensions, columns, fixed = [], [], np.zeros(len(chance))
+    for j, dimension in enumerate(surface.dimensions):
+        fixed[j] = _usual(rng, dimension)
+        columns.append(len(dimensions) if tuned[j] else -1)
+        if tuned[j]:
+            dimensions.append(_narrowed(rng, dimension, shift))
+    spread = _spread(surface)
+    price = rng.exponential([0.4, 0.3]) * (rng.random() < 0.5) * spread
+    space = make_space(dimensions)
+    return Slice(surface, space, tuple(columns), fixed, shift, (price[0], price[1]))
+
+
+def _usual(rng: np.random.Generator, dimension: Dimension) -> float:
+    """Somewhere in the middle of a range, or any choice."""
+    if not dimension.is_ordered:
+        return float(rng.integers(len(dimension.levels)))
+    if dimension.role in ("dropout", "weight_decay") and rng.random() < 0.6:
+        return dimension.low
+    u = dimension.snap(np.array([rng.uniform(0.25, 0.75)]))
+    return float(dimension.natural(u)[0])
+
+
+def _narrowed(rng: np.random.Generator, dimension: Dimension, shift: float) -> Dimension:
+    """Part of a measured range, at least half of it, the learning rate relabelled."""
+    if dimension.kind == "categorical":
+        return dimension if dimension.is_ordered else _fewer(rng, dimension)
+    width = rng.uniform(0.5, 1.0) if rng.random() < 0.6 else 1.0
+    start = rng.uniform(0.0, 1.0 - width)
+    low, high = dimension.decode(start), dimension.decode(start + width)
+    if dimension.role in ("dropout", "weight_decay"):
+        low = dimension.low
+    if dimension.role == "learning_rate":
+        return replace(dimension, low=low * 10.0**shift, high=high * 10.0**shift)
+    doubling = dimension.role in ("rank", "alpha", "batch_size")
+    if doubling and dimension.kind == "int" and rng.random() < 0.4:
+        powers = [int(2**k) for k in range(int(np.ceil(np.log2(low))), 13) if 2**k <= high]
+        if len(powers) >= 2:
+            return Dimension(
+                dimension.name, "categorical", choices=tuple(powers), role=dimension.role
+            )
+    return replace(dimension, low=float(low), high=float(max(high, low)))
+
+
+def _fewer(rng: np.random.Generator, dimension: Dimension) -> Dimension:
+    if len(dimension.choices) < 3 or rng.random() < 0.6:
+        return dimension
+    kept = sorted(rng.choice(len(dimension.choices), size=2, replace=False).tolist())
+    return replace(dimension, choices=tuple(dimension.choices[k] for k in kept))
+
+
+def _sample(surface: ResponseSurface, count: int = 512) -> tuple[Tensor, Tensor, Tensor]:
+    """A fixed even sample of a surface: natural values, values, failures."""
+    net = torch.quasirandom.SobolEngine(len(surface.dimensions)).draw(count + 1)[1:].numpy()
+    columns = []
+    for j, dimension in enumerate(surface.dimensions):
+        u = dimension.snap(net[:, j].astype(float))
+        levels = len(dimension.levels) if not dimension.is_ordered else 0
+        columns.append(np.floor(u * levels) if levels else dimension.natural(u))
+    natural = torch.from_numpy(np.stack(columns, 1))
+    return natural, *surface(natural)
+
+
+def _spread(surface: ResponseSurface) -> float:
+    """Best less median value of a surface."""
+    _, value, failed = _sample(surface)
+    alive = value[~failed].double()
+    return float(alive.max() - alive.median()) if len(alive) else 1.0
+
+
+def _shift(rng: np.random.Generator, surface: ResponseSurface) -> float:
+    """Nothing for half of the tasks; else what brings the best rates to where guides look."""
+    column = [j for j, d in enumerate(surface.dimensions) if d.role == "learning_rate"]
+    if not column or rng.random() < 0.5:
+        return 0.0
+    natural, value, failed = _sample(surface)
+    best = torch.where(failed, -torch.inf, value.double()).topk(8).indices
+    centre = float(natural[best, column[0]].log10().median())
+    return GUIDE_LR + float(rng.normal(0.05, 0.35)) - centre
