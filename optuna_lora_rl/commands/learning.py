@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Annotated
@@ -52,31 +54,74 @@ def compare(
 
 @app.command("train-policy")
 def train_policy(
+    file: Annotated[
+        Path, typer.Argument(metavar="POLICY.YAML", help="Settings of the training run.")
+    ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of the run; a run in it goes on.")
-    ],
-    settings: Annotated[
-        Path | None,
-        typer.Option("--settings", metavar="SETTINGS.YAML", help="Settings of the training run."),
-    ] = None,
+    ] = Path("policy"),
+    overrides: Overrides = [],  # noqa: B006
     minutes: Annotated[
         float | None, typer.Option(min=0, help="Stop after so long; the run can go on later.")
     ] = None,
 ) -> None:
     """Train a policy for RLSampler, to be used as its weights.
 
-    Example: [bold]optuna-lora-rl train-policy --output policy --minutes 60[/], then
+    Writes weights, metrics (also for TensorBoard), a figure and a report to the folder. The same
+    command goes on with a run that was interrupted.
+
+    Example: [bold]optuna-lora-rl train-policy studies/policy.yaml -o policy[/], then
     sampler: {name: rl, weights: policy/weights.safetensors} in a study's file.
     """
     from optuna_lora_rl.learning import training
+    from optuna_lora_rl.learning.settings import TrainingSettings
+    from optuna_lora_rl.study import reading
 
-    chosen = training.TrainingSettings() if settings is None else training.load_settings(settings)
-    weights = training.train(output, chosen, minutes=minutes, report=_progress(console()))
-    console().print(f"the weights are in {weights}", highlight=False)
+    content = reading.read_yaml(file)
+    reading.override(content, overrides, {})
+    settings = reading.validate(TrainingSettings, content, str(file))
+    with _progress(console(), settings.updates) as report:
+        weights = training.train(output, settings, minutes=minutes, report=report)
+    console().print(f"the weights are in {weights}, the figure beside them", highlight=False)
 
 
-def _progress(console: Console) -> Callable[[dict[str, float]], None]:
-    def report(metrics: dict[str, float]) -> None:
-        console.print("  ".join(f"{k} {v:.4g}" for k, v in metrics.items()), soft_wrap=True)
+@contextmanager
+def _progress(console: Console, updates: int) -> Iterator[Callable[[dict[str, float]], None]]:
+    """A bar on a terminal, and one line for each validation."""
+    from rich.progress import BarColumn
+    from rich.progress import MofNCompleteColumn
+    from rich.progress import Progress
+    from rich.progress import TextColumn
+    from rich.progress import TimeRemainingColumn
 
-    return report
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("preparing tasks", total=updates)
+
+        def report(metrics: dict[str, float]) -> None:
+            phase = "imitation" if "imitation_loss" in metrics else "ppo"
+            progress.update(bar, completed=metrics["update"], description=phase)
+            if "validation_gain" in metrics:
+                console.print(_line(phase, metrics), soft_wrap=True, highlight=False)
+
+        yield report
+
+
+def _line(phase: str, metrics: dict[str, float]) -> str:
+    """What a validation found, on one line."""
+    leads = [
+        f"{name.removeprefix('lead_')} {value:+.3f}"
+        for name, value in metrics.items()
+        if name.startswith("lead_")
+    ]
+    return (
+        f"update {metrics['update']:.0f} ({phase}): log10 regret better than the start's by"
+        f" {metrics['validation_gain']:+.3f}"
+        f" ({metrics['gain_low']:+.3f} to {metrics['gain_high']:+.3f});"
+        f" lead over the best opponent: {', '.join(leads)}"
+    )

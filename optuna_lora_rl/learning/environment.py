@@ -210,11 +210,13 @@ def sweep_opening(environment: TuningEnvironment) -> Tensor | None:
     middle = best.gather(1, column)
     place = torch.full_like(middle, (0.5, 0.25, 0.75)[t]) if t < 3 else middle
     if t >= 3:
-        place = middle + (0.125 if t == 3 else -0.125)
+        # The fifth goes on where the fourth was better, and to the other side where it was worse.
+        higher = (observed.y.argmax(1)[:, None] == 3) | (t == 3)
+        place = middle + torch.where(higher, 0.125, -0.125)
     swept = layout.default.scatter(1, column, place.clamp(0.0, 1.0))
-    return layout.snap(torch.where(layout.has_role[:, role, None], swept, layout.default)[:, None])[
-        :, 0
-    ]
+    return layout.snap(
+        torch.where(layout.has_role[:, role, None], swept, layout.default)[:, None]
+    )[:, 0]
 
 
 def random_opening(environment: TuningEnvironment) -> Tensor | None:

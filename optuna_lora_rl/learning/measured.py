@@ -149,7 +149,9 @@ def draw_slice(rng: np.random.Generator, surfaces: Sequence[ResponseSurface]) ->
     if not tuned.any():
         tuned[int(np.argmax(chance))] = True
     shift = _shift(rng, surface)
-    dimensions, columns, fixed = [], [], np.zeros(len(chance))
+    dimensions: list[Dimension] = []
+    columns: list[int] = []
+    fixed = np.zeros(len(chance))
     for j, dimension in enumerate(surface.dimensions):
         fixed[j] = _usual(rng, dimension)
         columns.append(len(dimensions) if tuned[j] else -1)

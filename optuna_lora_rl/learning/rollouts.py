@@ -99,28 +99,37 @@ def clairvoyant(tasks: Tasks, x: Tensor, valid: Tensor, regret: Tensor) -> Tenso
     return (gain.clamp_min(0.0) * valid).float()
 
 
-def collect(
-    tasks: Tasks, length: int, network: Scorer, critic: Critic, generator: torch.Generator
-) -> Rollout:
-    """Run one stochastic episode a task.
-
-    A quarter of the tasks get their results late (parallel workers), a fifth have their poor
-    trials pruned; the horizon is told to six in ten, and wrongly to one in ten.
-    """
+def _environment(
+    tasks: Tasks, length: int, generator: torch.Generator, plain: bool
+) -> TuningEnvironment:
     B = len(tasks)
+    if plain:
+        return TuningEnvironment(tasks, length, generator, horizon=torch.full((B,), length))
     lag = torch.randint(1, 4, (B,), generator=generator)
     lag = lag * (torch.rand(B, generator=generator) < 0.25)
     told = torch.rand(B, generator=generator)
     wrong = torch.randint(3, 60, (B,), generator=generator)
     horizon = torch.where(told < 0.6, length, torch.where(told < 0.7, wrong, 0))
-    environment = TuningEnvironment(
-        tasks,
-        length,
-        generator,
-        lag=lag,
-        horizon=horizon,
-        pruning=torch.rand(B, generator=generator) < 0.2,
-    )
+    pruning = torch.rand(B, generator=generator) < 0.2
+    return TuningEnvironment(tasks, length, generator, lag=lag, horizon=horizon, pruning=pruning)
+
+
+def collect(
+    tasks: Tasks,
+    length: int,
+    network: Scorer,
+    critic: Critic,
+    generator: torch.Generator,
+    *,
+    plain: bool = False,
+) -> Rollout:
+    """Run one stochastic episode a task.
+
+    A quarter of the tasks get their results late (parallel workers), a fifth have their poor
+    trials pruned; the horizon is told to six in ten, and wrongly to one in ten. With ``plain`` all
+    results come at once and whole, and the horizon is told.
+    """
+    environment = _environment(tasks, length, generator, plain)
     steps: list[tuple[Tensor, ...]] = []
     seen: list[Features] = []
     with torch.no_grad():

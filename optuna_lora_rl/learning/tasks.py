@@ -77,7 +77,9 @@ class Tasks:
 
     def __getitem__(self, rows: Tensor) -> Tasks:
         tuples = {"spaces", "slices"}
-        chosen = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name not in tuples}
+        chosen = {
+            f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name not in tuples
+        }
         order = rows.tolist()
         return Tasks(
             spaces=tuple(self.spaces[i] for i in order),

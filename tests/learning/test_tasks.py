@@ -25,11 +25,13 @@ def test_a_seed_gives_the_same_tasks(tasks: Tasks) -> None:
 
 def test_nothing_beats_the_known_best_by_much_and_the_median_is_the_median(tasks: Tasks) -> None:
     generator = torch.Generator().manual_seed(0)
-    score, failed = tasks.score(tasks.layout.snap(uniform_points(tasks.layout, 512, generator)))
+    x = tasks.layout.snap(uniform_points(tasks.layout, 512, generator))
+    score, failed = tasks.score(x)
+    failed |= tasks.excess(x) > 0
     alive = torch.where(failed, torch.nan, score)
     assert alive.nan_to_num(-9.0).amax() < 1.05
     assert alive.nanmedian(1).values.abs().median() < 0.1
-    assert 0.0 < failed.double().mean() < 0.2
+    assert 0.0 < failed.double().mean() < 0.25
 
 
 def test_tasks_are_of_many_kinds(tasks: Tasks) -> None:

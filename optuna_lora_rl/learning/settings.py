@@ -1,0 +1,87 @@
+"""What a training run may say in its YAML file, such as ``studies/policy.yaml``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel
+from pydantic import ConfigDict
+from pydantic import Field
+
+from optuna_lora_rl.policy.ppo import PPOSettings
+
+_PPO = PPOSettings()
+_Share = Annotated[float, Field(ge=0.0, le=1.0)]
+_Rate = Annotated[float, Field(gt=0.0)]
+
+
+class PPOSection(BaseModel):
+    """Hyperparameters of PPO; see :class:`~optuna_lora_rl.policy.ppo.PPOSettings`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    learning_rate: _Rate = _PPO.learning_rate
+    gamma: _Share = _PPO.gamma
+    gae_lambda: _Share = _PPO.gae_lambda
+    clip_coef: _Rate = _PPO.clip_coef
+    ent_coef: Annotated[float, Field(ge=0.0)] = _PPO.ent_coef
+    vf_coef: Annotated[float, Field(ge=0.0)] = _PPO.vf_coef
+    max_grad_norm: _Rate = _PPO.max_grad_norm
+    update_epochs: Annotated[int, Field(ge=1)] = _PPO.update_epochs
+    minibatch_size: Annotated[int, Field(ge=2)] = _PPO.minibatch_size
+    target_kl: _Rate = _PPO.target_kl
+
+    def settings(self) -> PPOSettings:
+        """As the algorithm takes them."""
+        return PPOSettings(**self.model_dump())
+
+
+class TrainingSettings(BaseModel):
+    """What a training run depends on.
+
+    Args:
+        seed: of tasks, networks and episodes.
+        curriculum_updates: rollouts at the start on small, clean tasks only (at most three
+            parameters, results at once, nothing pruned); they count as imitation.
+        imitation_updates: rollouts learnt from by imitation, first.
+        ppo_updates: rollouts learnt from by PPO, afterwards.
+        transitions: trials a rollout, all its studies together.
+        lengths: numbers of trials that a study may have; each rollout draws one.
+        tasks: size of the pool of training tasks.
+        measured_share: share of the LoRA tasks that are cut out of measured tables.
+        validation_tasks: tasks kept apart for choices, equally many of each group.
+        validate_every: updates between validations.
+        width: of the networks' hidden layers.
+        imitation_learning_rate: of Adam while imitating.
+        ppo: hyperparameters of PPO.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    curriculum_updates: Annotated[int, Field(ge=0)] = 20
+    imitation_updates: Annotated[int, Field(ge=0)] = 260
+    ppo_updates: Annotated[int, Field(ge=0)] = 240
+    transitions: Annotated[int, Field(ge=50)] = 2048
+    lengths: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (
+        5,
+        8,
+        10,
+        12,
+        16,
+        20,
+        30,
+        50,
+    )
+    tasks: Annotated[int, Field(ge=1)] = 4000
+    measured_share: _Share = 0.35
+    validation_tasks: Annotated[int, Field(ge=4)] = 240
+    validate_every: Annotated[int, Field(ge=1)] = 20
+    width: Annotated[int, Field(ge=1)] = 64
+    imitation_learning_rate: _Rate = 1e-3
+    ppo: PPOSection = PPOSection()
+
+    @property
+    def updates(self) -> int:
+        """Updates in the whole run."""
+        return self.imitation_updates + self.ppo_updates

@@ -1,0 +1,140 @@
+"""How good a policy is on tasks kept apart, beside what experts and libraries would do.
+
+Notations
+    B         tasks, G groups of them
+    regret    after each trial, shape (B, T)
+    opponents the residual policy without network ("defaults_then_gp"), an expert's sweep and then
+              the same process ("sweep_then_gp"), ten random trials and then that ("gp")
+
+A lead is a difference of mean log10 regrets, positive where the policy is ahead: 0.3 is half the
+opponent's regret. No opponent wins in every group, so the policy is held against the best one of
+each group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from optuna_lora_rl.learning.environment import OPENINGS
+from optuna_lora_rl.learning.environment import rollout_regret
+from optuna_lora_rl.learning.tasks import GROUPS
+from optuna_lora_rl.learning.tasks import Tasks
+from optuna_lora_rl.policy.network import Scorer
+
+CHECKPOINTS = (1, 3, 5, 10, 20, 50)
+_FLOOR = 0.01
+
+
+def balanced(tasks: Tasks, count: int) -> Tasks:
+    """About ``count`` of the tasks, equally many of each group that there is."""
+    groups = tasks.groups
+    present = [g for g in range(len(GROUPS)) if bool((groups == g).any())]
+    each = max(1, count // len(present))
+    rows = [torch.nonzero(groups == g)[:each, 0] for g in present]
+    return tasks[torch.cat(rows)]
+
+
+def log_regret(regret: Tensor) -> Tensor:
+    """log10 of the regret at the checkpoints, floored at 0.01, shape (B, K)."""
+    columns = [k - 1 for k in CHECKPOINTS if k <= regret.shape[1]]
+    return (regret[:, columns] + _FLOOR).log10()
+
+
+def bootstrap_interval(
+    differences: np.ndarray, seed: int, draws: int = 2000
+) -> tuple[float, float, float]:
+    """Mean of paired differences and its 95% bootstrap interval."""
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(len(differences), size=(draws, len(differences)))
+    low, high = np.quantile(differences[rows].mean(axis=1), [0.025, 0.975])
+    return float(differences.mean()), float(low), float(high)
+
+
+@dataclass
+class Validation:
+    """Tasks, the opponents' regret on them, and the comparison of a network with it.
+
+    Args:
+        tasks: the problems.
+        length: trials a study.
+        seed: of candidates and noise, the same for all policies.
+        opponents: log10 regret at the checkpoints by opponent, each of shape (B, K).
+    """
+
+    tasks: Tasks
+    length: int
+    seed: int
+    opponents: dict[str, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.opponents = {
+            name: log_regret(
+                rollout_regret(self.tasks, self.length, None, self.seed, opening=opening)
+            )
+            for name, opening in OPENINGS.items()
+        }
+
+    @property
+    def checkpoints(self) -> list[int]:
+        """Numbers of trials after which regrets are compared."""
+        return [k for k in CHECKPOINTS if k <= self.length]
+
+    def regret(self, network: Scorer | None) -> Tensor:
+        """log10 regret of a network at the checkpoints, shape (B, K)."""
+        return log_regret(rollout_regret(self.tasks, self.length, network, self.seed))
+
+    def compare(self, network: Scorer) -> dict[str, float]:
+        """Metrics of a network.
+
+        ``validation_gain`` (with ``gain_low`` and ``gain_high``, its 95% interval) is over the
+        residual policy, a mean over tasks and checkpoints; ``gain_at_k`` after k trials;
+        ``regret_GROUP`` the geometric mean of its regret from the third trial on;
+        ``lead_GROUP`` over the group's best opponent, likewise.
+        """
+        mine = self.regret(network)
+        gain = self.opponents["defaults_then_gp"] - mine
+        mean, low, high = bootstrap_interval(gain.mean(1).numpy(), self.seed)
+        metrics = {"validation_gain": mean, "gain_low": low, "gain_high": high}
+        for column, k in enumerate(self.checkpoints):
+            metrics[f"gain_at_{k}"] = float(gain[:, column].mean())
+        for name, rows in self.groups().items():
+            later = mine[rows, 1:].mean(0)
+            best = torch.stack([o[rows, 1:].mean(0) for o in self.opponents.values()]).amin(0)
+            metrics[f"regret_{name}"] = float(10.0 ** later.mean())
+            metrics[f"lead_{name}"] = float((best - later).mean())
+        return metrics
+
+    def groups(self) -> dict[str, Tensor]:
+        """Rows of each group that there is."""
+        which = self.tasks.groups
+        rows = {name: torch.nonzero(which == g)[:, 0] for g, name in enumerate(GROUPS)}
+        return {name: found for name, found in rows.items() if len(found)}
+
+    def table(self, networks: Mapping[str, Scorer]) -> str:
+        """Regret of networks and opponents by group and trial, and paired leads, as Markdown."""
+        results = {name: self.regret(network) for name, network in networks.items()}
+        results |= self.opponents
+        first = next(iter(networks))
+        head = " | ".join(str(k) for k in self.checkpoints)
+        parts = []
+        for group, rows in self.groups().items():
+            lines = [f"**{group}** ({len(rows)} tasks), geometric mean of the regret after trials"]
+            lines += ["", f"| | {head} |", "|---" * (len(self.checkpoints) + 1) + "|"]
+            for name, result in results.items():
+                cells = [f"{10.0**value:.3f}" for value in result[rows].mean(0).tolist()]
+                lines.append(f"| {name} | {' | '.join(cells)} |")
+            for name in [other for other in results if other != first]:
+                difference = (results[name] - results[first])[rows].numpy()
+                cells = [
+                    "{:+.2f} [{:+.2f}, {:+.2f}]".format(*bootstrap_interval(column, self.seed))
+                    for column in difference.T
+                ]
+                lines.append(f"| log10 {name} - {first} | {' | '.join(cells)} |")
+            parts.append("\n".join(lines))
+        return "\n\n".join(parts) + "\n"
