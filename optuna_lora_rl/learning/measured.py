@@ -92,13 +92,16 @@ class Slice:
         """The surface's own coordinates of points x (N, D), shape (N, P)."""
         points = x.numpy()
         values = np.repeat(self.fixed[None], len(points), axis=0)
+        alphas: tuple[int, np.ndarray] | None = None
         for j, (dimension, column) in enumerate(
             zip(self.surface.dimensions, self.columns, strict=True)
         ):
             if column < 0:
                 continue
             tuned, u = self.space.dimensions[column], points[:, column]
-            if dimension.is_ordered:
+            if tuned.role == "alpha" and dimension.role == "alpha_ratio":
+                alphas = j, tuned.natural(u)
+            elif dimension.is_ordered:
                 values[:, j] = tuned.natural(u)
             else:
                 places = np.array([dimension.levels.index(choice) for choice in tuned.levels])
@@ -106,6 +109,10 @@ class Slice:
                 values[:, j] = places[cell]
             if dimension.role == "learning_rate":
                 values[:, j] *= 10.0**-self.shift
+        if alphas is not None:
+            j, alpha = alphas
+            ratio, roles = self.surface.dimensions[j], [d.role for d in self.surface.dimensions]
+            values[:, j] = (alpha / values[:, roles.index("rank")]).clip(ratio.low, ratio.high)
         return torch.from_numpy(values)
 
     def cost(self, natural: Tensor) -> Tensor:
@@ -157,6 +164,9 @@ def draw_slice(rng: np.random.Generator, surfaces: Sequence[ResponseSurface]) ->
         columns.append(len(dimensions) if tuned[j] else -1)
         if tuned[j]:
             dimensions.append(_narrowed(rng, dimension, shift))
+            ranked = any(d.role == "rank" for d in surface.dimensions)
+            if dimension.role == "alpha_ratio" and ranked and rng.random() < 0.65:
+                dimensions[-1] = _alpha(rng)
     spread = _spread(surface)
     price = rng.exponential([0.4, 0.3]) * (rng.random() < 0.5) * spread
     space = make_space(dimensions)
@@ -192,6 +202,15 @@ def _narrowed(rng: np.random.Generator, dimension: Dimension, shift: float) -> D
                 dimension.name, "categorical", choices=tuple(powers), role=dimension.role
             )
     return replace(dimension, low=float(low), high=float(max(high, low)))
+
+
+def _alpha(rng: np.random.Generator) -> Dimension:
+    """Alpha itself, as most write it, where its ratio to the rank was measured."""
+    low, high = 2.0 ** round(rng.uniform(0.0, 4.0)), 2.0 ** round(rng.uniform(5.0, 8.0))
+    if rng.random() < 0.4:
+        powers = tuple(int(2**k) for k in range(round(np.log2(low)), round(np.log2(high)) + 1))
+        return Dimension("lora_alpha", "categorical", choices=powers)
+    return Dimension("lora_alpha", "int", low, high, log=True)
 
 
 def _fewer(rng: np.random.Generator, dimension: Dimension) -> Dimension:

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel
 from pydantic import ConfigDict
 from pydantic import Field
+from pydantic import field_validator
 
 from optuna_lora_rl.policy.ppo import PPOSettings
 
@@ -63,16 +64,7 @@ class TrainingSettings(BaseModel):
     imitation_updates: Annotated[int, Field(ge=0)] = 260
     ppo_updates: Annotated[int, Field(ge=0)] = 240
     transitions: Annotated[int, Field(ge=50)] = 2048
-    lengths: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] = (
-        5,
-        8,
-        10,
-        12,
-        16,
-        20,
-        30,
-        50,
-    )
+    lengths: tuple[Annotated[int, Field(ge=1)], ...] = (5, 8, 10, 12, 16, 20, 30, 50)
     tasks: Annotated[int, Field(ge=1)] = 4000
     measured_share: _Share = 0.35
     validation_tasks: Annotated[int, Field(ge=4)] = 240
@@ -80,6 +72,13 @@ class TrainingSettings(BaseModel):
     width: Annotated[int, Field(ge=1)] = 64
     imitation_learning_rate: _Rate = 1e-3
     ppo: PPOSection = PPOSection()
+
+    @field_validator("lengths")
+    @classmethod
+    def _some(cls, lengths: tuple[int, ...]) -> tuple[int, ...]:
+        if not lengths:
+            raise ValueError("lengths is [], but must hold at least one number of trials")
+        return lengths
 
     @property
     def updates(self) -> int:

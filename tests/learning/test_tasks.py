@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from optuna_lora_rl.learning.environment import TuningEnvironment
+from optuna_lora_rl.learning.environment import random_opening
 from optuna_lora_rl.learning.environment import rollout_regret
+from optuna_lora_rl.learning.environment import sweep_opening
 from optuna_lora_rl.learning.tasks import Tasks
 from optuna_lora_rl.learning.tasks import draw_tasks
 from optuna_lora_rl.policy.candidates import uniform_points
@@ -90,3 +93,58 @@ def test_the_residual_policy_beats_random_search_on_training_tasks(tasks: Tasks)
     random = rollout_regret(tasks, 10, None, 0, random=True)[:, -1]
     gain = (random + 0.01).log() - (policy + 0.01).log()
     assert gain.mean() > 2 * gain.std() / len(gain) ** 0.5
+
+
+def test_a_constraint_can_be_kept_and_is_learnt_from(tasks: Tasks) -> None:
+    rows = torch.nonzero(tasks.constrained)[:, 0]
+    assert 1 <= len(rows) <= 15
+    some = tasks[rows]
+    x = some.layout.snap(uniform_points(some.layout, 256, torch.Generator().manual_seed(0)))
+    kept = (some.excess(x) <= 0).double().mean(1)
+    assert (kept > 0.1).all()
+    assert (kept < 0.95).all()
+    environment = TuningEnvironment(some, 6, torch.Generator().manual_seed(0))
+    while not environment.done:
+        environment.step(environment.decide(None).logits.argmax(1))
+    seen = environment.observe()
+    assert (some.excess(seen.x) <= 0).equal(~seen.infeasible)
+    counts = torch.where(seen.good, (1.0 - some.score(seen.x)[0]).clamp(0.0, 3.0), 3.0)
+    assert environment.regret.numpy() == pytest.approx(counts.amin(1).numpy())
+
+
+def test_poor_trials_are_pruned_and_then_known_only_roughly(tasks: Tasks) -> None:
+    B = len(tasks)
+    environment = TuningEnvironment(
+        tasks, 12, torch.Generator().manual_seed(0), pruning=torch.arange(B) % 2 == 0
+    )
+    x = uniform_points(tasks.layout, 12, torch.Generator().manual_seed(1))
+    for t in range(12):
+        environment.run(tasks.layout.snap(x)[:, t])
+    pruned = environment._pruned
+    assert not pruned[1::2].any()
+    assert not pruned[:, :4].any()
+    assert 0.2 < pruned[::2, 4:].double().mean() < 0.7
+    # A pruned trial's score is one of the completed ones, below their median.
+    row = int(torch.nonzero(pruned.any(1))[0])
+    finals = environment._scores[row][~pruned[row]]
+    guesses = environment._scores[row][pruned[row]]
+    assert all(bool((finals == guess).any()) for guess in guesses)
+    assert guesses.max() <= finals.median()
+
+
+def test_openings_make_the_first_choices(tasks: Tasks) -> None:
+    role = ROLES.index("learning_rate")
+    some = tasks[torch.nonzero(tasks.layout.has_role[:, role])[:10, 0]]
+    environment = TuningEnvironment(some, 6, torch.Generator().manual_seed(0))
+    column = some.layout.role_column[:, role, None]
+    places = []
+    while (x := sweep_opening(environment)) is not None:
+        places.append(x.gather(1, column)[:, 0])
+        environment.run(x)
+    assert len(places) == 5
+    for place, wanted in zip(places[:3], (0.5, 0.25, 0.75), strict=True):
+        assert place.numpy() == pytest.approx(np.full(10, wanted), abs=0.02)
+    best = environment.observe().best(1)[0][:, 0].gather(1, column)[:, 0]
+    assert ((torch.stack(places, 1) - best[:, None]).abs().amin(1) < 1e-9).all()
+    assert (regret := rollout_regret(some, 3, None, 0, opening=random_opening)).shape == (10, 3)
+    assert (regret.diff(dim=1) <= 0).all()

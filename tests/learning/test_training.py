@@ -1,27 +1,39 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from optuna_lora_rl import cli
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.learning.rollouts import collect
+from optuna_lora_rl.learning.settings import TrainingSettings
 from optuna_lora_rl.learning.training import Trainer
-from optuna_lora_rl.learning.training import TrainingSettings
-from optuna_lora_rl.learning.training import bootstrap_interval
-from optuna_lora_rl.learning.training import load_settings
-from optuna_lora_rl.learning.training import main
-from optuna_lora_rl.learning.training import settings_from
 from optuna_lora_rl.learning.training import train
+from optuna_lora_rl.learning.training_log import read_metrics
+from optuna_lora_rl.learning.validation import bootstrap_interval
 from optuna_lora_rl.policy import weights
+from optuna_lora_rl.study import reading
 
 SMALL = TrainingSettings(
-    imitation_updates=2, ppo_updates=2, batch=6, tasks=8, validation_tasks=6, validate_every=2
+    curriculum_updates=0,
+    imitation_updates=1,
+    ppo_updates=1,
+    transitions=50,
+    lengths=(4, 6),
+    tasks=10,
+    validation_tasks=4,
+    validate_every=9,
 )
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optuna_lora_rl.learning.training._VALIDATED", 5)
+    monkeypatch.setattr("optuna_lora_rl.learning.training._REPORTED", 5)
 
 
 def _final(output: Path) -> dict[str, torch.Tensor]:
@@ -31,44 +43,62 @@ def _final(output: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("run")
-    train(output, SMALL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("optuna_lora_rl.learning.training._VALIDATED", 5)
+        patch.setattr("optuna_lora_rl.learning.training._REPORTED", 5)
+        train(output, SMALL)
     return output
 
 
-def test_a_run_leaves_weights_a_log_and_a_checkpoint(run: Path) -> None:
+def test_a_run_leaves_weights_a_log_a_figure_and_a_report(run: Path) -> None:
     weights.load(run / "weights.safetensors")
-    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [entry["update"] for entry in log] == [1, 2, 3, 4]
-    assert "imitation_loss" in log[0]
+    log = read_metrics(run)
+    assert [entry["update"] for entry in log] == [1, 2]
+    assert {"imitation_loss", "learning_rate", "reward"} <= log[0].keys()
     assert {"approx_kl", "clipfrac", "entropy", "explained_variance", "reward"} <= log[-1].keys()
     assert log[-1]["gain_low"] <= log[-1]["validation_gain"] <= log[-1]["gain_high"]
+    assert any(name.startswith("lead_") for name in log[-1])
+    assert "explained_variance" in (run / "training.html").read_text().lower().replace(" ", "_")
+    assert "sweep_then_gp" in (run / "report.md").read_text()
+    assert list((run / "tensorboard").iterdir())
 
 
 def test_a_run_that_was_interrupted_ends_where_it_would_have(run: Path, tmp_path: Path) -> None:
-    while not (tmp_path / "checkpoint.pt").is_file() or _updates(tmp_path) < 4:
-        train(tmp_path, SMALL, minutes=0)
+    train(tmp_path, SMALL, minutes=0)
+    # What was done after the last checkpoint is done again, and logged once.
+    lost = json.dumps({**read_metrics(run)[-1], "reward": 99.0})
+    with (tmp_path / "metrics.jsonl").open("a") as log:
+        log.write(lost + "\n")
+    train(tmp_path, SMALL)
     whole, pieces = _final(run), _final(tmp_path)
     assert all(torch.equal(whole[name], pieces[name]) for name in whole)
-
-
-def _updates(output: Path) -> int:
-    return int(torch.load(output / "checkpoint.pt", weights_only=True)["update"])
+    assert read_metrics(tmp_path) == read_metrics(run)
 
 
 def test_another_runs_folder_is_refused(run: Path) -> None:
     with pytest.raises(UserError, match="belongs to a run with other settings"):
-        train(run, replace(SMALL, seed=1))
+        train(run, SMALL.model_copy(update={"seed": 1}))
 
 
-def test_imitation_lowers_its_loss(tmp_path: Path) -> None:
-    trainer = Trainer(SMALL, tmp_path)
-    rollout = collect(trainer.pool, 6, trainer.network, trainer.critic, trainer.generator)
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("optuna_lora_rl.learning.training._VALIDATED", 5)
+        torch.manual_seed(3)
+        before = torch.random.get_rng_state()
+        made = Trainer(SMALL, tmp_path_factory.mktemp("trainer"))
+        made.step()
+        assert torch.equal(torch.random.get_rng_state(), before)
+    return made
+
+
+def test_imitation_lowers_its_loss(trainer: Trainer) -> None:
+    rollout = collect(trainer.pool, 5, trainer.network, trainer.critic, trainer.generator)
     losses = [trainer._imitate(rollout)["imitation_loss"] for _ in range(10)]
     assert losses[-1] < losses[0]
 
 
-def test_the_weights_are_the_mean_of_the_best_of_both_phases(tmp_path: Path) -> None:
-    trainer = Trainer(SMALL, tmp_path)
+def test_the_weights_are_the_mean_of_the_best_of_both_phases(trainer: Trainer) -> None:
     state = trainer.network.state_dict()
     for phase, value in (("imitation", 1.0), ("ppo", 3.0)):
         network = {name: torch.full_like(tensor, value) for name, tensor in state.items()}
@@ -78,46 +108,56 @@ def test_the_weights_are_the_mean_of_the_best_of_both_phases(tmp_path: Path) -> 
     assert (weights.load(trainer.finish()).last.weight == 0.0).all()
 
 
-def test_training_leaves_the_global_generator_alone(tmp_path: Path) -> None:
-    torch.manual_seed(3)
-    state = torch.random.get_rng_state()
-    Trainer(SMALL, tmp_path).step()
-    assert torch.equal(torch.random.get_rng_state(), state)
+def test_the_curriculum_begins_with_small_tasks_and_keeps_constraints_apart(
+    trainer: Trainer,
+) -> None:
+    first, rest = trainer.stages["first"], trainer.stages["all"]
+    assert all(len(trainer.pool.spaces[row]) <= 3 for row in first.tolist())
+    assert len(first) < len(rest)
+    assert not trainer.pool.constrained[rest].any()
 
 
 def test_settings_of_the_shipped_file() -> None:
     file = Path(__file__).parents[2] / "studies" / "policy.yaml"
-    assert load_settings(file) == TrainingSettings()
+    content = reading.read_yaml(file)
+    assert reading.validate(TrainingSettings, content, "policy.yaml") == TrainingSettings()
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("override", "message"),
     [
-        ({"sed": 1}, "sed is no setting of a training run: batch"),
-        ({"seed": "one"}, "seed is 'one', but must be a number"),
-        ({"ppo": {"clip": 0.1}}, "ppo: clip is no setting of PPO"),
-        ({"ppo": {"gamma": "high"}}, "ppo: gamma is 'high'"),
-        ({"ppo": 3}, "ppo is 3"),
+        ("sed=1", "sed is not a known key; did you mean seed?"),
+        ("seed=one", "seed is 'one', but must be a whole number"),
+        ("ppo.clip=0.1", "ppo.clip is not a known key; did you mean clip_coef?"),
+        ("ppo.gamma=1.5", "ppo.gamma is 1.5, but must be at most 1"),
+        ("lengths=[0]", "lengths.0 is 0, but must be at least 1"),
     ],
 )
-def test_bad_settings_are_named(values: dict, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        settings_from(values)
+def test_bad_settings_are_named(
+    override: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(Path(__file__).parents[2] / "studies" / "policy.yaml")
+    with pytest.raises(SystemExit) as end:
+        cli.main(["train-policy", file, "--set", override, "--output", str(tmp_path / "run")])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_missing_settings_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be read as YAML"):
-        load_settings(tmp_path / "none.yaml")
-
-
-def test_the_command_line_prints_where_the_weights_are(
+def test_the_command_says_how_it_goes_and_where_the_weights_are(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main(
-        f"--output {tmp_path} --imitation-updates 1 --ppo-updates 0 --batch 4 --tasks 4"
-        " --validation-tasks 4".split()
+    file = tmp_path / "policy.yaml"
+    file.write_text(
+        "{curriculum_updates: 0, imitation_updates: 1, ppo_updates: 0, transitions: 50,"
+        " lengths: [4], tasks: 4, validation_tasks: 4}"
     )
-    assert capsys.readouterr().out.strip().endswith("weights.safetensors")
+    with pytest.raises(SystemExit) as end:
+        cli.main(["train-policy", str(file), "--output", str(tmp_path / "run")])
+    assert not end.value.code
+    said = capsys.readouterr().out
+    assert "update 1 (imitation)" in said
+    assert "weights.safetensors" in said
 
 
 def test_the_interval_of_equal_differences_is_a_point() -> None:
