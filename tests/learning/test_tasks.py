@@ -20,10 +20,10 @@ def tasks() -> Tasks:
 
 
 def test_a_seed_gives_the_same_tasks(tasks: Tasks) -> None:
-    again = draw_tasks(60, seed=5)
-    assert torch.equal(again.best, tasks.best)
-    assert again.spaces == tasks.spaces
-    assert not torch.equal(draw_tasks(60, seed=6).best, tasks.best)
+    again = draw_tasks(8, seed=5)
+    assert torch.equal(again.best, tasks.best[:8])
+    assert again.spaces == tasks.spaces[:8]
+    assert not torch.equal(draw_tasks(8, seed=6).best, again.best)
 
 
 def test_nothing_beats_the_known_best_by_much_and_the_median_is_the_median(tasks: Tasks) -> None:
