@@ -12,9 +12,7 @@ from typing import Annotated
 import typer
 
 from optuna_lora_rl.commands.given import Overrides
-from optuna_lora_rl.commands.given import StudyFile
 from optuna_lora_rl.commands.given import console
-from optuna_lora_rl.commands.given import load
 from optuna_lora_rl.commands.given import split
 
 if TYPE_CHECKING:
@@ -25,25 +23,39 @@ app = typer.Typer()
 
 @app.command()
 def compare(
-    file: StudyFile,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")],
-    samplers: Annotated[str, typer.Option(help="Names, separated by commas.")] = "rl,tpe,random",
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds each, from 0 on.")] = 5,
-    workers: Annotated[int, typer.Option(min=1, help="Studies at the same time.")] = 1,
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE.YAML", help="A study, or a comparison on known problems."),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the results.")
+    ] = None,
+    samplers: Annotated[
+        str | None,
+        typer.Option(help="Names, separated by commas; rl,tpe,random for a study by default."),
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="How many seeds each, from 0 on; 5 by default.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Studies at the same time; 1 by default.")
+    ] = None,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """Run the same study with several samplers and seeds, and compare the best scores.
+    """Compare samplers on one fine-tuning study, or on the problems that a file names.
 
+    A study is run with several samplers and seeds, and the best scores are compared. A file with
+    the key problems says itself which samplers, problems and seeds.
     Running it again goes on with what is missing.
 
-    Example: [bold]optuna-lora-rl compare study.yaml --samplers rl,tpe --seeds 5 -o results[/]
+    Example: [bold]optuna-lora-rl compare study.yaml --samplers rl,tpe --seeds 5 -o results[/], or
+    [bold]optuna-lora-rl compare studies/sampler_comparison.yaml --workers 2[/]
     """
     from optuna_lora_rl.study import comparison
 
-    load(file, overrides)
     comparison.compare(
         file,
-        samplers=split(samplers) or [],
+        samplers=split(samplers),
         seeds=seeds,
         workers=workers,
         output=output,

@@ -1,14 +1,15 @@
-"""Runs one study with several samplers and seeds, and compares what they found.
+"""Compares samplers: on one fine-tuning study, or by a file of samplers and problems.
 
-Every run is a process of its own with one thread, so that runs side by side do not disturb each
-other; with estimated costs the result does not depend on how many there are.
+A study is run with several samplers and seeds. Every run is a process of its own with one thread,
+so that runs side by side do not disturb each other; with estimated costs the result does not
+depend on how many there are. A file with ``problems`` is for
+:mod:`optuna_lora_rl.learning.comparison`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -17,7 +18,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import as_completed
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
@@ -26,9 +26,15 @@ import numpy as np
 from optuna.trial import TrialState
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.learning.comparison.statistics import interval
+from optuna_lora_rl.learning.comparison.writing import cell
+from optuna_lora_rl.learning.comparison.writing import footer
+from optuna_lora_rl.learning.comparison.writing import table
+from optuna_lora_rl.learning.comparison.writing import versions
 from optuna_lora_rl.samplers import NAMES
 from optuna_lora_rl.study import opening
 from optuna_lora_rl.study import outcome
+from optuna_lora_rl.study import reading
 from optuna_lora_rl.study.budget import Usage
 from optuna_lora_rl.study.spec import StudySpec
 from optuna_lora_rl.study.spec import load
@@ -38,7 +44,7 @@ if TYPE_CHECKING:
 
 _PACKAGES = ("optuna", "torch", "transformers", "peft", "trl", "scikit-learn", "numpy")
 _CHECKPOINTS = (5, 10, 20, 50)
-_RESAMPLES = 10_000
+_SAMPLERS = ("rl", "tpe", "random")
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,85 @@ class Contestant:
 def compare(
     file: Path,
     *,
+    samplers: Sequence[str] | None,
+    seeds: int | None,
+    workers: int | None,
+    output: Path | None,
+    overrides: Sequence[str],
+    console: Console,
+) -> None:
+    """Runs what is missing, and writes ``comparison.json`` and ``comparison.md``.
+
+    Args:
+        file: Of a study, or of a comparison.
+        samplers: Names; for a comparison some of its entries. By default ``rl``, ``tpe`` and
+            ``random`` for a study, and all entries for a comparison.
+        seeds: Seeds 0 to ``seeds - 1`` are run for each sampler; 5 for a study by default.
+        workers: Runs at the same time; 1 for a study by default.
+        output: Folder for the results. By default ``comparison`` in the study's output folder,
+            where its runs are kept in any case, or what the comparison's file says.
+        overrides: ``key=value`` assignments over the file.
+        console: Is told of every finished run.
+
+    Raises:
+        UserError: If the file is of neither kind, a sampler's name is unknown, or a run fails.
+    """
+    content = reading.read_yaml(file)
+    if "problems" in content:
+        said = {"seeds": seeds, "workers": workers}
+        overrides = [*overrides, *(f"{k}={v}" for k, v in said.items() if v is not None)]
+        _compare_on_problems(file, content, samplers, output, overrides, console)
+    elif content.keys() & {"data", "model"}:
+        _compare_on_study(
+            file,
+            samplers=samplers or _SAMPLERS,
+            seeds=seeds or 5,
+            workers=workers or 1,
+            output=output or load(file, overrides).folder / "comparison",
+            overrides=overrides,
+            console=console,
+        )
+    else:
+        raise UserError(
+            f"{file} is neither a study, which has the key data, nor a comparison of samplers, "
+            "which has the key problems"
+        )
+
+
+def _compare_on_problems(
+    file: Path,
+    content: dict[str, Any],
+    samplers: Sequence[str] | None,
+    output: Path | None,
+    overrides: Sequence[str],
+    console: Console,
+) -> None:
+    from optuna_lora_rl.learning.comparison import command
+    from optuna_lora_rl.learning.comparison.protocol import Protocol
+
+    reading.override(content, overrides, {})
+    entries = content.get("samplers")
+    if samplers is not None and isinstance(entries, dict):
+        for name in samplers:
+            if name not in entries:
+                raise UserError(
+                    f"--samplers: {name!r} is not in {file}; use some of {', '.join(entries)}"
+                )
+        content["samplers"] = {name: entries[name] for name in samplers}
+    content.setdefault("name", file.stem)
+    protocol = reading.validate(Protocol, content, str(file))
+    folder = output or Path(protocol.output or f"runs/{protocol.name}")
+    typed = ["optuna-lora-rl", "compare", str(file)]
+    typed += [] if samplers is None else ["--samplers", ",".join(samplers)]
+    typed += [part for o in overrides for part in ("--set", o)]
+    typed += [] if output is None else ["--output", str(output)]
+    command.compare(protocol, folder, command=shlex.join(typed), console=console)
+    console.print(f"the results are in {folder}/comparison.md, .html and .json", highlight=False)
+
+
+def _compare_on_study(
+    file: Path,
+    *,
     samplers: Sequence[str],
     seeds: int,
     workers: int,
@@ -66,21 +151,6 @@ def compare(
     overrides: Sequence[str],
     console: Console,
 ) -> None:
-    """Runs what is missing, and writes ``comparison.json`` and ``comparison.md``.
-
-    Args:
-        file: The study's file.
-        samplers: Names; the others are compared with the first.
-        seeds: Seeds 0 to ``seeds - 1`` are run for each sampler.
-        workers: Runs at the same time.
-        output: Folder for the two files. The studies themselves are kept in the study's own
-            output folder, under ``comparison``.
-        overrides: ``key=value`` assignments over the file.
-        console: Is told of every finished run.
-
-    Raises:
-        UserError: If a sampler's name is unknown, or a run fails.
-    """
     for name in samplers:
         if name not in NAMES:
             raise UserError(f"--samplers: {name!r} is not known; use some of {', '.join(NAMES)}")
@@ -104,7 +174,7 @@ def compare(
     command = ["optuna-lora-rl", "compare", str(file), "--samplers", ",".join(samplers)]
     command += ["--seeds", str(seeds), "--output", str(output)]
     command += [part for o in overrides for part in ("--set", o)]
-    results = summarise(curves) | {"command": shlex.join(command), "versions": _versions()}
+    results = summarise(curves) | {"command": shlex.join(command), "versions": versions(_PACKAGES)}
     output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=2)
     (output / "comparison.json").write_text(text + "\n", encoding="utf-8")
@@ -131,8 +201,8 @@ def summarise(curves: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, Any]
         against = scores - np.array([curve[n_trials - 1] for curve in curves[first]])
         samplers[name] = {
             "best_scores": scores.tolist(),
-            "mean": _with_interval(scores),
-            "difference": None if name == first else _with_interval(against),
+            "mean": interval(scores[None]),
+            "difference": None if name == first else interval(against[None]),
             "mean_after": {
                 str(n): float(np.mean([curve[n - 1] for curve in runs])) for n in checkpoints
             },
@@ -148,24 +218,21 @@ def markdown(results: Mapping[str, Any]) -> str:
     checkpoints = list(samplers[first]["mean_after"])
     heads = ["sampler", *(f"after {n}" for n in checkpoints[:-1])]
     heads += [f"after {checkpoints[-1]} [95%]", f"difference to {first} [95%]"]
-    rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    rows = []
     for name, found in samplers.items():
         cells = [f"`{name}`"]
         cells += [f"{found['mean_after'][n]:.4f}" for n in checkpoints[:-1]]
-        cells += [_interval(found["mean"]), _interval(found["difference"], sign=True)]
-        rows.append(f"| {' | '.join(cells)} |")
-    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+        difference = found["difference"]
+        cells += [cell(found["mean"], ".4f"), cell(difference, "+.4f") if difference else "–"]
+        rows.append(cells)
     return "\n".join(
         [
             f"Best score so far, mean over {results['seeds']} seeds; 95% bootstrap intervals over "
             "seeds, differences paired by seed. Higher is better.",
             "",
-            *rows,
+            *table(heads, rows),
             "",
-            f"`{results['command']}`",
-            "",
-            f"{versions}.",
-            "",
+            *footer(results["command"], results["versions"]),
         ]
     )
 
@@ -211,21 +278,3 @@ def _curve(spec: StudySpec) -> list[float] | None:
         best = best if score is None else max(best, score)
         curve.append(best)
     return curve
-
-
-def _with_interval(values: np.ndarray) -> dict[str, float]:
-    rng = np.random.default_rng(0)
-    means = rng.choice(values, (_RESAMPLES, len(values))).mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
-
-
-def _interval(found: Mapping[str, float] | None, *, sign: bool = False) -> str:
-    if found is None:
-        return "–"
-    form = "+.4f" if sign else ".4f"
-    return f"{found['mean']:{form}} [{found['low']:{form}}, {found['high']:{form}}]"
-
-
-def _versions() -> dict[str, str]:
-    return {"Python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}

@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from optuna_lora_rl import samplers
-from optuna_lora_rl.learning.comparison import FUNCTIONS
-from optuna_lora_rl.learning.comparison import TEST_SEED
-from optuna_lora_rl.learning.comparison import Problem
-from optuna_lora_rl.learning.comparison import synthetic_problem
-from optuna_lora_rl.learning.tasks import draw_tasks
+from optuna_lora_rl.learning.comparison.functions import classic_problems
+from optuna_lora_rl.learning.comparison.problem import Problem
+from optuna_lora_rl.learning.comparison.synthetic import TEST_SEED
+from optuna_lora_rl.learning.comparison.synthetic import synthetic_problems
 from optuna_lora_rl.samplers.history import space_of
 from tests.samplers.subjects import suggest_lora
 
@@ -113,8 +112,7 @@ def regret(problem: Problem, name: str, *, side_by_side: int, trials: int) -> fl
 def problems() -> Iterator[list[Problem]]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    tasks = draw_tasks(6, seed=TEST_SEED)
-    yield [synthetic_problem(tasks, row) for row in range(6)] + list(FUNCTIONS[:1])
+    yield synthetic_problems(6, TEST_SEED) + classic_problems()[:1]
     torch.set_num_threads(before)
 
 

@@ -1,0 +1,61 @@
+"""Tasks of the families that the policy is trained on, drawn with another seed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from optuna.distributions import BaseDistribution
+from optuna.distributions import CategoricalDistribution
+from optuna.distributions import FloatDistribution
+from optuna.distributions import IntDistribution
+
+from optuna_lora_rl.learning.comparison.problem import LORA
+from optuna_lora_rl.learning.comparison.problem import OTHER
+from optuna_lora_rl.learning.comparison.problem import Problem
+from optuna_lora_rl.learning.tasks import Tasks
+from optuna_lora_rl.learning.tasks import draw_tasks
+from optuna_lora_rl.policy.dimensions import Dimension
+
+# Tasks of this seed are neither trained nor validated on.
+TEST_SEED = 777_000_001
+# Decades between the best learning rate and the guides' from which a scale is another one.
+_ANOTHER_SCALE = 0.7
+
+
+def distribution(dimension: Dimension) -> BaseDistribution:
+    """Optuna's distribution for a dimension."""
+    if dimension.kind == "categorical":
+        return CategoricalDistribution(dimension.choices)
+    if dimension.kind == "int":
+        return IntDistribution(round(dimension.low), round(dimension.high), log=dimension.log)
+    return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
+
+
+def synthetic_problem(tasks: Tasks, row: int) -> Problem:
+    """A task of the training families as a problem for any Optuna sampler."""
+    task = tasks[torch.tensor([row])]
+    space, width = task.spaces[0], task.layout.real.shape[1]
+    is_lora_space, is_lora = bool(task.truth[0, 3] > 0), bool(task.truth[0, 0] > 0)
+    shifted = is_lora_space and is_lora and abs(float(task.truth[0, 1])) > _ANOTHER_SCALE
+    group = "LoRA, other scale" if shifted else "LoRA, usual scale" if is_lora_space else OTHER
+
+    def evaluate(params: dict[str, Any], rng: np.random.Generator) -> tuple[float, float]:
+        x = np.full((1, 1, width), 0.5)
+        x[0, 0, : len(space)] = space.encode(params)
+        score, failed = task.score(torch.from_numpy(x))
+        if bool(failed):
+            raise FloatingPointError
+        value = float(score)
+        return value + float(task.noise) * rng.normal(), max(0.0, 1.0 - value)
+
+    distributions = {d.name: distribution(d) for d in space.dimensions}
+    domain = LORA if is_lora_space else OTHER
+    return Problem(f"synthetic-{row}", f"synthetic: {group}", domain, distributions, evaluate)
+
+
+def synthetic_problems(count: int, seed: int) -> list[Problem]:
+    """So many tasks of a seed."""
+    tasks = draw_tasks(count, seed=seed)
+    return [synthetic_problem(tasks, row) for row in range(count)]
