@@ -55,10 +55,10 @@ def device_of(use_cpu: bool | None) -> torch.device:
 
 def path_of(options: ModelOptions) -> str:
     """Returns the folder or hub name that a model's name stands for."""
-    if options.name == "tiny":
-        from optuna_lora_rl import tiny
+    from optuna_lora_rl import tiny
 
-        return str(tiny.MODEL_FOLDER)
+    if options.name in tiny.MODELS:
+        return str(tiny.MODELS[options.name])
     path = Path(options.name).expanduser()
     return str(path) if path.is_dir() else options.name
 

@@ -141,7 +141,7 @@ def _csv(path: Path) -> Iterable[Row]:
 
 
 def _parquet(path: Path) -> Iterable[Row]:
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow.parquet
 
     rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
     return rows

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
     from optuna_lora_rl.finetuning.architecture import LinearModule
+    from optuna_lora_rl.finetuning.cost import Estimate
     from optuna_lora_rl.finetuning.lora import Adapter
     from optuna_lora_rl.finetuning.preparation import Prepared
     from optuna_lora_rl.finetuning.price import Measured
@@ -193,6 +194,15 @@ class FineTuner:
     def baseline(self) -> Evaluation:
         """Returns the untuned model's evaluation on the validation set, measured once."""
         return self._baseline
+
+    def estimate(self, configuration: Mapping[str, Value]) -> tuple[Estimate, dict[str, float]]:
+        """Counts a whole run without doing it, and returns it with its ``cost_parts``.
+
+        Raises:
+            FineTuningError: When there is nothing that the configuration could adapt.
+        """
+        counted = self._price.estimate(Configuration.of(configuration))
+        return counted, self._price.estimated(counted)
 
     def run(
         self,

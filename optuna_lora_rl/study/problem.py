@@ -19,7 +19,7 @@ from optuna.distributions import check_distribution_compatibility
 from optuna.distributions import distribution_to_json
 from optuna.distributions import json_to_distribution
 
-import optuna_lora_rl
+from optuna_lora_rl import tiny
 from optuna_lora_rl.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ TUNED = "tuned"
 _IRRELEVANT = {"training.report_to", "objective.objectives"}
 _ANOTHER = "choose another study name or storage"
 _CHUNK_BYTES = 1 << 20
-# Of the built-in model; another version of the package may have others.
-_WEIGHTS = Path(optuna_lora_rl.__file__).parent / "tiny" / "weights" / "model.safetensors"
 
 
 def describe(spec: StudySpec) -> dict[str, Any]:
@@ -49,7 +47,10 @@ def describe(spec: StudySpec) -> dict[str, Any]:
     }
     flat = {key: value for key, value in _flatten(sections) if key not in _IRRELEVANT}
     for key in ("model.name", "data.train", "data.validation", "data.test"):
-        content = _content(_WEIGHTS if flat.get(key) == "tiny" else flat.get(key))
+        said = flat.get(key)
+        # Another version of the package may have other weights in its built-in models.
+        built_in = tiny.MODELS.get(str(said)) if key == "model.name" else None
+        content = _content(built_in / "model.safetensors" if built_in else said)
         if content:
             flat[f"{key} (content)"] = content
     return dict(json.loads(json.dumps(flat)))

@@ -271,15 +271,17 @@ def _own_tensorboard_folder(spec: StudySpec, number: int) -> Iterator[None]:
 
 @contextmanager
 def _threads(spec: StudySpec) -> Iterator[None]:
-    """One thread for the built-in model.
+    """One thread for a built-in model.
 
     It is too small for more: they would wait for each other, for ages on a busy machine, and
     sums in another order would make results depend on the number of cores.
     """
     import torch
 
+    from optuna_lora_rl import tiny
+
     before = torch.get_num_threads()
-    if spec.model.name == "tiny":
+    if spec.model.name in tiny.MODELS:
         torch.set_num_threads(1)
     try:
         yield

@@ -1,7 +1,7 @@
-"""The built-in model and tasks, so that studies, tests and examples run with no network.
+"""The built-in models and tasks, so that studies, tests and examples run with no network.
 
-``TASKS`` names the tasks, ``load`` returns their examples and ``MODEL_FOLDER`` is an ordinary
-Hugging Face folder::
+``TASKS`` names the tasks, ``load`` returns their examples and ``MODELS`` has the folders of the
+models, in Hugging Face format; ``MODEL_FOLDER`` is that of ``tiny``::
 
     from transformers import AutoModelForCausalLM
     from optuna_lora_rl import tiny
@@ -18,6 +18,12 @@ from optuna_lora_rl.tiny.tasks import FAMILIES
 from optuna_lora_rl.tiny.tasks import TASKS
 from optuna_lora_rl.tiny.tasks import load
 
-MODEL_FOLDER = Path(__file__).resolve().parent / "weights"
+_FOLDER = Path(__file__).resolve().parent
+MODELS = {
+    "tiny": _FOLDER / "weights",
+    "tiny-narrow": _FOLDER / "weights-narrow",
+    "tiny-wide": _FOLDER / "weights-wide",
+}
+MODEL_FOLDER = MODELS["tiny"]
 
-__all__ = ["FAMILIES", "MODEL_FOLDER", "TASKS", "load"]
+__all__ = ["FAMILIES", "MODELS", "MODEL_FOLDER", "TASKS", "load"]

@@ -1,9 +1,11 @@
-"""The recipe of the built-in model: a small Llama, pretrained for real on one processor core.
+"""The recipes of the built-in models: small Llamas, pretrained for real on one processor core.
 
     python -m optuna_lora_rl.tiny.pretraining --output weights --steps 3000 --seed 0
+    python -m optuna_lora_rl.tiny.pretraining --model tiny-narrow --output weights-narrow
 
-Half of the tokens are the Python standard library's sources and docstrings (except the modules
-reserved for the fine-tuning tasks), half are the exercises of ``mixture``. A run that was stopped
+A part of the tokens is the Python standard library's sources and docstrings (except the modules
+reserved for the fine-tuning tasks), the rest are the exercises of ``mixture``; ``RECIPES`` has
+each model's size and shares. All models have one tokenizer. A run that was stopped
 goes on from its last checkpoint; each logged step is one line of ``pretraining.jsonl``; the
 finished folder is an ordinary Hugging Face model with a model card that states its losses.
 """
@@ -17,9 +19,11 @@ import random
 import time
 from dataclasses import asdict
 from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
+from typing import Literal
 
 import torch
 
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _CHECKPOINT, _LOG = "checkpoint.pt", "pretraining.jsonl"
+_HEAD = 32  # width of one attention head
 _HELD_OUT_EVERY = 25  # every 25th document is kept for validation
 _SOURCES = ("standard library", "exercises")
 
@@ -48,6 +53,11 @@ class Recipe:
         warmup: Steps of warm-up.
         exercises: Procedural documents to compose.
         files: Standard-library files to read; None reads all that are not reserved.
+        layers: Transformer layers.
+        width: Hidden size; a head has 32 of it.
+        inner: Width of the feed-forward layers.
+        share: Share of the sequences that are exercises, from 0 to 1.
+        stored: Type of the saved weights; the model's own is float32 in any case.
     """
 
     steps: int = 3000
@@ -58,6 +68,15 @@ class Recipe:
     warmup: int = 100
     exercises: int = 120_000
     files: int | None = None
+    layers: int = 4
+    width: int = 128
+    inner: int = 352
+    share: float = 0.5
+    stored: Literal["float32", "float16"] = "float32"
+
+    def source(self, sequence: int) -> str:
+        """Return the source of one sequence, counted from the start of training."""
+        return _SOURCES[int((sequence + 1) * self.share) - int(sequence * self.share)]
 
     def rate(self, step: int) -> float:
         """Return the learning rate of one step."""
@@ -65,6 +84,15 @@ class Recipe:
             return self.learning_rate * (step + 1) / self.warmup
         progress = (step - self.warmup) / max(1, self.steps - self.warmup)
         return self.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+RECIPES = {
+    "tiny": Recipe(),
+    "tiny-narrow": Recipe(steps=3400, layers=3, width=64, inner=176, share=0.8),
+    "tiny-wide": Recipe(
+        steps=1600, sequence_length=128, width=192, inner=512, share=0.2, stored="float16"
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -83,7 +111,7 @@ class Corpus:
         generator = random.Random(f"{recipe.seed}-batch-{step}")
         rows = []
         for row in range(recipe.batch_size):
-            stream = self.train[_SOURCES[row % len(_SOURCES)]]
+            stream = self.train[recipe.source(step * recipe.batch_size + row)]
             start = generator.randrange(len(stream) - recipe.sequence_length)
             rows.append(stream[start : start + recipe.sequence_length])
         return torch.stack(rows)
@@ -130,18 +158,18 @@ def _stream(documents: Sequence[Sequence[int]]) -> torch.Tensor:
     return torch.tensor([token for ids in documents for token in ids], dtype=torch.long)
 
 
-def build_model(tokenizer: Any) -> Any:
-    """Return the untrained model: four Llama layers of width 128, about 0.93 M parameters."""
+def build_model(tokenizer: Any, recipe: Recipe) -> Any:
+    """Return the untrained model, a Llama of the recipe's size."""
     from transformers import LlamaConfig
     from transformers import LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        hidden_size=recipe.width,
+        intermediate_size=recipe.inner,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.width // _HEAD,
+        num_key_value_heads=recipe.width // _HEAD,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
@@ -185,12 +213,15 @@ def unigram_losses(corpus: Corpus, vocabulary_size: int) -> dict[str, float]:
     return losses
 
 
-def pretrain(output: Path, recipe: Recipe, *, checkpoint_every: int = 200) -> dict[str, float]:
+def pretrain(
+    output: Path, recipe: Recipe, *, name: str = "tiny", checkpoint_every: int = 200
+) -> dict[str, float]:
     """Pretrain into ``output`` and return the final validation losses by source.
 
     Args:
         output: The folder of the finished model; also of the checkpoint while it is not.
         recipe: What to do.
+        name: The model's name, for its card.
         checkpoint_every: Steps between checkpoints and between validations.
     """
     output.mkdir(parents=True, exist_ok=True)
@@ -199,7 +230,7 @@ def pretrain(output: Path, recipe: Recipe, *, checkpoint_every: int = 200) -> di
     corpus = build_corpus(recipe, documents, tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        model = build_model(tokenizer)
+        model = build_model(tokenizer, recipe)
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
@@ -221,9 +252,9 @@ def pretrain(output: Path, recipe: Recipe, *, checkpoint_every: int = 200) -> di
             _log(output, {"step": done, "validation": shown, "seconds_per_step": seconds})
             _save_checkpoint(output, recipe, model, optimizer, done)
     losses = validation_losses(model, corpus, length=recipe.sequence_length, windows=10**6)
-    model.save_pretrained(output)
+    _save(model, output, recipe.stored)
     tokenizer.save_pretrained(output)
-    card = _model_card(recipe, model, corpus, losses)
+    card = _model_card(name, recipe, model, corpus, losses)
     (output / "README.md").write_text(card, encoding="utf-8")
     return losses
 
@@ -278,7 +309,19 @@ def _resume(output: Path, recipe: Recipe, model: Any, optimizer: Any) -> int:
     return int(state["step"])
 
 
-def _model_card(recipe: Recipe, model: Any, corpus: Corpus, losses: dict[str, float]) -> str:
+def _save(model: Any, output: Path, stored: str) -> None:
+    """Save the model; weights stored in half precision still load as float32."""
+    model.to(getattr(torch, stored))
+    model.save_pretrained(output)
+    settings = output / "config.json"
+    content = json.loads(settings.read_text(encoding="utf-8"))
+    content["dtype"] = "float32"
+    settings.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _model_card(
+    name: str, recipe: Recipe, model: Any, corpus: Corpus, losses: dict[str, float]
+) -> str:
     import platform
 
     import transformers
@@ -291,16 +334,20 @@ def _model_card(recipe: Recipe, model: Any, corpus: Corpus, losses: dict[str, fl
     )
     seen = recipe.steps * recipe.batch_size * recipe.sequence_length
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    command = (
-        "python -m optuna_lora_rl.tiny.pretraining --output DIR "
-        f"--steps {recipe.steps} --seed {recipe.seed}"
-    )
-    return f"""# The built-in model
+    config = model.config
+    command = "python -m optuna_lora_rl.tiny.pretraining --output DIR "
+    if name != "tiny":
+        command += f"--model {name} "
+    command += f"--steps {recipe.steps} --seed {recipe.seed}"
+    return f"""# The built-in model `{name}`
 
-A Llama of {parameters:,} parameters (4 layers, width 128, 4 heads, 1,024 byte-level BPE tokens),
-pretrained on {seen / 1e6:.1f} M tokens: half of them the Python standard library's sources and
-docstrings, half procedural exercises. It is there so that studies, tests and examples run with no
-network; it knows nothing else. The text of the fine-tuning tasks was not part of its training.
+A Llama of {parameters:,} parameters ({config.num_hidden_layers} layers, width \
+{config.hidden_size}, {config.num_attention_heads} heads, {config.vocab_size:,} byte-level BPE
+tokens; stored as {recipe.stored}), pretrained on {seen / 1e6:.1f} M tokens: \
+{1 - recipe.share:.0%} of them the Python standard
+library's sources and docstrings, {recipe.share:.0%} procedural exercises. It is there so that
+studies, tests and examples run with no network; it knows nothing else. The text of the
+fine-tuning tasks was not part of its training.
 
     {command}
 
@@ -315,14 +362,18 @@ Losses in nats a token on held-out documents, beside those of token frequencies 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line and pretrain."""
-    parser = argparse.ArgumentParser(description="Pretrain the built-in model.")
+    parser = argparse.ArgumentParser(description="Pretrain a built-in model.")
     parser.add_argument("--output", type=Path, required=True, help="folder of the model")
-    parser.add_argument("--steps", type=int, default=Recipe.steps, help="optimizer steps")
+    parser.add_argument("--model", choices=list(RECIPES), default="tiny", help="its recipe")
+    parser.add_argument("--steps", type=int, help="optimizer steps, where not the recipe's")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--threads", type=int, default=1, help="processor threads")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    losses = pretrain(options.output, Recipe(steps=options.steps, seed=options.seed))
+    recipe = replace(RECIPES[options.model], seed=options.seed)
+    if options.steps:
+        recipe = replace(recipe, steps=options.steps)
+    losses = pretrain(options.output, recipe, name=options.model)
     print(json.dumps({source: round(loss, 4) for source, loss in losses.items()}))
 
 

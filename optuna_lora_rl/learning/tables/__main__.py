@@ -1,0 +1,72 @@
+"""Measure the tables, or compile what was measured.
+
+    python -m optuna_lora_rl.learning.tables measure --log logs/tables.jsonl
+    python -m optuna_lora_rl.learning.tables compile --log logs/tables.jsonl
+
+Measuring takes hours; it goes on where it was, from the log and from the compiled file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.learning.tables import dataset
+from optuna_lora_rl.learning.tables import design
+from optuna_lora_rl.learning.tables import records
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def measure(given: argparse.Namespace) -> None:
+    """Measure what log and compiled file lack, in one process, on one thread."""
+    # A measurement that lasts hours shall not stop because a hub cannot be reached.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+
+    from optuna_lora_rl.learning.tables.measuring import measure as go_on
+
+    # The matrices are too small to share, and sums in another order would give other numbers.
+    torch.set_num_threads(1)
+    known = records.merged(records.read(given.log), dataset.read(given.compiled))
+    tasks = design.chosen(given.tasks)
+    go_on(given.log, known, tasks, given.configurations, lambda line: print(line, flush=True))
+
+
+def compile_file(given: argparse.Namespace) -> None:
+    """Add the log to the compiled file."""
+    known = records.merged(dataset.read(given.compiled), records.read(given.log))
+    if not known:
+        raise UserError(f"There are no records in {given.log}.")
+    dataset.write(given.compiled, known)
+    print(f"{len(known)} records, {given.compiled.stat().st_size:,} bytes in {given.compiled}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read the command line and do as it says; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m optuna_lora_rl.learning.tables")
+    commands = parser.add_subparsers(required=True)
+    for name, action in (("measure", measure), ("compile", compile_file)):
+        command = commands.add_parser(name, help=action.__doc__)
+        command.set_defaults(action=action)
+        command.add_argument("--log", type=Path, default=Path("logs/tables.jsonl"))
+        command.add_argument("--compiled", type=Path, default=dataset.FILE)
+        if action is measure:
+            command.add_argument("--tasks", nargs="*", default=[], help="all where none is given")
+            command.add_argument("--configurations", type=int, default=design.CONFIGURATIONS)
+    given = parser.parse_args(arguments)
+    try:
+        given.action(given)
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
