@@ -61,8 +61,8 @@ class Surrogate:
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the noise-free score at x, each of shape (B, N)."""
-        k = self.log_s.exp()[:, None, None] * _matern52(
-            _squared_distance(self.X, x, self.unordered, self.log_l)
+        k = self.log_s.exp()[:, None, None] * matern52(
+            squared_distance(self.X, x, self.unordered, self.log_l)
         )
         k = k * self.mask[:, :, None]
         mean = (k * self.alpha[:, :, None]).sum(1)
@@ -83,7 +83,7 @@ class Surrogate:
         return torch.where(self.mask.any(1), best, torch.zeros_like(best))
 
 
-def _squared_distance(a: Tensor, b: Tensor, unordered: Tensor, log_l: Tensor) -> Tensor:
+def squared_distance(a: Tensor, b: Tensor, unordered: Tensor, log_l: Tensor) -> Tensor:
     """Scaled squared distances between a (B, n, D) and b (B, N, D), shape (B, n, N)."""
     scale = (-log_l).exp()[:, None, :]
     ordered = ~unordered[:, None, :]
@@ -97,7 +97,7 @@ def _squared_distance(a: Tensor, b: Tensor, unordered: Tensor, log_l: Tensor) ->
     return r2
 
 
-def _matern52(r2: Tensor) -> Tensor:
+def matern52(r2: Tensor) -> Tensor:
     r = _SQRT5 * (r2 + 1e-18).sqrt()
     return (1.0 + r + r * r / 3.0) * torch.exp(-r)
 
@@ -255,7 +255,7 @@ def condition(
     """The process with hyperparameters ``theta`` given the observations."""
     log_l, log_s, log_v = theta[:, :-2], theta[:, -2], theta[:, -1]
     both = (mask[:, :, None] & mask[:, None, :]).to(y.dtype)
-    K = log_s.exp()[:, None, None] * _matern52(_squared_distance(X, X, unordered, log_l)) * both
+    K = log_s.exp()[:, None, None] * matern52(squared_distance(X, X, unordered, log_l)) * both
     noise = torch.where(mask, log_v.exp()[:, None] + extra, torch.ones_like(extra))
     # The diagonal of the distances is 0 up to rounding; set it exactly.
     K = K - torch.diag_embed(K.diagonal(dim1=1, dim2=2))

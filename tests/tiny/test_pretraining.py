@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers import AutoTokenizer
 
@@ -86,6 +87,24 @@ def test_batches_depend_on_recipe_and_step_alone() -> None:
     assert torch.equal(corpus.batch(BRIEF, 7), corpus.batch(BRIEF, 7))
     assert not torch.equal(corpus.batch(BRIEF, 7), corpus.batch(BRIEF, 8))
     assert corpus.batch(BRIEF, 7).shape == (2, 64)
+
+
+def test_shares_of_the_sources_are_kept_over_the_batches() -> None:
+    for share in (0.0, 0.2, 0.5, 0.8, 1.0):
+        read = [Recipe(share=share).source(place) for place in range(1000)]
+        assert abs(read.count("exercises") - 1000 * share) <= 1
+    assert [Recipe().source(place) for place in range(2)] == ["standard library", "exercises"]
+
+
+def test_half_precision_is_a_matter_of_storage(tmp_path: Path) -> None:
+    stored = replace(BRIEF, steps=1, exercises=100, files=2, layers=1, width=32, stored="float16")
+    pretraining.pretrain(tmp_path, stored, name="another")
+    weights = load_file(tmp_path / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float16}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.dtype == torch.float32
+    assert (model.config.num_hidden_layers, model.config.hidden_size) == (1, 32)
+    assert "`another`" in (tmp_path / "README.md").read_text()
 
 
 def test_unigram_loss_is_the_entropy_of_known_frequencies() -> None:

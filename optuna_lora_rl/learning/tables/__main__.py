@@ -1,7 +1,8 @@
-"""Measure the tables, or compile what was measured.
+"""Measure the tables, compile what was measured, fit the surfaces.
 
     python -m optuna_lora_rl.learning.tables measure --log logs/tables.jsonl
     python -m optuna_lora_rl.learning.tables compile --log logs/tables.jsonl
+    python -m optuna_lora_rl.learning.tables fit
 
 Measuring takes hours; it goes on where it was, from the log and from the compiled file.
 """
@@ -47,18 +48,36 @@ def compile_file(given: argparse.Namespace) -> None:
     print(f"{len(known)} records, {given.compiled.stat().st_size:,} bytes in {given.compiled}")
 
 
+def fit(given: argparse.Namespace) -> None:
+    """Fit the surfaces of a compiled file, and print the table of their quality."""
+    import torch
+
+    from optuna_lora_rl.learning.tables import fitting
+
+    torch.set_num_threads(1)
+    fitting.fit_all(given.compiled, given.fits, given.costs, lambda line: print(line, flush=True))
+    print(fitting.markdown(given.compiled, given.fits))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line and do as it says; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m optuna_lora_rl.learning.tables")
+    from optuna_lora_rl.learning.tables import costs
+    from optuna_lora_rl.learning.tables.surfaces import FITS
+
     commands = parser.add_subparsers(required=True)
-    for name, action in (("measure", measure), ("compile", compile_file)):
+    for name, action in (("measure", measure), ("compile", compile_file), ("fit", fit)):
         command = commands.add_parser(name, help=action.__doc__)
         command.set_defaults(action=action)
-        command.add_argument("--log", type=Path, default=Path("logs/tables.jsonl"))
+        if action is not fit:
+            command.add_argument("--log", type=Path, default=Path("logs/tables.jsonl"))
         command.add_argument("--compiled", type=Path, default=dataset.FILE)
         if action is measure:
             command.add_argument("--tasks", nargs="*", default=[], help="all where none is given")
             command.add_argument("--configurations", type=int, default=design.CONFIGURATIONS)
+        if action is fit:
+            command.add_argument("--fits", type=Path, default=FITS)
+            command.add_argument("--costs", type=Path, default=costs.FILE)
     given = parser.parse_args(arguments)
     try:
         given.action(given)

@@ -1,0 +1,265 @@
+"""Response surfaces of the tables: what any configuration would score, also between the points.
+
+Notations
+    T, n     tables, runs of a table (padded in a batch)
+    D        coordinates (``coordinates.NAMES``), 9
+    P        outputs of a process: 4 for the learning curve, 1 for divergence
+    X        coordinates of the measured runs, shape (T, n, D);  x: those asked for, (T, N, D)
+    theta    log lengthscales, log signal variance, log noise variance, shape (D + 2,)
+    alpha    (K + noise)^-1 y for each output, shape (T, P, n), with y standardised
+
+Two Gaussian processes a table (``policy.surrogate``: Matérn 5/2, one lengthscale a coordinate):
+the final quality, whose kernel the three earlier points of the curve share; and whether a run
+*diverged*, that is, failed or ended worse than the untuned model by over 5% of its loss (a
+regression on -1 and 1, Rasmussen & Williams 2006, section 6.5). Quality below -0.5 counts as
+-0.5: how bad a useless run was shall not bend the surface elsewhere. The cost is counted, not
+fitted: ``costs``.
+
+The kernels' hyperparameters are fitted once (``python -m optuna_lora_rl.learning.tables fit``)
+and kept in ``surfaces.json`` beside the cross-validated quality; loading only solves for alpha.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
+
+import numpy as np
+import torch
+
+from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.learning.tables import coordinates
+from optuna_lora_rl.learning.tables import costs
+from optuna_lora_rl.learning.tables import dataset
+from optuna_lora_rl.policy import surrogate
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from optuna_lora_rl.learning.tables.dataset import Table
+
+FITS = Path(__file__).resolve().parent / "surfaces.json"
+WORST = -0.5
+DIVERGED = -0.05
+
+
+@dataclass(frozen=True, eq=False)
+class Process:
+    """A Gaussian process for each of several tables; see the module's notations.
+
+    The mean at x is ``shift + stretch * (k(x, X) @ alpha)`` with ``k`` the Matérn 5/2 kernel of
+    variance ``variance`` at scaled distance ``|(x - X) * scale|``, where a coordinate without
+    order contributes 0 or ``scale``.
+
+    Attributes:
+        X: Measured coordinates, shape (T, n, D), padded with 0.
+        alpha: Shape (T, P, n); 0 where padded, so that padding adds nothing.
+        scale: Inverse lengthscales, shape (T, D).
+        variance: Of the signal, shape (T,).
+        shift: Mean of each output, shape (T, P).
+        stretch: Deviation of each output, shape (T, P).
+    """
+
+    X: Tensor
+    alpha: Tensor
+    scale: Tensor
+    variance: Tensor
+    shift: Tensor
+    stretch: Tensor
+
+    def __getitem__(self, rows: Any) -> Process:
+        return Process(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the means at coordinates x (T, N, D), shape (T, N, P)."""
+        unordered = torch.from_numpy(coordinates.UNORDERED).expand(len(x), -1)
+        r2 = surrogate.squared_distance(x, self.X, unordered, -self.scale.log())
+        k = self.variance[:, None, None] * surrogate.matern52(r2)
+        return self.shift[:, None] + self.stretch[:, None] * (k @ self.alpha.transpose(1, 2))
+
+
+@dataclass(frozen=True, eq=False)
+class Surfaces:
+    """The surfaces of T tables, in one batch.
+
+    Attributes:
+        names: Of the tables' tasks.
+        noise: Deviation of the final quality between seeds, shape (T,); 0 where not known.
+        curve: Quality at 25, 50, 75 and 100% of the steps, P = 4.
+        divergence: Above 0 where a run rather diverges than not, P = 1.
+        price: The counted cost.
+    """
+
+    names: tuple[str, ...]
+    noise: Tensor
+    curve: Process
+    divergence: Process
+    price: costs.Costs
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, rows: Sequence[int]) -> Surfaces:
+        chosen = torch.as_tensor(rows)
+        return Surfaces(
+            tuple(self.names[row] for row in chosen.tolist()),
+            self.noise[chosen],
+            self.curve[chosen],
+            self.divergence[chosen],
+            self.price[chosen],
+        )
+
+    def quality(self, x: Tensor) -> Tensor:
+        """Return the final quality at coordinates x (T, N, D), shape (T, N)."""
+        return self.curve(x)[:, :, -1]
+
+    def cost(self, x: Tensor) -> Tensor:
+        """Return the relative cost at coordinates x (T, N, D), shape (T, N)."""
+        return self.price(x)
+
+    def diverges(self, x: Tensor) -> Tensor:
+        """Return whether runs at coordinates x (T, N, D) diverge, shape (T, N).
+
+        Where they are predicted to, or to end that much worse than the untuned model: far from
+        all runs the classifier falls back to "no", since few runs diverge.
+        """
+        return (self.divergence(x)[:, :, 0] > 0) | (self.quality(x) < DIVERGED)
+
+
+def targets(table: Table) -> dict[str, NDArray[np.float64]]:
+    """Return what the processes of a table are fitted to, each of shape (n, P)."""
+    curve = np.where(np.isfinite(table.quality), table.quality, WORST).clip(WORST)
+    diverged = (table.failure != "") | (curve[:, -1] < DIVERGED)
+    return {"curve": curve, "divergence": np.where(diverged, 1.0, -1.0)[:, None]}
+
+
+def prior(width: int) -> surrogate.Lengthscales:
+    """Return the prior of the lengthscales for ``width`` processes at once.
+
+    It grows with the square root of D (Hvarfner et al. 2024, "Vanilla Bayesian optimization
+    performs great in high dimensions", section 5), so that complexity does not.
+    """
+    D = len(coordinates.NAMES)
+    mean = torch.full((width, D), math.log(0.5) + 0.5 * math.log(D / 3), dtype=torch.float64)
+    return surrogate.Lengthscales(mean, torch.ones_like(mean))
+
+
+def fit(X: NDArray[np.float64], y: NDArray[np.float64], masks: Tensor) -> surrogate.Surrogate:
+    """Fit one output under several masks at once: on all runs, and without each fold of them.
+
+    Args:
+        X: Coordinates of one table, shape (n, D).
+        y: Standardised output, shape (n,).
+        masks: Runs to learn from, shape (B, n).
+    """
+    B = len(masks)
+    return surrogate.fit(
+        torch.from_numpy(X)[None].expand(B, -1, -1).contiguous(),
+        torch.from_numpy(y)[None].expand(B, -1).contiguous(),
+        masks,
+        torch.from_numpy(coordinates.UNORDERED)[None].expand(B, -1),
+        prior(B),
+        iterations=30,
+    )
+
+
+def condition(
+    X: NDArray[np.float64], y: NDArray[np.float64], theta: Sequence[float] | None
+) -> Process:
+    """Return the process of one table with hyperparameters ``theta``.
+
+    Args:
+        X: Coordinates, shape (n, D).
+        y: Outputs, shape (n, P).
+        theta: None for outputs that are all the same, which the process then returns.
+    """
+    shift, stretch = torch.from_numpy(y.mean(0)), torch.from_numpy(np.maximum(y.std(0), 1e-9))
+    standard = (torch.from_numpy(y) - shift) / stretch
+    log = torch.tensor(theta or [0.0] * (X.shape[1] + 2), dtype=torch.float64)
+    fitted = surrogate.condition(
+        torch.from_numpy(X)[None],
+        standard.T[:1],
+        torch.ones((1, len(X)), dtype=torch.bool),
+        torch.from_numpy(coordinates.UNORDERED)[None],
+        log[None],
+        torch.zeros((1, len(X)), dtype=torch.float64),
+    )
+    alpha = torch.cholesky_solve(standard, fitted.L[0]).T
+    scale, variance = (-log[:-2]).exp(), log[-2].exp()
+    return Process(*(t[None] for t in (fitted.X[0], alpha, scale, variance, shift, stretch)))
+
+
+def stack(processes: Sequence[Process]) -> Process:
+    """Return processes of equal P as one batch, padded to the most runs."""
+    n = max(process.X.shape[1] for process in processes)
+
+    def padded(process: Process, name: str) -> Tensor:
+        tensor: Tensor = getattr(process, name)
+        missing = n - process.X.shape[1]
+        padding = {"X": (0, 0, 0, missing), "alpha": (0, missing)}.get(name)
+        return torch.nn.functional.pad(tensor, padding) if padding else tensor
+
+    return Process(
+        **{f.name: torch.cat([padded(one, f.name) for one in processes]) for f in fields(Process)}
+    )
+
+
+def of(tables: Sequence[Table], fits: Mapping[str, Any], prices: costs.Costs) -> Surfaces:
+    """Return the surfaces of tables.
+
+    Args:
+        tables: T of them.
+        fits: Their entries of ``surfaces.json``, by name of the task.
+        prices: Their costs, in the same order.
+    """
+    processes: dict[str, list[Process]] = {"curve": [], "divergence": []}
+    for table in tables:
+        X, wanted = coordinates.matrix(table.parameters), targets(table)
+        for name, made in processes.items():
+            made.append(condition(X, wanted[name], fits[table.task.name][name]))
+    noise = torch.tensor([table.noise for table in tables], dtype=torch.float64)
+    return Surfaces(
+        names=tuple(table.task.name for table in tables),
+        noise=noise.nan_to_num(0.0),
+        curve=stack(processes["curve"]),
+        divergence=stack(processes["divergence"]),
+        price=prices,
+    )
+
+
+def load(
+    split: str | None = None,
+    *,
+    path: Path = dataset.FILE,
+    fits: Path = FITS,
+    prices: Path = costs.FILE,
+) -> Surfaces:
+    """Return the surfaces of a split's tables.
+
+    Args:
+        split: ``train``, ``validation`` or ``test``; None for all.
+        path: The compiled tables.
+        fits: The fitted hyperparameters.
+        prices: The counted costs.
+
+    Raises:
+        UserError: There is no such split, or a table was not fitted.
+    """
+    tables = dataset.load(split, path=path)
+    known = json.loads(fits.read_text(encoding="utf-8")) if fits.exists() else {}
+    for table in tables:
+        if table.task.name not in known:
+            raise UserError(
+                f"There is no surface of {table.task.name}; run "
+                "python -m optuna_lora_rl.learning.tables fit."
+            )
+    return of(tables, known, costs.load([table.task.name for table in tables], prices))
