@@ -23,6 +23,8 @@ from optuna_lora_rl.learning.tables import records
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_MARKS = ("<!-- begin -->", "<!-- end -->")
+
 
 def measure(given: argparse.Namespace) -> None:
     """Measure what log and compiled file lack, in one process, on one thread."""
@@ -49,14 +51,20 @@ def compile_file(given: argparse.Namespace) -> None:
 
 
 def fit(given: argparse.Namespace) -> None:
-    """Fit the surfaces of a compiled file, and print the table of their quality."""
+    """Fit the surfaces of a compiled file, and write how good they are into the page."""
     import torch
 
     from optuna_lora_rl.learning.tables import fitting
 
     torch.set_num_threads(1)
     fitting.fit_all(given.compiled, given.fits, given.costs, lambda line: print(line, flush=True))
-    print(fitting.markdown(given.compiled, given.fits))
+    table = fitting.markdown(given.compiled, given.fits)
+    if given.page.exists():
+        begin, end = _MARKS
+        before, _, rest = given.page.read_text(encoding="utf-8").partition(begin)
+        _, _, after = rest.partition(end)
+        page = f"{before}{begin}\n\n{table}\n\n{end}{after}"
+        given.page.write_text(page, encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_argument("--configurations", type=int, default=design.CONFIGURATIONS)
         if action is fit:
             command.add_argument("--fits", type=Path, default=FITS)
+            command.add_argument("--page", type=Path, default=Path("docs/tables.md"))
             command.add_argument("--costs", type=Path, default=costs.FILE)
     given = parser.parse_args(arguments)
     try:

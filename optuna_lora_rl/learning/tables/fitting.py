@@ -112,14 +112,17 @@ def fit_all(path: Path, fits: Path, prices: Path, says: Callable[[str], None]) -
 
 
 def markdown(path: Path, fits: Path) -> str:
-    """Return the table of what each table holds and how good its surface is."""
+    """Return in Markdown what each table holds and how good its surface is."""
     known = json.loads(fits.read_text(encoding="utf-8"))
     head = (
         "| table | split | runs | configurations | diverged | untuned loss | median | best "
         "| seed noise | R2 | Spearman |"
     )
-    rows = [head, "| --- | --- |" + " ---: |" * 9]
-    for table in dataset.load(path=path):
+    tables = dataset.load(path=path)
+    runs = sum(map(len, tables))
+    rows = [f"{len(tables)} tables, {runs:,} runs, {path.stat().st_size / 1e6:.2f} MB:", ""]
+    rows += [head, "| --- | --- |" + " ---: |" * 9]
+    for table in tables:
         facts = known[table.task.name]["facts"]
         numbers = [
             f"{facts[name]:.3f}" if facts[name] is not None else "-"

@@ -13,11 +13,13 @@ from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.learning.tables import design
 from optuna_lora_rl.learning.tables.problem import DEFAULTS
 from optuna_lora_rl.learning.tables.problem import TableProblem
 from optuna_lora_rl.learning.tables.surfaces import Surfaces
 from tests.learning.tables.conftest import NAMES
 from tests.learning.tables.conftest import places
+from tests.learning.tables.conftest import truth
 
 TASK = NAMES[0]
 
@@ -95,10 +97,14 @@ def test_noise_is_that_of_the_seeds(fitted: Surfaces) -> None:
 
 
 def test_diverging_runs_fail_where_that_is_wanted(fitted: Surfaces) -> None:
-    hot = {**DEFAULTS, "learning_rate": 0.06, "alpha_ratio": 4.0}
     failing = TableProblem(TASK, failures=True, shipped=fitted)
-    assert math.isnan(failing.evaluate(hot))
-    assert TableProblem(TASK, shipped=fitted).evaluate(hot) < 0
+    drawn = design.configurations(120)
+    for high, share in ((-0.2, 0.9), (0.9, 0.0)):
+        chosen = [one for one in drawn if high - 0.5 < truth(one, -2.5) < high]
+        failed = [math.isnan(failing.evaluate(one)) for one in chosen]
+        assert statistics.mean(failed) >= share if share else not any(failed)
+    scores = [TableProblem(TASK, shipped=fitted).evaluate(one) for one in drawn[:20]]
+    assert all(math.isfinite(score) for score in scores)
     assert math.isfinite(failing.best) and math.isfinite(failing.evaluate(failing.best_params))
 
 
