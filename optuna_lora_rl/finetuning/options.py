@@ -81,8 +81,8 @@ class ModelOptions(_Section):
     name: str = Field(
         default="tiny",
         min_length=1,
-        description="`tiny` for the built-in model, a local folder in Hugging Face format, or a "
-        "name on the Hugging Face hub.",
+        description="`tiny`, `tiny-narrow` or `tiny-wide` for a built-in model, a local folder in "
+        "Hugging Face format, or a name on the Hugging Face hub.",
         examples=["tiny", "Qwen/Qwen2.5-0.5B", "./my-model"],
     )
     revision: str | None = Field(

@@ -170,7 +170,7 @@ def build_model(tokenizer: Any, recipe: Recipe) -> Any:
         num_hidden_layers=recipe.layers,
         num_attention_heads=recipe.width // _HEAD,
         num_key_value_heads=recipe.width // _HEAD,
-        max_position_embeddings=512,
+        max_position_embeddings=2 * recipe.sequence_length,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
