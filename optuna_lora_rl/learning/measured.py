@@ -79,6 +79,7 @@ class Slice:
         fixed: natural values of the fixed parameters, shape (P,).
         shift: decades by which the task's learning rates are labelled higher than measured.
         price: cost in the score of the largest adapter and of the most steps, in units of value.
+        fails: whether a run that diverges fails, rather than to end with a bad score.
     """
 
     surface: ResponseSurface
@@ -87,6 +88,7 @@ class Slice:
     fixed: np.ndarray
     shift: float
     price: tuple[float, float]
+    fails: bool = True
 
     def natural(self, x: Tensor) -> Tensor:
         """The surface's own coordinates of points x (N, D), shape (N, P)."""
@@ -144,7 +146,7 @@ def evaluate(slices: Sequence[Slice], x: Tensor) -> tuple[Tensor, Tensor]:
         for place, row in enumerate(rows):
             here = slice(place * N, (place + 1) * N)
             value[row] = scores[here].double() - slices[row].cost(natural[place])
-            failed[row] = fails[here]
+            failed[row] = fails[here] & slices[row].fails
     return value, failed
 
 
@@ -170,7 +172,8 @@ def draw_slice(rng: np.random.Generator, surfaces: Sequence[ResponseSurface]) ->
     spread = _spread(surface)
     price = rng.exponential([0.4, 0.3]) * (rng.random() < 0.5) * spread
     space = make_space(dimensions)
-    return Slice(surface, space, tuple(columns), fixed, shift, (price[0], price[1]))
+    fails = bool(rng.random() < 0.5)
+    return Slice(surface, space, tuple(columns), fixed, shift, (price[0], price[1]), fails)
 
 
 def _usual(rng: np.random.Generator, dimension: Dimension) -> float:

@@ -206,11 +206,14 @@ class SpacePrior:
         return float(U[best[len(best) // 2]])
 
     def sweep(self) -> np.ndarray:
-        """An expert's sweep, shape (5, d): the learning rate at quantiles of its range."""
-        points = np.repeat(self.point()[None], 5, axis=0)
+        """An expert's sweep, shape (7, d): the learning rate at the eighths of its range.
+
+        The middle first, then the quarters, then what lies between.
+        """
+        points = np.repeat(self.point()[None], 7, axis=0)
         column = self.space.role_columns.get("learning_rate")
         if column is not None:
-            points[:, column] = [0.5, 0.25, 0.75, 0.1, 0.9]
+            points[:, column] = [0.5, 0.25, 0.75, 0.375, 0.625, 0.125, 0.875]
         return self.space.snap(points)
 
 

@@ -148,3 +148,19 @@ def test_openings_make_the_first_choices(tasks: Tasks) -> None:
     assert ((torch.stack(places, 1) - best[:, None]).abs().amin(1) < 1e-9).all()
     assert (regret := rollout_regret(some, 3, None, 0, opening=random_opening)).shape == (10, 3)
     assert (regret.diff(dim=1) <= 0).all()
+
+
+def test_the_candidates_hold_what_an_experts_sweep_does(tasks: Tasks) -> None:
+    """Where LoRA's roles are known: the sweep's own five steps are among the proposals."""
+    role = ROLES.index("learning_rate")
+    rows = tasks.layout.has_role[:, role] & tasks.layout.is_lora & ~tasks.constrained
+    some = tasks[torch.nonzero(rows)[:, 0]]
+    environment = TuningEnvironment(some, 5, torch.Generator().manual_seed(0))
+    column = some.layout.role_column[:, role, None]
+    others = torch.ones_like(some.layout.default, dtype=torch.bool).scatter(1, column, False)
+    while (x := sweep_opening(environment)) is not None:
+        candidates = environment.decide(None).candidates
+        distance = (candidates.x - x[:, None]).abs()
+        assert (distance.amax(2).amin(1) < 0.07).double().mean() > 0.9
+        assert torch.where(others, some.layout.default - x, 0.0).abs().max() < 1e-9
+        environment.run(x)

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import importlib
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,3 +98,19 @@ def test_it_learns_a_bandit_that_depends_on_the_state() -> None:
         ppo.update(evaluate, parameters, optimizer, data, settings, generator)
     chosen = actor(torch.eye(2)).argmax(1)
     assert chosen.tolist() == [0, 2]
+
+
+def test_it_learns_to_balance_a_pole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sixteenth of the steps of studies/cartpole.py, at a higher learning rate.
+
+    Untrained an episode returns about 20. Six seeds ended between 169 and 191 after 24,576 steps;
+    this is a little more.
+    """
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "studies"))
+    cartpole = importlib.import_module("cartpole")
+    settings = replace(cartpole.SETTINGS, learning_rate=2e-3, minibatch_size=256)
+    with torch.random.fork_rng(devices=[]):
+        curve = cartpole.train(1, 30_720, environments=8, settings=settings)
+    assert curve[0]["return"] < 50
+    assert curve[-1]["return"] > 150
+    assert all(abs(entry["approx_kl"]) < 0.1 for entry in curve)
