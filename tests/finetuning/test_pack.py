@@ -279,7 +279,7 @@ def test_saved_adapters_load_onto_the_original_model(tuner: FineTuner, tmp_path:
         assert run.folder is not None
         fresh = AutoModelForCausalLM.from_pretrained(tuner.model.name)
         model = PeftModel.from_pretrained(fresh, run.folder)
-        found = tuner._evaluate(model, tuner._prepared.tokens.validation, None)["loss"]
+        found = tuner._shared.evaluate(model, tuner._prepared.tokens.validation, None)["loss"]
         assert found == pytest.approx(outcome.metrics["loss"], rel=1e-4)
 
 
@@ -287,7 +287,9 @@ def test_one_that_diverges_and_one_that_is_pruned_leave_the_others_alone(
     tuner: FineTuner, base_hash: Hash, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = base_hash(tuner)
-    monkeypatch.setattr(tuner, "training", tuner.training.model_copy(update={"evaluations": 3}))
+    monkeypatch.setattr(
+        tuner._shared, "training", tuner.training.model_copy(update={"evaluations": 3})
+    )
     order: list[int] = []
 
     def prune(step: int, score: float, metrics: Mapping[str, float]) -> None:
@@ -449,7 +451,7 @@ def test_nothing_of_a_pack_stays(
     tuner: FineTuner, world: World, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
 ) -> None:
     changed = tuner.training.model_copy(update={"gradient_checkpointing": checkpointing})
-    monkeypatch.setattr(tuner, "training", changed)
+    monkeypatch.setattr(tuner._shared, "training", changed)
     packed(tuner, runs_of([MIXED[i] for i in (0, 4, 13, 15)]), size=3)
     world.assert_unchanged()
 

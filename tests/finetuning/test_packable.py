@@ -120,7 +120,7 @@ def test_an_adapter_of_a_run_that_was_alone_loads_too(tuner: FineTuner, tmp_path
     outcomes, _ = packed(tuner, runs)
     fresh = AutoModelForCausalLM.from_pretrained(tuner.model.name)
     model = PeftModel.from_pretrained(fresh, tmp_path)
-    found = tuner._evaluate(model, tuner._prepared.tokens.validation, None)["loss"]
+    found = tuner._shared.evaluate(model, tuner._prepared.tokens.validation, None)["loss"]
     assert found == pytest.approx(outcomes[1].metrics["loss"], rel=1e-4)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.finetuning.shared import Shared
 from optuna_lora_rl.finetuning.trial import FineTuner
 from optuna_lora_rl.finetuning.trial import FineTuningError
 from optuna_lora_rl.finetuning.trial import TrialResult
@@ -459,7 +460,7 @@ def test_the_untuned_model_is_measured_once(
     make_tuner: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = make_tuner(cache=tmp_path).baseline()
-    monkeypatch.setattr(FineTuner, "_evaluate", None)
+    monkeypatch.setattr(Shared, "evaluate", None)
     assert make_tuner(cache=tmp_path).baseline() == first
     with pytest.raises(TypeError):
         make_tuner(cache=tmp_path, max_validation_samples=3).baseline()
@@ -618,7 +619,7 @@ def loss_of_saved(tuner: FineTuner, adapter: Path) -> float:
 
     fresh = AutoModelForCausalLM.from_pretrained(tuner.model.name)
     model = PeftModel.from_pretrained(fresh, adapter)
-    return tuner._evaluate(model, tuner._prepared.tokens.validation, None)["loss"]
+    return tuner._shared.evaluate(model, tuner._prepared.tokens.validation, None)["loss"]
 
 
 def test_results_are_plain(tuner: FineTuner) -> None:

@@ -1,0 +1,163 @@
+"""The course of one run: checked and planned before it starts, then followed to its result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from optuna_lora_rl.finetuning import sft
+from optuna_lora_rl.finetuning.configuration import Configuration
+from optuna_lora_rl.finetuning.failure import FineTuningError
+from optuna_lora_rl.finetuning.isolation import collected
+from optuna_lora_rl.finetuning.isolation import failures
+from optuna_lora_rl.finetuning.isolation import own_randomness
+from optuna_lora_rl.finetuning.lora import Adapter
+from optuna_lora_rl.finetuning.lora import attached
+from optuna_lora_rl.finetuning.lora import lora_config
+from optuna_lora_rl.finetuning.lora import targets_of
+from optuna_lora_rl.finetuning.measured import Meter
+from optuna_lora_rl.finetuning.price import Measured
+from optuna_lora_rl.finetuning.progress import Progress
+from optuna_lora_rl.finetuning.progress import Report
+from optuna_lora_rl.finetuning.quiet import quiet
+from optuna_lora_rl.finetuning.run import Run
+from optuna_lora_rl.finetuning.run import TrialResult
+from optuna_lora_rl.finetuning.shared import Shared
+
+
+class Course:
+    """One run from its parameters to its result.
+
+    Making it checks the configuration, and measures the untuned model where an evaluation of the
+    run will read what none has read before; nothing is trained yet.
+
+    Args:
+        shared: What all runs share.
+        run: What is asked.
+        report: Called instead of the run's own function.
+
+    Attributes:
+        wanted: The configuration.
+        chosen: The modules that it adapts.
+        config: The same in PEFT's words.
+        progress: The evaluations so far.
+        seed: Of initialisation, dropout and order.
+
+    Raises:
+        FineTuningError: When the configuration cannot be had.
+    """
+
+    def __init__(self, shared: Shared, run: Run, report: Report | None = None) -> None:
+        self._shared = shared
+        self._run = run
+        self._adapter: Adapter | None = None
+        self._steps = 0
+        self.wanted = Configuration.of(run.configuration)
+        prepared, training = shared.prepared, shared.training
+        sft.check(self.wanted, training)
+        self.chosen = targets_of(self.wanted, prepared.base.architecture, shared.target_sets)
+        self.config = lora_config(self.wanted, prepared.base.architecture, self.chosen)
+        self.seed = training.seed if run.seed is None else run.seed
+        self._plan = sft.Plan.of(self.wanted, training, len(prepared.lengths))
+        self._stages = shared.stages.of(self._plan.evaluated)
+        total = shared.price.estimated(shared.price.estimate(self.wanted))["total"]
+        self.progress = Progress(
+            metric=shared.objective.metric,
+            baselines={step: stage.baseline for step, stage in self._stages.items()},
+            charge=shared.objective.cost_weight * total,
+            steps=self._plan.steps,
+            patience=training.early_stopping_patience,
+            generate=self._generated,
+            report=report or run.report,
+        )
+
+    def alone(self) -> Measured:
+        """Trains on the shared base model itself, and returns what that took.
+
+        Raises:
+            FineTuningError: When the run failed by itself.
+            Exception: What the report raised.
+        """
+        prepared = self._shared.prepared
+        meter = Meter(prepared.device)
+        try:
+            with quiet(), failures(self.progress.is_callers), own_randomness(self.seed):
+                with meter, collected():
+                    with attached(prepared.base.model, self.config, self.chosen) as adapter:
+                        self.train(adapter)
+        finally:
+            self.close()
+        return Measured(meter.seconds, meter.peak_bytes)
+
+    def train(self, adapter: Adapter, after_backward: Callable[[], None] | None = None) -> None:
+        """Trains, evaluates and saves an adapter that is in its place.
+
+        Raises:
+            FineTuningError: When there is nothing to train, or training moved nothing.
+        """
+        shared, run, wanted = self._shared, self._run, self.wanted
+        prepared = shared.prepared
+        if adapter.trainable_parameters == 0:
+            raise FineTuningError("error", "nothing of the adapter is trainable")
+        self._adapter = adapter
+        self._steps = sft.train(
+            adapter.model,
+            prepared.base.tokenizer,
+            prepared.tokens.train,
+            {step: stage.dataset for step, stage in self._stages.items()},
+            wanted,
+            self._plan,
+            shared.training,
+            device=prepared.device,
+            seed=self.seed,
+            folder=run.folder or Path("runs"),
+            run_name=run.trackers_name,
+            on_evaluation=self.progress.evaluated,
+            after_backward=after_backward,
+        )
+        if not adapter.changed():
+            rate = wanted.learning_rate
+            raise FineTuningError("error", f"training left the adapter as it was (at rate {rate})")
+        if run.folder is not None:
+            adapter.save(run.folder)
+
+    def close(self) -> None:
+        """Lets go of the adapter, and of what training took."""
+        self._adapter = None
+        self._shared.release()
+
+    def result(
+        self, took: Measured, reference: Callable[[], Measured] | None = None
+    ) -> TrialResult:
+        """Returns what the run gave and cost.
+
+        Args:
+            took: What it took.
+            reference: Gives what the reference run took, where the objective's cost is measured.
+        """
+        shared, progress = self._shared, self.progress
+        run = shared.price.estimate(self.wanted, self._steps)
+        parts = {"estimated": shared.price.estimated(run)}
+        if reference is not None:
+            parts["measured"] = shared.price.measured(took, reference(), run)
+        total = parts[shared.objective.cost_source]["total"]
+        gained = progress.curve[-1]["quality"]
+        return TrialResult(
+            quality=gained,
+            score=gained - shared.objective.cost_weight * total,
+            cost=total,
+            cost_parts=parts,
+            metrics=progress.values,
+            curve=progress.curve,
+            steps=self._steps,
+            seconds=took.seconds,
+            peak_memory_bytes=took.peak_bytes,
+            flops=run.flops,
+            bytes=run.memory_bytes,
+            trainable_parameters=run.trainable_parameters,
+            stopped_early=progress.stopped_early,
+        )
+
+    def _generated(self, step: int) -> dict[str, float]:
+        model = None if self._adapter is None else self._adapter.model
+        return self._shared.generated(model, self._stages[step].asked)

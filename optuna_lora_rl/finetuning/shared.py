@@ -1,0 +1,148 @@
+"""What all runs of a study share: loaded, tokenised, priced and measured once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset
+
+from optuna_lora_rl.finetuning import sft
+from optuna_lora_rl.finetuning.evaluation import Evaluation
+from optuna_lora_rl.finetuning.evaluation import Questions
+from optuna_lora_rl.finetuning.evaluation import generated
+from optuna_lora_rl.finetuning.evaluation import teacher_forced
+from optuna_lora_rl.finetuning.isolation import own_randomness
+from optuna_lora_rl.finetuning.lora import restored
+from optuna_lora_rl.finetuning.once import digest
+from optuna_lora_rl.finetuning.once import once
+from optuna_lora_rl.finetuning.options import DataOptions
+from optuna_lora_rl.finetuning.options import ModelOptions
+from optuna_lora_rl.finetuning.options import ObjectiveOptions
+from optuna_lora_rl.finetuning.options import TrainingOptions
+from optuna_lora_rl.finetuning.preparation import Prepared
+from optuna_lora_rl.finetuning.preparation import prepare
+from optuna_lora_rl.finetuning.price import Price
+from optuna_lora_rl.finetuning.quiet import quiet
+from optuna_lora_rl.finetuning.stages import Stage
+from optuna_lora_rl.finetuning.stages import Stages
+
+
+class Shared:
+    """Model, data, prices and the untuned model's evaluations.
+
+    Each is made at its first use, and again after :meth:`release` took a sharded model apart.
+
+    Args:
+        model: The base model.
+        data: The examples.
+        training: How every run trains.
+        objective: What is maximised.
+        target_sets: The user's own lists of module names, by name.
+        cache: Folder for what is made or measured once; None for nowhere.
+    """
+
+    def __init__(
+        self,
+        model: ModelOptions,
+        data: DataOptions,
+        training: TrainingOptions,
+        objective: ObjectiveOptions,
+        target_sets: Mapping[str, Sequence[str]],
+        cache: Path | None,
+    ) -> None:
+        self.data = data
+        self.training = training
+        self.objective = objective
+        self.target_sets = target_sets
+        self.cache = cache
+        self._model = model
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        return prepare(self._model, self.data, self.training, self.objective, cache=self.cache)
+
+    @cached_property
+    def price(self) -> Price:
+        return Price(
+            self.prepared, self._model.dtype, self.training, self.objective, self.target_sets
+        )
+
+    @cached_property
+    def baseline(self) -> Evaluation:
+        """The untuned model's evaluation on the whole validation set."""
+        return self.untuned(self.prepared.tokens.validation, self.prepared.asked)
+
+    @cached_property
+    def stages(self) -> Stages:
+        tokens, asked = self.prepared.tokens, self.prepared.asked
+        whole = Stage(tokens.validation, asked, self.baseline)
+        return Stages(whole, self.training.first_evaluation, self.untuned)
+
+    def untuned(self, dataset: Dataset, asked: Questions | None) -> Evaluation:
+        """Returns the untuned model's evaluation, measured once."""
+
+        def measure() -> dict[str, float]:
+            return self.evaluate_base(dataset, asked)
+
+        return Evaluation(**once(self.cache, "baselines", self.facts(dataset, asked), measure))
+
+    def evaluate_base(self, dataset: Dataset, asked: Questions | None) -> dict[str, float]:
+        """Evaluates the untuned model."""
+        base = self.prepared.base.model
+        with own_randomness(), restored(base, {}):
+            return self.evaluate(base, dataset, asked)
+
+    def evaluate(self, model: Any, dataset: Dataset, asked: Questions | None) -> dict[str, float]:
+        """Evaluates a model as it stands."""
+        prepared = self.prepared
+        with quiet():
+            metrics = sft.evaluate(
+                model, prepared.base.tokenizer, dataset, self.training, device=prepared.device
+            )
+            return {**teacher_forced(metrics), **self.generated(model, asked)}
+
+    def generated(self, model: Any, asked: Questions | None) -> dict[str, float]:
+        """Returns the metrics of generated answers; none where nothing is asked."""
+        if asked is None:
+            return {}
+        return generated(
+            model,
+            self.prepared.base.tokenizer,
+            asked,
+            max_new_tokens=self.objective.max_new_tokens,
+            batch_size=self.training.eval_batch_size,
+        )
+
+    def facts(self, dataset: Dataset, asked: Questions | None) -> dict[str, Any]:
+        """Returns all that an evaluation of the untuned model depends on."""
+        prepared = self.prepared
+        return {
+            "model": prepared.base.fingerprint,
+            "device": prepared.device.type,
+            "versions": [torch.__version__, transformers.__version__],
+            "training": self.training.model_dump(mode="json", exclude={"report_to", "seed"}),
+            "validation": content_of(dataset),
+            "asked": None if asked is None else [asdict(asked), self.objective.max_new_tokens],
+        }
+
+    def release(self) -> None:
+        """Gives back what a run took and no other needs."""
+        if self.prepared.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if {"deepspeed", "fsdp"} & set(self.training.extra):
+            # Sharding takes the model apart for good: the next trial needs a fresh one.
+            for name in ("prepared", "price", "stages"):
+                self.__dict__.pop(name, None)
+
+
+def content_of(dataset: Dataset) -> str:
+    """Returns a digest of a tokenised data set's content."""
+    return digest(json.dumps([dataset["input_ids"][:], dataset["labels"][:]]))
