@@ -46,6 +46,8 @@ _NEAR = 0.03
 
 # Maps points (B, N, D) to what is to be maximised, (B, N).
 Acquisition = Callable[[Tensor], Tensor]
+# Maps points (B, K, D) to better ones.
+Climb = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -196,13 +198,14 @@ def improve(
     snap: Snap,
     generator: torch.Generator,
     *,
+    climb: Climb,
     rounds: int,
     keep: int,
-    children: int,
 ) -> Tensor:
     """Local search for the acquisition's best points, shape (B, keep, D).
 
-    Every round perturbs the best points so far, at finer and finer scales.
+    Some of the best points climb; then every round perturbs the best so far, at finer and finer
+    scales, which also tries other values of what has no order, and lets the best climb again.
     """
     x, value = start, acquisition(start)
     for turn in range(rounds + 1):
@@ -211,13 +214,22 @@ def improve(
         x = x.gather(1, order[:, :, None].expand(-1, -1, x.shape[2]))
         if turn == rounds:
             break
-        parents = x.repeat_interleave(children, 1)
-        scale = 0.2 * 0.45**turn
+        climbers = snap(climb(x[:, _spread(x.shape[1], max(keep // 4, 2))]))
+        parents = torch.cat([climbers, x], 1)
+        scale = 0.15 * 0.3**turn
         probability = torch.full((1, 1, 1), max(0.34, 2.0 / x.shape[2]))
         spread = torch.tensor([scale, 0.3 * scale]).repeat(parents.shape[1])[: parents.shape[1]]
-        born = snap(perturb(parents, layout, spread[None, :, None], probability, generator))
+        moved = perturb(parents, layout, spread[None, :, None], probability, generator)
+        born = torch.cat([climbers, snap(moved)], 1)
         x, value = torch.cat([x, born], 1), torch.cat([value, acquisition(born)], 1)
     return x
+
+
+@cache
+def _spread(n: int, count: int) -> Tensor:
+    """``count`` places among n, dense at the beginning."""
+    places = (torch.linspace(0.0, 1.0, min(count, n)) ** 1.7 * (n - 1)).long()
+    return torch.maximum(places, torch.arange(len(places)))
 
 
 def is_repeat(x: Tensor, others: Tensor, mask: Tensor, within: float = _SAME) -> Tensor:
@@ -235,8 +247,9 @@ def propose_candidates(
     snap: Snap,
     generator: torch.Generator,
     *,
+    climb: Climb,
     count: int = 256,
-    rounds: int = 4,
+    rounds: int = 2,
     grid: Tensor | None = None,
     earlier: Tensor | None = None,
 ) -> Candidates:
@@ -248,6 +261,7 @@ def propose_candidates(
         acquisition: what the local search maximises.
         snap: moves points onto configurations that exist.
         generator: of all random numbers.
+        climb: moves points towards more expected improvement.
         count: about how many candidates.
         rounds: of the local search.
         grid: all configurations of a small discrete space, shape (B, k, D), added as they are.
@@ -277,7 +291,7 @@ def propose_candidates(
     everything = torch.cat([points for _, points in sets], 1)
     blocked = _blocked_acquisition(acquisition, observed)
     best = improve(
-        blocked, everything, layout, snap, generator, rounds=rounds, keep=3 * share, children=2
+        blocked, everything, layout, snap, generator, climb=climb, rounds=rounds, keep=3 * share
     )
     sets.append(("improvement", best))
     x = torch.cat([points for _, points in sets], 1)

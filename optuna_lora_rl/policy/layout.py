@@ -125,6 +125,36 @@ class Layout:
         old = x.gather(2, column)
         return x.scatter(2, column, torch.where(both[:, None, None], turned[:, :, None], old))
 
+    def pull_back(self, x: Tensor, gradient: Tensor) -> Tensor:
+        """A gradient by the model's coordinates, shape (B, N, D), as one by x."""
+        rank, alpha = ROLES.index("rank"), ROLES.index("alpha")
+        both = self.has_role[:, rank] & self.has_role[:, alpha]
+        if not bool(both.any()):
+            return gradient
+        span = (self.natural[:, alpha, -1] - self.natural[:, alpha, 0]).clamp_min(1e-3)[:, None]
+        of_rank, of_alpha = (
+            self.role_column[:, role].clamp_min(0)[:, None].expand(-1, x.shape[1])
+            for role in (rank, alpha)
+        )
+        at_rank, at_alpha = (x.gather(2, c[:, :, None])[:, :, 0] for c in (of_rank, of_alpha))
+        by_ratio = gradient.gather(2, of_alpha[:, :, None])[:, :, 0]
+        by_rank = gradient.gather(2, of_rank[:, :, None])[:, :, 0]
+        turned_alpha = by_ratio * _slopes(self.natural[:, alpha], at_alpha) / span
+        turned_rank = by_rank - by_ratio * _slopes(self.natural[:, rank], at_rank) / span
+        by_alpha = torch.where(both[:, None], turned_alpha, by_ratio)
+        gradient = gradient.scatter(2, of_alpha[:, :, None], by_alpha[:, :, None])
+        by_rank = torch.where(
+            both[:, None], turned_rank, gradient.gather(2, of_rank[:, :, None])[:, :, 0]
+        )
+        return gradient.scatter(2, of_rank[:, :, None], by_rank[:, :, None])
+
+
+def _slopes(table: Tensor, u: Tensor) -> Tensor:
+    """Slopes of tables (B, G) at u (B, N), shape (B, N)."""
+    G = table.shape[-1]
+    left = (u.clamp(0.0, 1.0) * (G - 1)).long().clamp_max(G - 2)
+    return (table.gather(1, left + 1) - table.gather(1, left)) * (G - 1)
+
 
 def interpolate(table: Tensor, u: Tensor) -> Tensor:
     """Linear interpolation of tables (B, C, G) at u (B, N, C), shape (B, N, C)."""

@@ -15,11 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from optuna_lora_rl.policy.ascent import climb
 from optuna_lora_rl.policy.candidates import SOURCES
 from optuna_lora_rl.policy.candidates import Candidates
 from optuna_lora_rl.policy.candidates import Observed
@@ -47,6 +49,8 @@ Feasibility = Callable[[Tensor], Tensor]
 # In nats. The first trial is the default, whatever the network says: a define-by-run study's first
 # trial has no joint proposal anyway. The space-filling start is a bias that it may overrule.
 _FIRST, _SPREAD = 60.0, 3.0
+# More rounds of the local search where it has no gradient to go by.
+_BLIND_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class Settings:
         failure_noise: noise variance of the score that a failed trial is given.
         candidates: about how many candidates a step.
         rounds: of the local search for expected improvement.
+        steps: uphill in each of them.
         iterations: of the surrogate's fit.
         fit_rows: most trials that its hyperparameters are fitted to.
     """
@@ -67,7 +72,8 @@ class Settings:
     prior_trials: float = 1.5
     failure_noise: float = 0.05
     candidates: int = 256
-    rounds: int = 4
+    rounds: int = 1
+    steps: int = 10
     iterations: int = 40
     fit_rows: int = 100
 
@@ -171,22 +177,13 @@ def decide(
         start: hyperparameters from which to start the surrogate's fit.
         sources: what earlier studies know of this space (a batch of one).
     """
-    extra = torch.where(observed.failed, settings.failure_noise, 0.0).to(torch.float64)
-    z = layout.model_coordinates(observed.x) if observed.x.shape[1] else observed.x
     opinion = weigh(sources, layout, observed) if sources else None
     trust = opinion.trust if opinion else 0.0
-    y = opinion.residual(z, observed.y) if opinion else observed.y
-    own = fit(
-        z,
-        y,
-        observed.mask,
-        layout.unordered,
-        layout.lengthscales(),
-        extra=extra,
-        start=start,
-        iterations=settings.iterations,
-        fit_rows=settings.fit_rows,
-    )
+    extra = _failure_noise(observed, settings)
+    y = observed.y
+    if opinion:
+        y = opinion.residual(layout.model_coordinates(observed.x), y) if y.shape[1] else y
+    own = fit_surrogate(layout, replace(observed, y=y), settings, start=start)
     surrogate = opinion.informed(own) if opinion else own
     best = (
         surrogate.incumbent(observed.good)
@@ -207,6 +204,10 @@ def decide(
         sure = torch.zeros(x.shape[:2], dtype=torch.float64)
         return assess(x, layout, surrogate, best, feasibility(x) if feasibility else sure)
 
+    def uphill(x: Tensor) -> Tensor:
+        # What earlier studies add has no gradient here.
+        return x if opinion else climb(x, layout, surrogate, best, settings.steps)
+
     weight = prior_weight(observed, settings)[:, None] * (1.0 - trust)
 
     def acquisition(x: Tensor) -> Tensor:
@@ -219,8 +220,9 @@ def decide(
         acquisition,
         snap,
         generator,
+        climb=uphill,
         count=settings.candidates,
-        rounds=settings.rounds,
+        rounds=settings.rounds + (_BLIND_ROUNDS if opinion else 0),
         grid=grid,
         earlier=torch.cat([s.best for s in sources])[None] if sources else None,
     )
@@ -229,6 +231,27 @@ def decide(
     residual = residual_logits(candidates, view, layout, observed, settings, trust)
     logits = residual if network is None else residual + (1.0 - trust) * network(seen).double()
     return Decision(candidates, view, seen, residual, logits, own, trust)
+
+
+def _failure_noise(observed: Observed, settings: Settings) -> Tensor:
+    return torch.where(observed.failed, settings.failure_noise, 0.0).to(torch.float64)
+
+
+def fit_surrogate(
+    layout: Layout, observed: Observed, settings: Settings, *, start: Tensor | None = None
+) -> Surrogate:
+    """The process over the finished trials; see :func:`decide`."""
+    return fit(
+        layout.model_coordinates(observed.x) if observed.x.shape[1] else observed.x,
+        observed.y,
+        observed.mask,
+        layout.unordered,
+        layout.lengthscales(),
+        extra=_failure_noise(observed, settings),
+        start=start,
+        iterations=settings.iterations,
+        fit_rows=settings.fit_rows,
+    )
 
 
 def fit_feasibility(layout: Layout, observed: Observed, constraints: Tensor) -> Feasibility | None:

@@ -59,6 +59,11 @@ class Surrogate:
     L: Tensor
     alpha: Tensor
 
+    @property
+    def theta(self) -> Tensor:
+        """All hyperparameters, ``cat(log_l, log_s, log_v)``, shape (B, D + 2)."""
+        return torch.cat([self.log_l, self.log_s[:, None], self.log_v[:, None]], 1)
+
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the noise-free score at x, each of shape (B, N)."""
         k = self.log_s.exp()[:, None, None] * matern52(
@@ -69,6 +74,33 @@ class Surrogate:
         v = torch.linalg.solve_triangular(self.L, k, upper=False)
         variance = self.log_s.exp()[:, None] - (v * v).sum(1)
         return mean, variance.clamp_min(1e-10).sqrt()
+
+    def slope(self, x: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
+        """Log expected improvement over ``best`` (B,) at x, shape (B, N), and its gradient.
+
+        The gradient has the shape of x; it is 0 along coordinates without order.
+        """
+        s = self.log_s.exp()[:, None, None]
+        r2 = squared_distance(self.X, x, self.unordered, self.log_l)
+        r = _SQRT5 * (r2 + 1e-18).sqrt()
+        decay = s * torch.exp(-r) * self.mask[:, :, None]
+        k = (1.0 + r + r * r / 3.0) * decay
+        u = torch.cholesky_solve(k, self.L)
+        mean = (k * self.alpha[:, :, None]).sum(1)
+        deviation = (s[:, 0] - (k * u).sum(1)).clamp_min(1e-10).sqrt()
+        value = log_expected_improvement(mean, deviation, best[:, None])
+        # d log EI = (Phi d mean + phi d deviation) / EI, in logarithms far below the best.
+        z = (mean - best[:, None]) / deviation
+        by_mean = (torch.special.log_ndtr(z) - value).exp()
+        by_deviation = (-0.5 * z * z - 0.5 * math.log(2.0 * math.pi) - value).exp()
+        # d k_i / d x_j = slope_i (X_ij - x_j) / l_j^2
+        slope = (5.0 / 3.0) * (1.0 + r) * decay
+        pull = slope * (
+            by_mean[:, None] * self.alpha[:, :, None] - (by_deviation / deviation)[:, None] * u
+        )
+        gradient = pull.transpose(1, 2) @ self.X - pull.sum(1)[:, :, None] * x
+        gradient = gradient * ((-2.0 * self.log_l).exp() * ~self.unordered)[:, None, :]
+        return value, gradient
 
     def incumbent(self, eligible: Tensor) -> Tensor:
         """The best posterior mean at an eligible observation (B, n), shape (B,).
@@ -240,12 +272,19 @@ def fit(
         n = X.shape[1]
         rows = torch.linspace(0, n - 1, min(n, fit_rows or n)).round().long()
         sqd = _squared_differences(X[:, rows], unordered)
-        data = (sqd, y[:, rows], mask[:, rows], extra[:, rows], prior)
-        theta, value = _minimise(theta, *data, iterations)
+        data = (sqd, y[:, rows], mask[:, rows], extra[:, rows])
         if start is None:
+            # Both starts in one batch: the steps' overhead is most of what small fits cost.
             rough = torch.cat([prior.mean - 1.0, centre[:, -2:] - 1.0], 1)
-            other, other_value = _minimise(rough, *data, iterations)
+            twice = Lengthscales(prior.mean.repeat(2, 1), prior.deviation.repeat(2, 1))
+            sqd, rows_y, real, known = (torch.cat([tensor, tensor]) for tensor in data)
+            both, values = _minimise(
+                torch.cat([theta, rough]), sqd, rows_y, real, known, twice, iterations
+            )
+            (theta, other), (value, other_value) = both.chunk(2), values.chunk(2)
             theta = torch.where((other_value < value)[:, None], other, theta)
+        else:
+            theta, _ = _minimise(theta, *data, prior, iterations)
     return condition(X, y, mask, unordered, theta, extra)
 
 
@@ -282,13 +321,12 @@ def believe(
         pending: which of them are real, shape (B, m).
     """
     mean, _ = surrogate.posterior(x)
-    theta = torch.cat([surrogate.log_l, surrogate.log_s[:, None], surrogate.log_v[:, None]], 1)
     return condition(
         torch.cat([surrogate.X, x], 1),
         torch.cat([y, mean], 1),
         torch.cat([surrogate.mask, pending], 1),
         surrogate.unordered,
-        theta,
+        surrogate.theta,
         torch.cat([extra, torch.zeros_like(mean)], 1),
     )
 

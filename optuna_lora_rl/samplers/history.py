@@ -49,6 +49,8 @@ class History:
     Args:
         numbers: trial numbers, shape (n,).
         points: configurations in the unit cube, shape (n, d); NaN where a parameter is absent.
+        asked: which parameters the objective asked for, shape (n, d); elsewhere a point may hold
+            what was only proposed.
         scores: larger is better, shape (n, m); NaN where nothing is known (failed, running).
         failed: shape (n,), trials that ended without a value.
         running: shape (n,), trials whose result is awaited.
@@ -60,6 +62,7 @@ class History:
 
     numbers: np.ndarray
     points: np.ndarray
+    asked: np.ndarray
     scores: np.ndarray
     failed: np.ndarray
     running: np.ndarray
@@ -80,6 +83,7 @@ class History:
         return History(
             self.numbers[rows],
             self.points[rows],
+            self.asked[rows],
             self.scores[rows],
             self.failed[rows],
             self.running[rows],
@@ -187,6 +191,9 @@ def read_history(
     return History(
         numbers=np.array([trial.number for trial in rows], dtype=int),
         points=np.array([told_points[i] for i in kept]).reshape(n, len(space)),
+        asked=np.array(
+            [[name in trial.params for name in space.names] for trial in rows], dtype=bool
+        ).reshape(n, len(space)),
         scores=scores,
         failed=np.array([s.is_finished() for s in state], dtype=bool) & ~has_score,
         running=np.array([s == TrialState.RUNNING for s in state], dtype=bool),

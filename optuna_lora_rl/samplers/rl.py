@@ -8,6 +8,7 @@ import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
@@ -21,13 +22,16 @@ from torch import Tensor
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.policy import weights as weight_files
 from optuna_lora_rl.policy.candidates import Observed
-from optuna_lora_rl.policy.layout import exact_snap
+from optuna_lora_rl.policy.conditions import Condition
+from optuna_lora_rl.policy.conditions import learn_conditions
+from optuna_lora_rl.policy.conditions import settle
 from optuna_lora_rl.policy.layout import layout_of
 from optuna_lora_rl.policy.proposal import Decision
 from optuna_lora_rl.policy.proposal import Settings
 from optuna_lora_rl.policy.proposal import decide
 from optuna_lora_rl.policy.proposal import draw_parameter
 from optuna_lora_rl.policy.proposal import fit_feasibility
+from optuna_lora_rl.policy.proposal import fit_surrogate
 from optuna_lora_rl.policy.roles import ROLES
 from optuna_lora_rl.policy.scores import scalarise
 from optuna_lora_rl.policy.scores import standardise
@@ -38,6 +42,8 @@ from optuna_lora_rl.samplers.history import parameters_of
 from optuna_lora_rl.samplers.history import publish
 from optuna_lora_rl.samplers.history import read_history
 from optuna_lora_rl.samplers.history import space_of
+from optuna_lora_rl.samplers.memory import Memo
+from optuna_lora_rl.samplers.memory import milestone
 from optuna_lora_rl.samplers.transfer import EarlierStudies
 
 if TYPE_CHECKING:
@@ -49,6 +55,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from optuna_lora_rl.policy.dimensions import Space
+    from optuna_lora_rl.policy.layout import Layout
 
 # Trials that the surrogate is conditioned on: the best and the most recent of a long study.
 _MAX_TRIALS = 200
@@ -71,8 +78,8 @@ class RLSampler(BaseSampler):
     It takes every search space (floats, integers, logarithmic, stepped, categorical,
     conditional), one or several objectives, constraints (``trial.set_constraint``), and learns
     from pruned, failed, running, enqueued and added trials. A proposal is a pure function of the
-    study's trials, the space, the weights, the seed and the trial's number: nothing is kept
-    between calls, so studies resume and distribute without further state.
+    study's trials, the space, the weights, the seed and the trial's number: what is kept between
+    calls only saves time, so studies resume and distribute without further state.
 
     >>> import optuna
     >>> from optuna_lora_rl import RLSampler
@@ -136,16 +143,22 @@ class RLSampler(BaseSampler):
         self._network = weight_files.load(weights) if learned else None
         self._settings = Settings(candidates=n_candidates)
         self._earlier = EarlierStudies(source_studies, self._roles)
+        self._forget()
+
+    def _forget(self) -> None:
         self._lock = threading.Lock()
+        self._layouts: Memo[Layout] = Memo()
+        self._fits: Memo[Tensor] = Memo()
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        del state["_lock"]
+        for name in ("_lock", "_layouts", "_fits"):
+            del state[name]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._lock = threading.Lock()
+        self._forget()
 
     def reseed_rng(self) -> None:
         """Take a new seed. Optuna calls this where copies of the sampler work in parallel."""
@@ -184,9 +197,7 @@ class RLSampler(BaseSampler):
                 trials, space, study.directions, current=trial.number, unused=True
             )
             with _on_cpu():
-                point, why = self._propose(
-                    space, _recent_and_best(history), study.directions, generator
-                )
+                point, why = self._propose(space, history, study.directions, generator)
             params = space.decode(point)
             # Another worker may have had the same thought meanwhile. Whoever finds it published
             # thinks again; of two that publish at once, the later trial does.
@@ -241,7 +252,17 @@ class RLSampler(BaseSampler):
         directions: Sequence[StudyDirection],
         generator: torch.Generator,
     ) -> tuple[np.ndarray, dict[str, float | str]]:
-        layout = layout_of(space)
+        layout = self._layouts.get(space, lambda: layout_of(space))
+        default = layout.default[0].numpy()
+        conditions = _conditions(space, history)
+        history = replace(history, points=settle(history.points, conditions, default))
+
+        def snap(x: Tensor) -> Tensor:
+            return torch.from_numpy(settle(space.snap(x.numpy()), conditions, default))
+
+        start = self._hyperparameters(layout, space, history)
+        settings = self._settings if start is None else replace(self._settings, iterations=0)
+        history = _recent_and_best(history)
         weights = _objective_weights(len(directions), generator)
         observed = _observed(history, layout.default, self._n_trials, weights)
         grid = None
@@ -254,14 +275,33 @@ class RLSampler(BaseSampler):
             layout,
             observed,
             self._network,
-            exact_snap(space),
+            snap,
             generator,
-            self._settings,
+            settings,
             grid=grid,
             feasibility=fit_feasibility(layout, observed, constraints),
+            start=start,
             sources=self._earlier.models(space, layout, directions, weights),
         )
         return _best(decision)
+
+    def _hyperparameters(self, layout: Layout, space: Space, history: History) -> Tensor | None:
+        """The surrogate's, fitted to the study as it was at its last milestone, shape (1, D + 2).
+
+        ``None`` with several objectives or earlier studies: then every proposal has scores of its
+        own to fit.
+        """
+        if history.scores.shape[1] > 1 or len(self._earlier):
+            return None
+        finished = np.flatnonzero(~history.running)
+        told = _recent_and_best(history.select(finished[: milestone(len(finished))]))
+        key = (space, told.points.tobytes(), told.scores.tobytes(), told.violation.tobytes())
+
+        def fitted() -> Tensor:
+            observed = _observed(told, layout.default, None, np.ones(1))
+            return fit_surrogate(layout, observed, self._settings).theta
+
+        return self._fits.get(key, fitted)
 
 
 def _is_taken(params: dict[str, Any], study: Study, number: int, *, later: bool) -> bool:
@@ -269,6 +309,15 @@ def _is_taken(params: dict[str, Any], study: Study, number: int, *, later: bool)
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     others = (t for t in running if t.number < number or (later and t.number > number))
     return any(parameters_of(other) == params for other in others)
+
+
+def _conditions(space: Space, history: History) -> tuple[Condition, ...]:
+    """What completed trials show of which parameters are used when."""
+    told = history.scored & ~history.pruned
+    if history.asked[told].all():
+        return ()
+    discrete = np.array([dimension.n_levels is not None for dimension in space.dimensions])
+    return learn_conditions(history.points[told], history.asked[told], discrete)
 
 
 def _best(decision: Decision) -> tuple[np.ndarray, dict[str, float | str]]:

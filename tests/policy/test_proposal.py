@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.policy import weights
+from optuna_lora_rl.policy.ascent import climb
 from optuna_lora_rl.policy.candidates import SOURCES
 from optuna_lora_rl.policy.candidates import Observed
 from optuna_lora_rl.policy.candidates import is_repeat
@@ -26,6 +27,7 @@ from optuna_lora_rl.policy.proposal import Decision
 from optuna_lora_rl.policy.proposal import Settings
 from optuna_lora_rl.policy.proposal import decide
 from optuna_lora_rl.policy.proposal import fit_feasibility
+from optuna_lora_rl.policy.proposal import fit_surrogate
 from optuna_lora_rl.policy.scores import standardise
 
 LORA = make_space(
@@ -134,6 +136,25 @@ def test_candidates_exist_are_new_and_come_from_every_source() -> None:
     own = set(range(len(SOURCES))) - {SOURCES.index("transfer")}
     assert set(decision.candidates.source.tolist()) == own
     assert 60 <= x.shape[1] <= 80
+
+
+def test_climbing_finds_more_expected_improvement_than_a_thousand_draws() -> None:
+    rng = np.random.default_rng(0)
+    points = rng.random((30, 5))
+    scores = -((points - 0.37) ** 2).sum(axis=1)
+    observed = _observed(LORA, points.tolist(), scores.tolist())
+    layout, settings = layout_of(LORA), Settings(candidates=64)
+    surrogate = fit_surrogate(layout, observed, settings)
+    best = surrogate.incumbent(observed.good)
+
+    def value(x: torch.Tensor) -> torch.Tensor:
+        return surrogate.slope(layout.model_coordinates(x), best)[0]
+
+    drawn = torch.from_numpy(LORA.snap(rng.random((1, 1000, 5))))
+    start = drawn[:, value(drawn)[0, :50].topk(5).indices]
+    climbed = climb(start, layout, surrogate, best, steps=20)
+    assert (value(climbed) >= value(start)).all()
+    assert value(climbed).max() > value(drawn).max()
 
 
 def test_the_region_of_failures_is_left() -> None:

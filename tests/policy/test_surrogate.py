@@ -70,6 +70,27 @@ def test_the_gradient_is_the_slope() -> None:
         assert gradient[:, j].numpy() == pytest.approx(((above - below) / 2e-5).numpy(), abs=1e-6)
 
 
+def test_the_slope_of_the_expected_improvement_is_its_slope() -> None:
+    X, y, unordered = _data(n=20)
+    unordered[0] = False
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    fitted = gp.fit(X, y, mask, unordered, _prior(2, 3))
+    best = fitted.incumbent(mask)
+    x = torch.rand(2, 6, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    value, slope = fitted.slope(x, best)
+    expected = gp.log_expected_improvement(*fitted.posterior(x), best[:, None])
+    assert value.numpy() == pytest.approx(expected.numpy(), abs=1e-6)
+    for j in range(3):
+        e = torch.zeros_like(x)
+        e[:, :, j] = 1e-6
+        difference = (fitted.slope(x + e, best)[0] - fitted.slope(x - e, best)[0]) / 2e-6
+        ordered = ~unordered[:, j]
+        assert slope[ordered, :, j].numpy() == pytest.approx(
+            difference[ordered].numpy(), rel=1e-4, abs=1e-4
+        )
+    assert not slope[1, :, 2].any()
+
+
 def test_padding_changes_nothing() -> None:
     X, y, unordered = _data()
     short = torch.ones(2, 9, dtype=torch.bool)
