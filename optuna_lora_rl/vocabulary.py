@@ -85,6 +85,13 @@ VOCABULARY: dict[str, Term] = {
     "lora_rank": Term(
         8, "Rank r of the update B A; small for simple tasks and little data.", 1, whole=True
     ),
+    "rank_allocation": Term(
+        "uniform",
+        "Who gets how much of lora_rank, then the mean rank: uniform, or by what a probe finds "
+        "in the weights, gradients or inputs, or in the updates (delta) of a short run.",
+        pattern="uniform|weight|gradient|activation|delta",
+        allowed="uniform, weight, gradient, activation or delta",
+    ),
     "lora_alpha": Term(16, "Scale of the update, alpha / r; 2 r is usual.", 1e-6),
     "lora_dropout": Term(
         0.0, "Dropout before A, in [0, 0.9]; pays with little data only.", 0.0, 0.9

@@ -18,6 +18,7 @@ class Configuration:
     """One trial's parameters; names and meanings are those of ``vocabulary.VOCABULARY``."""
 
     lora_rank: int
+    rank_allocation: str
     lora_alpha: float
     lora_dropout: float
     target_modules: str
@@ -62,6 +63,12 @@ class Configuration:
             raise FineTuningError(
                 "configuration",
                 f"init_lora_weights orthogonal needs an even lora_rank, not {self.lora_rank}",
+            )
+        if init == "orthogonal" and self.rank_allocation != "uniform":
+            raise FineTuningError(
+                "configuration",
+                f"init_lora_weights orthogonal needs even ranks, which rank_allocation "
+                f"{self.rank_allocation} does not give",
             )
         if init == "mica" and (self.use_dora or self.loraplus_lr_ratio != 1):
             other = "use_dora" if self.use_dora else "loraplus_lr_ratio"

@@ -38,6 +38,7 @@ every machine.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -119,12 +120,15 @@ def expected_padded_length(lengths: Sequence[int], micro_batch_size: int) -> flo
 
 
 def trainable_parameters(
-    configuration: Configuration, architecture: Architecture, chosen: Sequence[LinearModule]
+    configuration: Configuration,
+    architecture: Architecture,
+    chosen: Sequence[LinearModule],
+    ranks: Mapping[str, int] | None = None,
 ) -> int:
-    """Returns how many parameters a configuration trains."""
-    r = configuration.lora_rank
+    """Returns how many parameters a configuration trains, with ranks of their own if given."""
+    r = _ranks(configuration, chosen, ranks)
     frozen_b = configuration.init_lora_weights == "mica"
-    count = sum(r * (m.inputs + (0 if frozen_b else m.outputs)) for m in chosen)
+    count = sum(r[m.name] * (m.inputs + (0 if frozen_b else m.outputs)) for m in chosen)
     if configuration.use_dora:
         count += sum(m.outputs for m in chosen)
     if configuration.bias == "all":
@@ -139,14 +143,25 @@ def estimate(
     architecture: Architecture,
     chosen: Sequence[LinearModule],
     work: Work,
+    ranks: Mapping[str, int] | None = None,
 ) -> Estimate:
-    """Counts what a run costs; the module's docstring gives the formulas."""
+    """Counts what a run costs; the module's docstring gives the formulas.
+
+    Args:
+        configuration: What is trained.
+        architecture: The model's modules.
+        chosen: Those that get an adapter.
+        work: How much the run computes.
+        ranks: Ranks of the chosen modules, where they are not all ``lora_rank``.
+    """
+    r = _ranks(configuration, chosen, ranks)
     flows = _Flow.of(configuration, architecture, chosen, work.checkpointing)
     T = work.length
     sequence = _blocks_flops(architecture, T, flows, work.checkpointing)
     sequence += 3 * 2 * architecture.hidden * architecture.vocabulary * (T - 1)
     sequence += sum(
-        _adapter_flops(configuration, module, T, flows, work.checkpointing) for module in chosen
+        _adapter_flops(configuration, module, r[module.name], T, flows, work.checkpointing)
+        for module in chosen
     )
     flops = work.steps * work.sequences * sequence
     if configuration.use_dora:
@@ -155,15 +170,50 @@ def estimate(
         flops += (
             passes
             * forwards
-            * sum(2 * configuration.lora_rank * m.inputs * (m.inputs + m.outputs) for m in chosen)
+            * sum(2 * r[m.name] * m.inputs * (m.inputs + m.outputs) for m in chosen)
         )
-    trainable = trainable_parameters(configuration, architecture, chosen)
+    trainable = trainable_parameters(configuration, architecture, chosen, r)
     memory = (
         architecture.parameters * work.weight_itemsize
         + trainable * (4 + 4 + _moments(configuration.optim))
-        + _activation_bytes(configuration, architecture, chosen, work, flows)
+        + _activation_bytes(configuration, architecture, chosen, r, work, flows)
     )
     return Estimate(flops=flops, memory_bytes=memory, trainable_parameters=trainable)
+
+
+def look_flops(architecture: Architecture, T: float, *, backward: bool) -> float:
+    """Counts a look at one sequence of the untuned model.
+
+    Args:
+        architecture: The model's modules.
+        T: Its padded length in tokens.
+        backward: Whether for the gradients of all linear weights, which take ``2 in out T`` each
+            beside those of their inputs; otherwise for the second moments of the inputs,
+            ``2 in^2 T``.
+    """
+    products = sum(2 * m.inputs * m.outputs * T for m in architecture.linears)
+    mixing = 4 * architecture.attention_width * T * T * architecture.layers
+    head = 2 * architecture.hidden * architecture.vocabulary * T
+    if backward:
+        return 3 * (products + mixing + head)
+    return products + mixing + head + sum(2 * m.inputs**2 * T for m in architecture.linears)
+
+
+def decomposition_flops(m: LinearModule) -> float:
+    """Counts a weight's singular values: 4 a b^2 - 4 b^3 / 3 of an a x b matrix with a >= b.
+
+    Golub and Van Loan 2013, Matrix Computations, section 8.6.
+    """
+    a, b = max(m.inputs, m.outputs), min(m.inputs, m.outputs)
+    return 4 * a * b**2 - 4 * b**3 / 3
+
+
+def _ranks(
+    configuration: Configuration,
+    chosen: Sequence[LinearModule],
+    ranks: Mapping[str, int] | None,
+) -> Mapping[str, int]:
+    return ranks or {m.name: configuration.lora_rank for m in chosen}
 
 
 @dataclass(frozen=True)
@@ -234,11 +284,11 @@ def _blocks_flops(
 def _adapter_flops(
     configuration: Configuration,
     m: LinearModule,
+    r: int,
     T: float,
     flows: _Flow,
     checkpointing: bool,
 ) -> float:
-    r = configuration.lora_rank
     into_a, out_of_b = 2 * r * m.inputs * T, 2 * r * m.outputs * T
     needs_input = flows.into(m.layer, _STAGES[m.role])
     forward = into_a + out_of_b
@@ -258,6 +308,7 @@ def _activation_bytes(
     configuration: Configuration,
     architecture: Architecture,
     chosen: Sequence[LinearModule],
+    r: Mapping[str, int],
     work: Work,
     flows: _Flow,
 ) -> float:
@@ -273,7 +324,7 @@ def _activation_bytes(
         # The two norms and attention's result.
         by_layer[layer] += 2 * architecture.hidden + architecture.attention_width
     for m in chosen:
-        own = configuration.lora_rank + m.inputs * (2 if configuration.lora_dropout > 0 else 1)
+        own = r[m.name] + m.inputs * (2 if configuration.lora_dropout > 0 else 1)
         if m.layer is not None:
             by_layer[m.layer] = by_layer.get(m.layer, 0) + own
     saved = sum(by_layer.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from optuna_lora_rl.finetuning import sft
@@ -56,7 +57,10 @@ class Course:
         prepared, training = shared.prepared, shared.training
         sft.check(self.wanted, training)
         self.chosen = targets_of(self.wanted, prepared.base.architecture, shared.target_sets)
-        self.config = lora_config(self.wanted, prepared.base.architecture, self.chosen)
+        self._allocated = shared.allocator.share(self.wanted, self.chosen)
+        self.config = lora_config(
+            self.wanted, prepared.base.architecture, self.chosen, self._allocated.ranks
+        )
         self.seed = training.seed if run.seed is None else run.seed
         self._plan = sft.Plan.of(self.wanted, training, len(prepared.lengths))
         self._stages = shared.stages.of(self._plan.evaluated)
@@ -139,7 +143,8 @@ class Course:
         run = shared.price.estimate(self.wanted, self._steps)
         parts = {"estimated": shared.price.estimated(run)}
         if reference is not None:
-            parts["measured"] = shared.price.measured(took, reference(), run)
+            whole = replace(took, seconds=took.seconds + self._allocated.seconds)
+            parts["measured"] = shared.price.measured(whole, reference(), run)
         total = parts[shared.objective.cost_source]["total"]
         gained = progress.curve[-1]["quality"]
         return TrialResult(
@@ -156,6 +161,7 @@ class Course:
             bytes=run.memory_bytes,
             trainable_parameters=run.trainable_parameters,
             stopped_early=progress.stopped_early,
+            ranks=dict(self._allocated.ranks),
         )
 
     def _generated(self, step: int) -> dict[str, float]:

@@ -34,6 +34,7 @@ from optuna_lora_rl.finetuning.hub import first_line
 from optuna_lora_rl.finetuning.quiet import quiet
 from optuna_lora_rl.finetuning.targets import peft_names
 from optuna_lora_rl.finetuning.targets import select
+from optuna_lora_rl.rank import allocation
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,12 @@ class Adapter:
             weights[name] = weight.contiguous()
         config.init_lora_weights = True
         config.inference_mode = True
-        config.r *= 2
         # The scale alpha / r (rsLoRA: alpha / sqrt r) must stay what it was.
-        config.lora_alpha *= 2**0.5 if config.use_rslora else 2
+        factor = 2**0.5 if config.use_rslora else 2
+        config.r *= 2
+        config.lora_alpha *= factor
+        config.rank_pattern = {key: 2 * rank for key, rank in config.rank_pattern.items()}
+        config.alpha_pattern = {k: factor * alpha for k, alpha in config.alpha_pattern.items()}
         folder.mkdir(parents=True, exist_ok=True)
         save_file(weights, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
         config.save_pretrained(str(folder))
@@ -142,16 +146,34 @@ def targets_of(
 
 
 def lora_config(
-    configuration: Configuration, architecture: Architecture, chosen: Sequence[LinearModule]
+    configuration: Configuration,
+    architecture: Architecture,
+    chosen: Sequence[LinearModule],
+    ranks: Mapping[str, int] | None = None,
 ) -> LoraConfig:
-    """Says a configuration in PEFT's words."""
+    """Says a configuration in PEFT's words.
+
+    Args:
+        configuration: What is wanted.
+        architecture: The model's modules.
+        chosen: Those that get an adapter.
+        ranks: Their ranks, where these differ; their scale is that of ``lora_rank`` all the same.
+    """
     names, layers = peft_names(architecture, chosen)
     init = configuration.init_lora_weights
     alpha = configuration.lora_alpha
+    patterns = allocation.patterns(
+        ranks or {},
+        rank=configuration.lora_rank,
+        alpha=alpha,
+        use_rslora=configuration.use_rslora,
+    )
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=configuration.lora_rank,
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
+        rank_pattern=patterns.rank_pattern,
+        alpha_pattern=patterns.alpha_pattern,
         lora_dropout=configuration.lora_dropout,
         target_modules=names,
         layers_to_transform=layers,

@@ -1,4 +1,4 @@
-"""What is measured once and kept on disk: the untuned model, the reference run."""
+"""What is measured once and kept on disk: the untuned model, the reference run, probes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def once(
     folder: Path | None,
     kind: str,
     facts: Mapping[str, Any],
-    measure: Callable[[], dict[str, float]],
-) -> dict[str, float]:
+    measure: Callable[[], dict[str, Any]],
+) -> dict[str, Any]:
     """Returns a measurement from disk, or makes it and keeps it.
 
     Args:
@@ -35,7 +35,7 @@ def once(
     text = json.dumps(dict(facts), sort_keys=True)
     path = folder / kind / f"{digest(text)}.json"
     try:
-        saved: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
+        saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         # Absent, or not what was written: measured (again).
         saved = measure()
@@ -47,7 +47,7 @@ def digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _write(path: Path, values: dict[str, float]) -> None:
+def _write(path: Path, values: dict[str, Any]) -> None:
     # Through another file, so that a killed process leaves all or nothing.
     unfinished = path.with_suffix(f".{os.getpid()}")
     try:

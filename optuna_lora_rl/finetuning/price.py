@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 
 from optuna_lora_rl.finetuning import cost
+from optuna_lora_rl.finetuning.allocation import Allocator
 from optuna_lora_rl.finetuning.configuration import Configuration
 from optuna_lora_rl.finetuning.cost import Estimate
 from optuna_lora_rl.finetuning.lora import targets_of
@@ -34,6 +36,7 @@ class Price:
         training: How every run trains.
         objective: The weights and the reference configuration.
         target_sets: The user's own lists of module names.
+        allocator: Finds ranks by layer; what finding them takes is part of the price.
     """
 
     def __init__(
@@ -43,12 +46,14 @@ class Price:
         training: TrainingOptions,
         objective: ObjectiveOptions,
         target_sets: Mapping[str, Sequence[str]],
+        allocator: Allocator,
     ) -> None:
         self._prepared = prepared
         self._dtype = dtype
         self._training = training
         self._weights = objective.cost.model_dump()
         self._target_sets = target_sets
+        self._allocator = allocator
         self.reference_configuration = Configuration.of(objective.reference)
 
     @cached_property
@@ -71,7 +76,9 @@ class Price:
             weight_itemsize=2 if self._dtype in ("bfloat16", "float16") else 4,
         )
         chosen = targets_of(configuration, base.architecture, self._target_sets)
-        return cost.estimate(configuration, base.architecture, chosen, work)
+        allocated = self._allocator.share(configuration, chosen)
+        run = cost.estimate(configuration, base.architecture, chosen, work, allocated.ranks)
+        return replace(run, flops=run.flops + allocated.flops)
 
     def estimated(self, run: Estimate) -> dict[str, float]:
         """Returns the relative parts of a counted run and their weighted total."""

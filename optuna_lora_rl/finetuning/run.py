@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import field
 from pathlib import Path
 
 from optuna_lora_rl.finetuning.progress import Report
@@ -31,6 +32,7 @@ class TrialResult:
         bytes: Counted bytes at the peak.
         trainable_parameters: Parameters that were trained.
         stopped_early: Whether early stopping ended the run.
+        ranks: Ranks by layer; empty where all have ``lora_rank``.
     """
 
     quality: float
@@ -46,6 +48,7 @@ class TrialResult:
     bytes: float
     trainable_parameters: int
     stopped_early: bool
+    ranks: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ import transformers
 from datasets import Dataset
 
 from optuna_lora_rl.finetuning import sft
+from optuna_lora_rl.finetuning.allocation import Allocator
+from optuna_lora_rl.finetuning.configuration import Configuration
 from optuna_lora_rl.finetuning.evaluation import Evaluation
 from optuna_lora_rl.finetuning.evaluation import Questions
 from optuna_lora_rl.finetuning.evaluation import generated
@@ -72,7 +74,23 @@ class Shared:
     @cached_property
     def price(self) -> Price:
         return Price(
-            self.prepared, self._model.dtype, self.training, self.objective, self.target_sets
+            self.prepared,
+            self._model.dtype,
+            self.training,
+            self.objective,
+            self.target_sets,
+            self.allocator,
+        )
+
+    @cached_property
+    def allocator(self) -> Allocator:
+        tokens = self.prepared.tokens
+        return Allocator(
+            self.prepared,
+            self.training,
+            Configuration.of(self.objective.reference),
+            {**self.facts(tokens.validation, None), "train": content_of(tokens.train)},
+            self.cache,
         )
 
     @cached_property
@@ -139,7 +157,7 @@ class Shared:
             torch.cuda.empty_cache()
         if {"deepspeed", "fsdp"} & set(self.training.extra):
             # Sharding takes the model apart for good: the next trial needs a fresh one.
-            for name in ("prepared", "price", "stages"):
+            for name in ("prepared", "price", "allocator", "stages"):
                 self.__dict__.pop(name, None)
 
 

@@ -246,4 +246,4 @@ class FineTuner:
         def measure() -> dict[str, float]:
             return asdict(Course(shared, Run(0, configuration)).alone())
 
-        return Measured(**once(self.cache, "references", facts, measure))  # type: ignore[arg-type]
+        return Measured(**once(self.cache, "references", facts, measure))

@@ -32,6 +32,7 @@ _BOOKKEEPING = {
     "process_started",
     "configuration",
     "curve",
+    "ranks",
     "source",
     outcome.RETRY_OF,
     outcome.PACKED,
@@ -54,6 +55,7 @@ def best_facts(study: optuna.Study, spec: StudySpec) -> dict[str, Any] | None:
         "params": best.params,
         "source": best.user_attrs.get("source"),
         "metrics": {k: v for k, v in best.user_attrs.items() if k not in _BOOKKEEPING},
+        **({"ranks": best.user_attrs["ranks"]} if "ranks" in best.user_attrs else {}),
         UNTUNED: study.user_attrs.get(UNTUNED, {}),
     }
     test = study.user_attrs.get(TEST, {})
@@ -91,7 +93,7 @@ def write(study: optuna.Study, spec: StudySpec) -> Path:
     facts = best_facts(study, spec)
     parts = [_opening(spec, trials)]
     if facts is not None:
-        parts += [_cards(facts), _best(facts, spec)]
+        parts += [_cards(facts), _best(facts, spec), _ranks(facts.get("ranks", {}))]
         parts += [
             _figures(trials, facts["trial"], spec),
             _importances(study),
@@ -154,6 +156,19 @@ def _best(facts: dict[str, Any], spec: StudySpec) -> str:
         f"<h2>The best configuration</h2><table>{rows}</table>"
         f"<p class=quiet>Its adapter is in PEFT format:</p><pre>{html.escape(code)}</pre>"
     )
+
+
+def _ranks(ranks: dict[str, int]) -> str:
+    """The best adapter's ranks, a bar for each layer."""
+    if not ranks:
+        return ""
+    most = max(ranks.values())
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td><td><div class=bar style='width:{100 * r / most:.0f}%'>"
+        f"</div></td><td>{r}</td></tr>"
+        for name, r in ranks.items()
+    )
+    return f"<h2>Its ranks, layer by layer</h2><table class=wide>{rows}</table>"
 
 
 def _figures(trials: Sequence[FrozenTrial], best: int, spec: StudySpec) -> str:

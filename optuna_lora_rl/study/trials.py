@@ -272,6 +272,7 @@ def _attributes(result: TrialResult) -> dict[str, Any]:
         "stopped_early": result.stopped_early,
         **costs,
         "curve": result.curve,
+        **({"ranks": result.ranks} if result.ranks else {}),
     }
 
 

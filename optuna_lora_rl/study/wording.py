@@ -21,13 +21,14 @@ _SHORT = {
     "max_steps": "steps",
     "loraplus_lr_ratio": "LoRA+",
     "max_grad_norm": "clip",
+    "rank_allocation": "ranks by",
     "bias": "bias",
     "layers": "layers",
 }
 # Their values speak for themselves.
 _BARE = {"target_modules", "init_lora_weights", "optim", "lr_scheduler_type"}
 _FLAGS = {"use_rslora": "rsLoRA", "use_dora": "DoRA"}
-_USUAL = {*_FLAGS, "init_lora_weights", "loraplus_lr_ratio", "bias", "layers"}
+_USUAL = {*_FLAGS, "rank_allocation", "init_lora_weights", "loraplus_lr_ratio", "bias", "layers"}
 _BARS = "▁▂▃▄▅▆▇█"
 
 
