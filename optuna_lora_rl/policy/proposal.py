@@ -43,6 +43,8 @@ from optuna_lora_rl.policy.transfer import weigh
 
 # Most units that a constraint is kept or broken by.
 _FARTHEST = 3.0
+# Earlier studies that are trusted less are not asked.
+_LEAST_TRUST = 0.05
 Feasibility = Callable[[Tensor], Tensor]
 
 
@@ -178,6 +180,8 @@ def decide(
         sources: what earlier studies know of this space (a batch of one).
     """
     opinion = weigh(sources, layout, observed) if sources else None
+    if opinion and opinion.trust < _LEAST_TRUST:
+        opinion = None
     trust = opinion.trust if opinion else 0.0
     extra = _failure_noise(observed, settings)
     y = observed.y
@@ -224,7 +228,7 @@ def decide(
         count=settings.candidates,
         rounds=settings.rounds + (_BLIND_ROUNDS if opinion else 0),
         grid=grid,
-        earlier=torch.cat([s.best for s in sources])[None] if sources else None,
+        earlier=torch.cat([s.best for s in sources])[None] if opinion else None,
     )
     view = look(candidates.x)
     seen = features(candidates, view, layout, observed, surrogate, best)

@@ -20,6 +20,9 @@ Weights are by rank, as in the ranking-weighted ensemble of Feurer, Letham & Bak
 a source is weighed by how often, over bootstrap samples of the target's trials, it orders them
 better than the other sources, than the target's own process leaving each trial out, and than a
 coin. The coin and the target's own process are what dilutes a misleading source away.
+
+Sources that point at a plateau would never be refuted by trials on it. So single trials are
+proposed as without transfer, until one has been made where the sources expect clearly less.
 """
 
 from __future__ import annotations
@@ -49,6 +52,9 @@ _SAMPLES = 200
 _MAX_RANKED = 40
 # Evidence for a source before any result, in pairs told apart, and its share of misranked ones.
 _PRIOR_PAIRS, _PRIOR_LOSS = 0.5, 0.25
+# Numbers of trials (running ones count) after which an untested opinion is put to the test by a
+# trial without transfer; tested is what has seen a trial expected so many deviations lower.
+_TESTS, _CLEARLY_LESS = (1, 3, 6, 10, 15), 1.0
 # Regression of the target's scores on the sources' opinion: pseudo-observations of a slope of 1.
 _SLOPE_WEIGHT, _MAX_SLOPE = 0.5, 3.0
 # Share of the target's variance that a fully trusted source explains.
@@ -213,14 +219,19 @@ def weigh(models: Sequence[SourceModel], layout: Layout, observed: Observed) -> 
     """Judge the sources by the target's finished trials (a batch of one)."""
     K = len(models)
     mask = observed.mask[0]
+    begun = int(mask.sum() + observed.pending_mask.sum())
     if not bool(mask.any()):
-        return Opinion(models, torch.full((K,), 1.0 / K, dtype=torch.float64))
+        even = torch.full((K,), 1.0 / K, dtype=torch.float64)
+        return Opinion(models, torch.zeros_like(even) if begun in _TESTS else even)
     z = layout.model_coordinates(observed.x)[:, mask]
     y = observed.y[0, mask]
     means = torch.stack([model.posterior(z)[0][0] for model in models])
-    weights = _ranking_weights(means, y, _leave_one_out(layout, observed, z, y))
+    own = _leave_one_out(layout, z, y)
+    weights = _ranking_weights(means, y, own, observed.failed[0, mask])
     trust = weights.sum().clamp_min(1e-12)
     m = (weights[:, None] * means).sum(0) / trust
+    if begun in _TESTS and float(m.max() - m.min()) < _CLEARLY_LESS:
+        weights = torch.zeros_like(weights)
     centre = m.mean()
     slope = ((m - centre) @ (y - y.mean()) + _SLOPE_WEIGHT) / (
         (m - centre).square().sum() + _SLOPE_WEIGHT
@@ -228,7 +239,7 @@ def weigh(models: Sequence[SourceModel], layout: Layout, observed: Observed) -> 
     return Opinion(models, weights, float(slope.clamp(0.0, _MAX_SLOPE)), float(centre))
 
 
-def _leave_one_out(layout: Layout, observed: Observed, z: Tensor, y: Tensor) -> Tensor:
+def _leave_one_out(layout: Layout, z: Tensor, y: Tensor) -> Tensor:
     """Each trial's score as a process fitted to the target predicts it from the others, (n,).
 
     Rasmussen & Williams 2006, eq. 5.12, with hyperparameters fitted to all.
@@ -241,39 +252,54 @@ def _leave_one_out(layout: Layout, observed: Observed, z: Tensor, y: Tensor) -> 
     return y - own.alpha[0] / precision
 
 
-def _ranking_weights(means: Tensor, y: Tensor, own: Tensor) -> Tensor:
+def _ranking_weights(means: Tensor, y: Tensor, own: Tensor, failed: Tensor) -> Tensor:
     """How often each source orders the trials best, shape (K,).
 
     Args:
         means: the sources' opinions at the trials, shape (K, n).
         y: the trials' scores, shape (n,).
         own: the target's own leave-one-out predictions, shape (n,).
+        failed: trials without a score of their own, shape (n,).
     """
     n = len(y)
     rows = torch.linspace(0, n - 1, min(n, _MAX_RANKED)).round().long()
-    means, y, own = means[:, rows], y[rows], own[rows]
+    means, y, own, failed = means[:, rows], y[rows], own[rows], failed[rows]
     generator = torch.Generator().manual_seed(len(rows))
     draw = torch.randint(len(rows), (_SAMPLES, len(rows)), generator=generator)
     counts = torch.nn.functional.one_hot(draw, len(rows)).sum(1).double()
-    pairs = counts[:, :, None] * counts[:, None, :]
-    losses = torch.stack([_misranked(p, y, pairs) for p in (*means, own)], 1)
+    source = torch.stack([_misranked(m, y, failed, counts, _PRIOR_LOSS) for m in means], 1)
     # Before it has many trials, leaving one out predicts the opposite: no worse than a coin.
-    rival = losses[:, -1].clamp_max(0.5)
-    source = losses[:, :-1]
+    rival = _misranked(own, y, failed, counts, 0.5).clamp_max(0.5)
     best = source.amin(1, keepdim=True)
     winners = (source <= best + 1e-9) & (best < rival[:, None])
     return (winners / winners.sum(1, keepdim=True).clamp_min(1)).mean(0)
 
 
-def _misranked(prediction: Tensor, y: Tensor, pairs: Tensor) -> Tensor:
-    """Share of the pairs in the wrong order, by sample, shape (S,).
+def _misranked(
+    prediction: Tensor, y: Tensor, failed: Tensor, counts: Tensor, prior: float
+) -> Tensor:
+    """Share of the pairs in the wrong order, by bootstrap sample, shape (S,).
 
     A pair counts by how far apart the prediction puts it (at most one deviation): whoever sees
-    no difference is neither right nor wrong.
+    no difference is neither right nor wrong. A failed trial also makes a pair with the average
+    configuration, prediction 0: else sources that only lead to failures would never be wrong.
+
+    Args:
+        prediction: at the trials, shape (n,).
+        y: scores, shape (n,).
+        failed: shape (n,).
+        counts: how often each trial is in each sample, shape (S, n).
+        prior: the share to begin with.
     """
     gap = prediction[:, None] - prediction[None, :]
     said = gap.abs().clamp_max(1.0) * (y[:, None] != y[None, :])
     wrong = said * (gap.sign() != (y[:, None] - y[None, :]).sign())
-    evidence = (pairs * said).sum((1, 2)) / 2.0
-    against = (pairs * wrong).sum((1, 2)) / 2.0
-    return (against + _PRIOR_PAIRS * _PRIOR_LOSS) / (evidence + _PRIOR_PAIRS)
+    over = prediction.clamp(-1.0, 1.0) * failed
+    evidence = _in_pairs(said, counts) + counts @ over.abs()
+    against = _in_pairs(wrong, counts) + counts @ over.clamp_min(0.0)
+    return (against + _PRIOR_PAIRS * prior) / (evidence + _PRIOR_PAIRS)
+
+
+def _in_pairs(weight: Tensor, counts: Tensor) -> Tensor:
+    """Sum over a sample's pairs, shape (S,)."""
+    return 0.5 * ((counts @ weight) * counts).sum(1)

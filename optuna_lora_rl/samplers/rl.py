@@ -37,6 +37,7 @@ from optuna_lora_rl.policy.scores import scalarise
 from optuna_lora_rl.policy.scores import standardise
 from optuna_lora_rl.samplers import PROPOSAL_KEY
 from optuna_lora_rl.samplers import is_whole
+from optuna_lora_rl.samplers.adaptation import Adaptation
 from optuna_lora_rl.samplers.history import History
 from optuna_lora_rl.samplers.history import parameters_of
 from optuna_lora_rl.samplers.history import publish
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 
     from optuna_lora_rl.policy.dimensions import Space
     from optuna_lora_rl.policy.layout import Layout
+    from optuna_lora_rl.policy.network import Scorer
 
 # Trials that the surrogate is conditioned on: the best and the most recent of a long study.
 _MAX_TRIALS = 200
@@ -107,6 +109,9 @@ class RLSampler(BaseSampler):
             their trials (whose directions are then taken to be those of the new study). Other
             parameters, ranges, scales and metrics are fine; each needs at least three trials with
             a result. They are read once, here. One that misleads is dropped within a few trials.
+        adapt: ``True`` lets the policy learn from the study itself: small, bounded PPO updates
+            after 8, 16, 32 and 64 finished trials, computed from the trials alone. Workers agree
+            on them where they have the same seed.
 
     Raises:
         UserError: an argument is not one of those above, or the weights are missing or made for
@@ -123,7 +128,12 @@ class RLSampler(BaseSampler):
         learned: bool = True,
         n_candidates: int = 256,
         source_studies: Sequence[Study | Sequence[FrozenTrial]] = (),
+        adapt: bool = False,
     ) -> None:
+        if adapt not in (True, False):
+            raise UserError(f"adapt is {adapt!r}, but must be True or False")
+        if adapt and not learned:
+            raise UserError("adapt is True, but learned is False, so that there is no policy")
         if seed is not None and not (is_whole(seed) and seed >= 0):
             raise UserError(f"seed is {seed!r}, but must be a whole number, at least 0")
         if n_trials is not None and not (is_whole(n_trials) and n_trials >= 1):
@@ -143,6 +153,9 @@ class RLSampler(BaseSampler):
         self._network = weight_files.load(weights) if learned else None
         self._settings = Settings(candidates=n_candidates)
         self._earlier = EarlierStudies(source_studies, self._roles)
+        # It keeps the first seed: reseeding for every thread would undo what was learnt.
+        network, seed = self._network, self._seed
+        self._adaptation = Adaptation(network, seed) if adapt and network is not None else None
         self._forget()
 
     def _forget(self) -> None:
@@ -252,6 +265,27 @@ class RLSampler(BaseSampler):
         directions: Sequence[StudyDirection],
         generator: torch.Generator,
     ) -> tuple[np.ndarray, dict[str, float | str]]:
+        network = self._network
+        if self._adaptation is not None:
+            seed = self._adaptation.seed
+
+            def rebuild(before: History, number: int, points: np.ndarray) -> Decision:
+                again = _generator(seed, number, space.names)
+                return self._decide(space, before, directions, again, None, points)
+
+            network = self._adaptation.network(space, history, rebuild)
+        return _best(self._decide(space, history, directions, generator, network))
+
+    def _decide(
+        self,
+        space: Space,
+        history: History,
+        directions: Sequence[StudyDirection],
+        generator: torch.Generator,
+        network: Scorer | None,
+        points: np.ndarray | None = None,
+    ) -> Decision:
+        """The policy's step after a history; ``points`` (k, d) join the candidates."""
         layout = self._layouts.get(space, lambda: layout_of(space))
         default = layout.default[0].numpy()
         conditions = _conditions(space, history)
@@ -265,25 +299,19 @@ class RLSampler(BaseSampler):
         history = _recent_and_best(history)
         weights = _objective_weights(len(directions), generator)
         observed = _observed(history, layout.default, self._n_trials, weights)
-        grid = None
-        if space.n_configurations <= _MAX_GRID:
-            axes = [torch.from_numpy(dimension.grid(_MAX_GRID)) for dimension in space.dimensions]
-            grid = torch.cartesian_prod(*axes).reshape(1, -1, len(space))
-        finished = ~history.running
-        constraints = torch.from_numpy(history.constraints[finished])[None]
-        decision = decide(
+        constraints = torch.from_numpy(history.constraints[~history.running])[None]
+        return decide(
             layout,
             observed,
-            self._network,
+            network,
             snap,
             generator,
             settings,
-            grid=grid,
+            grid=_grid(space, default, points),
             feasibility=fit_feasibility(layout, observed, constraints),
             start=start,
             sources=self._earlier.models(space, layout, directions, weights),
         )
-        return _best(decision)
 
     def _hyperparameters(self, layout: Layout, space: Space, history: History) -> Tensor | None:
         """The surrogate's, fitted to the study as it was at its last milestone, shape (1, D + 2).
@@ -302,6 +330,17 @@ class RLSampler(BaseSampler):
             return fit_surrogate(layout, observed, self._settings).theta
 
         return self._fits.get(key, fitted)
+
+
+def _grid(space: Space, default: np.ndarray, points: np.ndarray | None) -> Tensor | None:
+    """All configurations of a small space, and further points, shape (1, k, d)."""
+    sets = []
+    if space.n_configurations <= _MAX_GRID:
+        axes = [torch.from_numpy(dimension.grid(_MAX_GRID)) for dimension in space.dimensions]
+        sets.append(torch.cartesian_prod(*axes).reshape(1, -1, len(space)))
+    if points is not None and len(points):
+        sets.append(torch.from_numpy(np.where(np.isnan(points), default, points))[None])
+    return torch.cat(sets, 1) if sets else None
 
 
 def _is_taken(params: dict[str, Any], study: Study, number: int, *, later: bool) -> bool:

@@ -97,6 +97,14 @@ def test_a_misleading_source_loses_its_weight_and_leaves_the_policy_as_it_was(
     assert opinion.weights[1] > 0.8
 
 
+def test_an_opinion_is_put_to_the_test_until_a_trial_has_gone_against_it() -> None:
+    source = _source(_peaked)
+    near, far = np.array([[0.8, 0.5], [0.79, 0.5], [0.81, 0.5]]), np.array([[0.2, 0.5]])
+    assert weigh([source], LAYOUT, _observed(near[:1])).trust == 0
+    assert weigh([source], LAYOUT, _observed(near)).trust == 0
+    assert weigh([source], LAYOUT, _observed(np.concatenate([near[:2], far]))).trust > 0.9
+
+
 def test_no_trust_is_the_policy_without_transfer() -> None:
     observed, model = _observed(_points(6, 3)), _source(_peaked)
     opinion = weigh([model], LAYOUT, observed)
@@ -109,7 +117,7 @@ def test_no_trust_is_the_policy_without_transfer() -> None:
 def test_the_surrogate_follows_the_results_where_there_are_some_and_the_sources_elsewhere() -> (
     None
 ):
-    points = np.array([[0.8, 0.5], [0.7, 0.5], [0.6, 0.2]])
+    points = np.array([[0.8, 0.5], [0.7, 0.5], [0.65, 0.4], [0.6, 0.2]])
     decision = _decide(_observed(points), [_source(_peaked)], None)
     mean, _ = _informed_mean(points)
     assert mean[0] > mean[1] > mean[2]

@@ -1,0 +1,179 @@
+"""Learning within one study: small PPO updates of the scorer's last layer.
+
+Notations
+    T         steps (finished trials of the study that had a choice), N candidates a step
+    regret    of the best trial so far, as far as the study knows it: 0 at the best trial of all
+              those given, 1 at the median one
+    reward    decrease of log(regret + FLOOR) by a trial
+
+One study is little to learn from, so that every update is bounded three times: PPO's clipped
+ratio, a bound on the norm of the change, and a bound on the mean KL divergence between the policy
+before and after over the steps that it learnt from. The rest of the network stays as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from optuna_lora_rl.policy import ppo
+from optuna_lora_rl.policy.features import Features
+from optuna_lora_rl.policy.network import Scorer
+from optuna_lora_rl.policy.ppo import PPOSettings
+from optuna_lora_rl.policy.ppo import Transitions
+from optuna_lora_rl.policy.ppo import generalised_advantages
+
+# The policy that acts greedily is taken for softmax(SHARPNESS * logits), as in training.
+SHARPNESS = 6.0
+FLOOR = 0.05
+_WORST = 3.0
+MAX_KL = 0.05
+# Largest change of the last layer, relative to its norm.
+MAX_CHANGE = 0.1
+SETTINGS = PPOSettings(
+    learning_rate=2e-3, ent_coef=0.0, vf_coef=0.0, update_epochs=8, minibatch_size=64
+)
+
+
+@dataclass
+class Step:
+    """One finished trial as the policy saw it before.
+
+    Args:
+        features: the network's input, a batch of one.
+        residual: logits without the network, shape (1, N); -inf where not allowed.
+        share: of the network's correction that counted, 0 to 1.
+        action: the candidate that was tried.
+        reward: what it brought.
+    """
+
+    features: Features
+    residual: Tensor
+    share: float
+    action: int
+    reward: float
+
+
+def rewards(scores: np.ndarray, good: np.ndarray) -> np.ndarray:
+    """The decrease of the log regret by each trial, shape (n,).
+
+    Args:
+        scores: larger is better, shape (n,), in the order of the trials.
+        good: trials with a score of their own, shape (n,).
+    """
+    if not good.any():
+        return np.zeros(len(scores))
+    best, median = scores[good].max(), np.median(scores[good])
+    span = best - median if best > median else 1.0
+    found = np.where(good, np.clip((best - scores) / span, 0.0, _WORST), _WORST)
+    logs = np.log(np.minimum.accumulate(found) + FLOOR)
+    return -np.diff(logs, prepend=np.log(_WORST + FLOOR))
+
+
+def adapt(network: Scorer, steps: Sequence[Step], generator: torch.Generator) -> Scorer:
+    """The network after one update from consecutive steps of a study.
+
+    Args:
+        network: the policy that proposed them, or is taken to have; it is left as it is.
+        steps: in the order of the trials.
+        generator: shuffles them.
+    """
+    new = copy.deepcopy(network)
+    if len(steps) < 2 or all(step.reward == steps[0].reward for step in steps):
+        return new
+    features, residual, share = _stack(steps)
+    trained = list(new.last.parameters())
+    for parameter in trained:
+        parameter.requires_grad_(True)
+
+    def log_probabilities(rows: Tensor) -> Tensor:
+        seen = Features(features.values[rows], features.context[rows], features.valid[rows])
+        correction = share[rows, None] * new(seen)
+        return torch.log_softmax(SHARPNESS * (residual[rows] + correction), -1)
+
+    everything = torch.arange(len(steps))
+    with torch.no_grad():
+        before = log_probabilities(everything)
+    data = _transitions(steps, before)
+    with torch.random.fork_rng(devices=[]):
+        ppo.update(
+            lambda rows: (log_probabilities(rows), data.values[rows]),
+            trained,
+            torch.optim.Adam(trained, lr=SETTINGS.learning_rate, eps=1e-5),
+            data,
+            SETTINGS,
+            generator,
+        )
+    with torch.no_grad():
+        _bound(network, new)
+        while _divergence(before, log_probabilities(everything)) > MAX_KL:
+            for old, parameter in zip(network.last.parameters(), trained, strict=True):
+                parameter.copy_(old + 0.5 * (parameter - old))
+    return new.eval().requires_grad_(False)
+
+
+def _stack(steps: Sequence[Step]) -> tuple[Features, Tensor, Tensor]:
+    """All steps in one batch, padded to the most candidates."""
+    widest = max(step.residual.shape[1] for step in steps)
+
+    def padded(tensor: Tensor, value: float) -> Tensor:
+        shape = (1, widest - tensor.shape[1], *tensor.shape[2:])
+        return torch.cat([tensor, torch.full(shape, value, dtype=tensor.dtype)], 1)
+
+    features = Features(
+        torch.cat([padded(step.features.values, 0.0) for step in steps]),
+        torch.cat([step.features.context for step in steps]),
+        torch.cat([padded(step.features.valid, False) for step in steps]),
+    )
+    residual = torch.cat([padded(step.residual, -torch.inf) for step in steps]).float()
+    return features, residual, torch.tensor([step.share for step in steps])
+
+
+def _transitions(steps: Sequence[Step], before: Tensor) -> Transitions:
+    """Advantages over a line in the log of time, since later trials gain less whoever chooses."""
+    actions = torch.tensor([step.action for step in steps])
+    reward = torch.tensor([step.reward for step in steps], dtype=torch.float32)
+    T = len(steps)
+    returns = torch.zeros(T)
+    following = 0.0
+    for t in reversed(range(T)):
+        following = float(reward[t]) + SETTINGS.gamma * following
+        returns[t] = following
+    time = torch.stack([torch.ones(T), torch.arange(1.0, T + 1).log()], 1)
+    values = time @ torch.linalg.lstsq(time, returns[:, None]).solution
+    dones = torch.zeros((T, 1), dtype=torch.bool)
+    dones[-1] = True
+    advantages = generalised_advantages(
+        reward[:, None],
+        values,
+        dones,
+        torch.zeros(1),
+        gamma=SETTINGS.gamma,
+        gae_lambda=SETTINGS.gae_lambda,
+    )[:, 0]
+    logprobs = before.gather(1, actions[:, None])[:, 0]
+    return Transitions(actions, logprobs, advantages, advantages + values[:, 0], values[:, 0])
+
+
+def _bound(old: Scorer, new: Scorer) -> None:
+    """Shorten the change of the last layer to ``MAX_CHANGE`` of its norm."""
+    pairs = list(zip(old.last.parameters(), new.last.parameters(), strict=True))
+    norm = sum(float(p.square().sum()) for p, _ in pairs) ** 0.5
+    change = sum(float((q - p).square().sum()) for p, q in pairs) ** 0.5
+    # A network that starts at zero may still begin to move.
+    most = MAX_CHANGE * max(norm, 1.0)
+    if change > most:
+        for p, q in pairs:
+            q.copy_(p + (most / change) * (q - p))
+
+
+def _divergence(before: Tensor, after: Tensor) -> float:
+    """Mean KL divergence of the policy after from the policy before, in nats."""
+    p = before.exp()
+    gap = torch.where(p > 0, before - after, torch.zeros_like(p))
+    return float((p * gap).sum(-1).mean())

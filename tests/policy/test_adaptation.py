@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from optuna_lora_rl.policy.adaptation import MAX_CHANGE
+from optuna_lora_rl.policy.adaptation import MAX_KL
+from optuna_lora_rl.policy.adaptation import SHARPNESS
+from optuna_lora_rl.policy.adaptation import Step
+from optuna_lora_rl.policy.adaptation import adapt
+from optuna_lora_rl.policy.adaptation import rewards
+from optuna_lora_rl.policy.features import CANDIDATE_FEATURES
+from optuna_lora_rl.policy.features import CONTEXT_FEATURES
+from optuna_lora_rl.policy.features import Features
+from optuna_lora_rl.policy.network import Scorer
+
+
+def _network() -> Scorer:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = Scorer(16)
+        torch.nn.init.normal_(network.last.weight, std=0.3)
+    return network.requires_grad_(False)
+
+
+def _steps(count: int, lora: bool = True) -> list[Step]:
+    """Choices among 5 or 6 candidates; the one that has the first feature brings a reward."""
+    generator = torch.Generator().manual_seed(1)
+    steps = []
+    for t in range(count):
+        N = 5 + t % 2
+        values = torch.randn(1, N, len(CANDIDATE_FEATURES), generator=generator)
+        context = torch.zeros(1, len(CONTEXT_FEATURES))
+        context[:, CONTEXT_FEATURES.index("is_lora")] = float(lora)
+        valid = torch.ones((1, N), dtype=torch.bool)
+        residual = torch.zeros((1, N), dtype=torch.float64)
+        valid[0, N - 1], residual[0, N - 1] = False, -torch.inf
+        action = t % 3
+        features = Features(values, context, valid)
+        steps.append(Step(features, residual, 1.0, action, 2.0 * float(values[0, action, 0] > 0)))
+    return steps
+
+
+def _log_probability(network: Scorer, step: Step) -> torch.Tensor:
+    logits = step.residual + step.share * network(step.features)
+    return torch.log_softmax(SHARPNESS * logits, -1)[0]
+
+
+def test_what_brought_more_becomes_likelier() -> None:
+    old, steps = _network(), _steps(16)
+    new = adapt(old, steps, torch.Generator().manual_seed(0))
+    gain = [
+        float(_log_probability(new, s)[s.action] - _log_probability(old, s)[s.action])
+        for s in steps
+    ]
+    reward = [s.reward for s in steps]
+    assert np.corrcoef(gain, reward)[0, 1] > 0.2
+
+
+@pytest.mark.parametrize("count", [8, 32])
+def test_the_change_is_bounded_and_only_the_last_layers(count: int) -> None:
+    old, steps = _network(), _steps(count)
+    kept = {name: tensor.clone() for name, tensor in old.state_dict().items()}
+    new = adapt(old, steps, torch.Generator().manual_seed(0))
+    assert all(torch.equal(old.state_dict()[name], tensor) for name, tensor in kept.items())
+    changed = {name for name, t in new.state_dict().items() if not torch.equal(t, kept[name])}
+    assert changed == {"last.weight", "last.bias"} or changed == {"last.weight"}
+    change = sum(float((new.state_dict()[n] - kept[n]).square().sum()) for n in changed) ** 0.5
+    norm = sum(float(kept[n].square().sum()) for n in ("last.weight", "last.bias")) ** 0.5
+    assert change <= MAX_CHANGE * max(norm, 1.0) * 1.0001
+    divergence = []
+    for step in steps:
+        before, after = _log_probability(old, step), _log_probability(new, step)
+        p = before.exp()
+        divergence.append(float((p * torch.where(p > 0, before - after, 0.0 * p)).sum()))
+    assert float(np.mean(divergence)) <= MAX_KL + 1e-6
+
+
+def test_nothing_is_learnt_from_nothing() -> None:
+    old = _network()
+    for steps in ([], _steps(1), _steps(8, lora=False)):
+        new = adapt(old, steps, torch.Generator().manual_seed(0))
+        assert torch.equal(new.last.weight, old.last.weight)
+
+
+def test_rewards_are_paid_for_improvements_alone() -> None:
+    scores = np.array([0.0, 1.0, 0.5, 3.0, 3.0, 0.0])
+    good = np.array([True, True, True, True, True, False])
+    paid = rewards(scores, good)
+    assert np.all(paid[[0, 1, 3]] > 0)
+    assert np.all(paid[[2, 4, 5]] == 0)
+    assert not rewards(scores, np.zeros(6, dtype=bool)).any()
