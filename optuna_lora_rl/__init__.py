@@ -12,17 +12,19 @@ from typing import Any
 
 if TYPE_CHECKING:
     from optuna_lora_rl.samplers.bandit import BanditSampler
+    from optuna_lora_rl.samplers.explanation import explain
     from optuna_lora_rl.samplers.rl import RLSampler
     from optuna_lora_rl.space import LoraSpace
     from optuna_lora_rl.study.tuning import tune
 
 __version__ = "0.1.0"
-__all__ = ["BanditSampler", "LoraSpace", "RLSampler", "tune"]
+__all__ = ["BanditSampler", "LoraSpace", "RLSampler", "explain", "tune"]
 
 _HOMES = {
     "BanditSampler": "optuna_lora_rl.samplers.bandit",
     "LoraSpace": "optuna_lora_rl.space",
     "RLSampler": "optuna_lora_rl.samplers.rl",
+    "explain": "optuna_lora_rl.samplers.explanation",
     "tune": "optuna_lora_rl.study.tuning",
 }
 

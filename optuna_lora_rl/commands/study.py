@@ -175,6 +175,29 @@ def export(
 
 
 @app.command()
+def explain(
+    file: StudyFile,
+    trial: Annotated[
+        int | None, typer.Option("--trial", help="Number of a trial; all by default.")
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Say where each trial's configuration came from and why, and what the trials taught.
+
+    Without --trial it also writes a figure: the predicted score along each parameter.
+
+    Example: [bold]optuna-lora-rl explain studies/quickstart.yaml --trial 7[/]
+    """
+    from optuna_lora_rl.study import explaining
+    from optuna_lora_rl.study import opening
+
+    spec = load(file, overrides)
+    figure = explaining.show(console(), opening.load_study(spec), spec, trial)
+    if figure is not None:
+        console().print(f"the figure is in {figure}", highlight=False)
+
+
+@app.command()
 def dashboard(
     file: StudyFile,
     overrides: Overrides = [],  # noqa: B006

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_WIDTH, _HEIGHT = 640, 320
+SIZE = (640, 320)
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 16, 44
 ACCENT, QUIET, INK = "#0f766e", "#cbd5e1", "#334155"
 
@@ -25,6 +25,7 @@ class Series:
         steps: Whether the line goes on level until the next point.
         width: Width of the line, in pixels.
         titles: What a browser says of each point under the pointer.
+        band: Triples (x, low, high), filled behind the rest.
     """
 
     points: Sequence[tuple[float, float]]
@@ -34,20 +35,39 @@ class Series:
     steps: bool = False
     width: float = 2.0
     titles: Sequence[str] = ()
+    band: Sequence[tuple[float, float, float]] = ()
 
 
-def chart(series: Sequence[Series], *, x: str, y: str) -> str:
-    """An SVG picture of ``series`` with axes called ``x`` and ``y``."""
+def chart(
+    series: Sequence[Series],
+    *,
+    x: str,
+    y: str,
+    size: tuple[int, int] = SIZE,
+    ticks: Sequence[tuple[float, str]] | None = None,
+) -> str:
+    """An SVG picture of ``series`` with axes called ``x`` and ``y``.
+
+    Args:
+        series: What is drawn, the first at the bottom.
+        x: Of the horizontal axis.
+        y: Of the vertical axis.
+        size: Width and height in pixels; text keeps its size.
+        ticks: Places on the horizontal axis and what stands there; round values by default.
+    """
     known = [point for one in series for point in one.points if _finite(point)]
+    known += [(px, end) for one in series for px, *ends in one.band for end in ends]
     if not known:
         return ""
-    across = _Scale.over((p[0] for p in known), _LEFT, _WIDTH - _RIGHT)
-    up = _Scale.over((p[1] for p in known), _HEIGHT - _BOTTOM, _TOP)
-    body = [*_axes(across, up, x, y)]
+    width, height = size
+    across = _Scale.over((p[0] for p in known), _LEFT, width - _RIGHT)
+    up = _Scale.over((p[1] for p in known), height - _BOTTOM, _TOP)
+    below = [(tick, f"{tick:.4g}") for tick in across.ticks()] if ticks is None else ticks
+    body = [*_axes(across, up, x, y, below)]
     for one in series:
         body += _draw(one, across, up)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
         f'font-family="system-ui, sans-serif" font-size="12">{"".join(body)}</svg>'
     )
 
@@ -78,24 +98,32 @@ class _Scale:
         return [n * step for n in range(first, math.floor(self.high / step) + 1)]
 
 
-def _axes(across: _Scale, up: _Scale, x: str, y: str) -> Iterable[str]:
+def _axes(
+    across: _Scale, up: _Scale, x: str, y: str, ticks: Sequence[tuple[float, str]]
+) -> Iterable[str]:
+    right, bottom = across.end, up.start
     for tick in up.ticks():
         at = up(tick)
-        yield f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}" '
+        yield f'<line x1="{_LEFT}" x2="{right}" y1="{at:.1f}" y2="{at:.1f}" '
         yield 'stroke="#e2e8f0"/>'
         yield f'<text x="{_LEFT - 8}" y="{at + 4:.1f}" text-anchor="end" fill="{INK}">'
         yield f"{tick:.4g}</text>"
-    for tick in across.ticks():
-        yield f'<text x="{across(tick):.1f}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle" '
-        yield f'fill="{INK}">{tick:.4g}</text>'
-    yield f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 6}" text-anchor="middle" '
+    for tick, said in ticks:
+        yield f'<text x="{across(tick):.1f}" y="{bottom + 18}" text-anchor="middle" '
+        yield f'fill="{INK}">{html.escape(said)}</text>'
+    yield f'<text x="{(_LEFT + right) / 2}" y="{bottom + _BOTTOM - 6}" text-anchor="middle" '
     yield f'fill="{INK}">{html.escape(x)}</text>'
-    middle = (_TOP + _HEIGHT - _BOTTOM) / 2
+    middle = (_TOP + bottom) / 2
     yield f'<text transform="translate(14 {middle}) rotate(-90)" text-anchor="middle" '
     yield f'fill="{INK}">{html.escape(y)}</text>'
 
 
 def _draw(series: Series, across: _Scale, up: _Scale) -> Iterable[str]:
+    if series.band:
+        edge = [(px, high) for px, _, high in series.band]
+        edge += [(px, low) for px, low, _ in reversed(series.band)]
+        corners = " ".join(f"{across(px):.1f},{up(py):.1f}" for px, py in edge)
+        yield f'<polygon points="{corners}" fill="{series.color}" fill-opacity="0.15"/>'
     points = [(across(px), up(py)) for px, py in filter(_finite, series.points)]
     if series.line and points:
         path = f"M{points[0][0]:.1f} {points[0][1]:.1f}"

@@ -89,6 +89,9 @@ def importances(study: optuna.Study) -> dict[str, float]:
 
 def write(study: optuna.Study, spec: StudySpec) -> Path:
     """Writes ``report.html`` into the output folder; it needs no other file and no network."""
+    # It takes torch, which those who only ask how a study stands need not wait for.
+    from optuna_lora_rl.study import explaining
+
     trials = study.get_trials(deepcopy=False)
     facts = best_facts(study, spec)
     parts = [_opening(spec, trials)]
@@ -97,6 +100,7 @@ def write(study: optuna.Study, spec: StudySpec) -> Path:
         parts += [
             _figures(trials, facts["trial"], spec),
             _importances(study),
+            explaining.section(study, spec),
             _table(trials, spec),
         ]
     parts.append(_failures(trials))
@@ -284,6 +288,7 @@ table {{ border-collapse: collapse; }} table.wide {{ width: 100%; }}
 td, th {{ text-align: left; padding: 3px 14px 3px 0; border-bottom: 1px solid #e2e8f0;
   font-variant-numeric: tabular-nums; }}
 pre {{ background: #f1f5f9; border-radius: 8px; padding: 12px 18px; overflow-x: auto; }}
+.panels {{ display: grid; grid-template-columns: 1fr 1fr; gap: 16px 24px; margin-top: 12px; }}
 .bar {{ background: #0f766e; height: 10px; border-radius: 3px; min-width: 1px; }}
 </style></head><body>
 {body}

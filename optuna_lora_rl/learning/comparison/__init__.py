@@ -3,7 +3,8 @@
     optuna-lora-rl compare studies/sampler_comparison.yaml
 
 - ``protocol``: what the file may say;
-- ``problems``: all of them; ``problem``, ``synthetic``, ``functions``: one, and families of them;
+- ``problems``: all of them; ``problem``: one; ``measured``, ``synthetic``, ``functions``,
+  ``networks``: their families;
 - ``peers``, ``openings``, ``outside``: the samplers;
 - ``running``: studies in parallel processes, recorded as they end;
 - ``statistics``, ``summary``, ``figures``: what is made of the records.

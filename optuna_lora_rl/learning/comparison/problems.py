@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.learning.comparison import functions
+from optuna_lora_rl.learning.comparison import measured
+from optuna_lora_rl.learning.comparison import networks
 from optuna_lora_rl.learning.comparison import synthetic
 
 if TYPE_CHECKING:
@@ -13,8 +16,16 @@ if TYPE_CHECKING:
 
 
 def build(wanted: Problems) -> list[Problem]:
-    """All problems of the named families."""
+    """All problems of the named families.
+
+    Raises:
+        UserError: no table of the wanted split has been measured.
+    """
     problems: list[Problem] = []
+    if (tables := wanted.tables) is not None:
+        problems += measured.table_problems(tables.split, list(tables.guises))
+        if not problems:
+            raise UserError(f"problems.tables: no table of the split {tables.split} is there")
     if wanted.synthetic is not None:
         problems += synthetic.synthetic_problems(wanted.synthetic.tasks, wanted.synthetic.seed)
     if (chosen := wanted.functions) is not None:
@@ -29,4 +40,6 @@ def build(wanted: Problems) -> list[Problem]:
     if (chosen_mixed := wanted.mixed) is not None:
         last = chosen_mixed.first + chosen_mixed.instances
         problems += [functions.mixed_problem(k) for k in range(chosen_mixed.first, last)]
+    if wanted.networks is not None:
+        problems += networks.network_problems()
     return problems

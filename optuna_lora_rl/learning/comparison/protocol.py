@@ -12,6 +12,7 @@ from pydantic import Field
 from pydantic import model_validator
 
 from optuna_lora_rl.learning.comparison.functions import BBOB
+from optuna_lora_rl.learning.comparison.measured import GUISES
 from optuna_lora_rl.learning.comparison.peers import NAMES
 from optuna_lora_rl.learning.comparison.synthetic import TEST_SEED
 
@@ -47,6 +48,21 @@ class Synthetic(_Family):
     seed: int = Field(default=TEST_SEED, ge=0, description="Tasks of other seeds differ.")
 
 
+class Tables(_Family):
+    """Measured LoRA tables."""
+
+    split: Literal["train", "validation", "test"] = Field(
+        default="test", description="Of which families; choices are made on `validation`."
+    )
+    guises: list[Literal[tuple(GUISES)]] = Field(  # type: ignore[valid-type]
+        default=list(GUISES), min_length=1, description="Spaces and weights of cost."
+    )
+
+
+class Networks(_Family):
+    """Tuning scikit-learn's MLPClassifier, measured on three data sets."""
+
+
 class Functions(_Family):
     """BBOB-like functions, shifted and rotated."""
 
@@ -71,9 +87,11 @@ class Mixed(_Family):
 class Problems(_Family):
     """The problems, by family; families that are not named are left out."""
 
+    tables: Tables | None = Field(default=None, description="Measured LoRA tables.")
     synthetic: Synthetic | None = Field(default=None, description="Synthetic LoRA studies.")
     functions: Functions | None = Field(default=None, description="BBOB-like functions.")
     mixed: Mixed | None = Field(default=None, description="Mixed spaces, not of LoRA.")
+    networks: Networks | None = Field(default=None, description="Tuning of small classifiers.")
 
 
 class Protocol(BaseModel):
@@ -117,7 +135,7 @@ class Protocol(BaseModel):
             raise ValueError(
                 f"reference is {self.reference!r}, but must be one of {', '.join(self.samplers)}"
             )
-        if not any(self.problems.model_dump().values()):
+        if all(family is None for family in self.problems.model_dump().values()):
             families = ", ".join(Problems.model_fields)
             raise ValueError(f"problems names no family, but must have some of {families}")
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import optuna
 import pytest
 
 from optuna_lora_rl.learning.comparison import functions
+from optuna_lora_rl.learning.comparison import networks
 from optuna_lora_rl.learning.comparison.problem import Problem
 from optuna_lora_rl.learning.comparison.problem import draw
 from optuna_lora_rl.learning.comparison.synthetic import TEST_SEED
@@ -63,6 +65,20 @@ def test_no_configuration_of_a_mixed_space_beats_the_best(instance: int) -> None
     # The regret is cut at 0, so that a wrong optimum would show in the score alone.
     assert max(score for score, _ in found) <= 0
     assert 0 <= min(regret for _, regret in found) < 0.4
+
+
+def test_a_networks_best_point_is_one_that_was_measured() -> None:
+    for problem in networks.network_problems():
+        rng = np.random.default_rng(0)
+        regrets = [problem.evaluate(draw(problem.space, rng), rng)[1] for _ in range(500)]
+        assert np.median(regrets) == pytest.approx(1.0, rel=0.25)
+        assert min(regrets) >= 0
+        axes = itertools.product(*networks.AXES.values(), networks.ACTIVATIONS)
+        names = [*networks.AXES, "activation"]
+        measured = [
+            problem.evaluate(dict(zip(names, point, strict=True)), rng)[1] for point in axes
+        ]
+        assert min(measured) == pytest.approx(0.0, abs=1e-9)
 
 
 def test_synthetic_problems_say_what_they_are() -> None:

@@ -1,0 +1,337 @@
+"""What a study has taught about each parameter, and where each trial's proposal came from.
+
+Works for any Optuna study, whoever proposed its trials: the surrogate of :class:`RLSampler` is
+fitted to them anew. As there, what scores far worse than the rest is drawn in, so that the scale
+is set by the configurations worth telling apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from typing import Any
+
+import numpy as np
+import torch
+from optuna.study import StudyDirection
+from torch import Tensor
+
+from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.policy.candidates import uniform_points
+from optuna_lora_rl.policy.layout import Layout
+from optuna_lora_rl.policy.layout import exact_snap
+from optuna_lora_rl.policy.layout import layout_of
+from optuna_lora_rl.policy.scores import standardise
+from optuna_lora_rl.policy.surrogate import Surrogate
+from optuna_lora_rl.policy.surrogate import fit
+from optuna_lora_rl.samplers import proposal
+from optuna_lora_rl.samplers.history import History
+from optuna_lora_rl.samplers.history import read_history
+from optuna_lora_rl.samplers.history import space_of
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+    from optuna.distributions import BaseDistribution
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial
+
+    from optuna_lora_rl.policy.dimensions import Dimension
+    from optuna_lora_rl.policy.dimensions import Space
+
+_FEWEST = 3
+_MOST_ROWS = 300
+_GRID = 49
+_DRAWS = 1024
+# Deviations of a prediction from which little is known; 1 before any result.
+_UNKNOWN = 0.8
+_FAILURE_NOISE = 0.05
+# Deviations on either side of the mean that hold 90% of a normal density.
+_BAND = 1.6449
+
+_ORIGINS = {
+    "default": "the guides' configuration",
+    "sweep": "a step of a learning-rate sweep at the guides' other values",
+    "prior": "a draw from what is usual in LoRA runs",
+    "uniform": "a place that is far from the trials so far",
+    "axis": "one of the best trials, moved along one parameter",
+    "mutation": "a change of one of the best trials",
+    "improvement": "the most promising place by the surrogate",
+    "transfer": "what was best in an earlier study",
+    "random": "a random draw, before any result",
+    "thompson": "a draw of the bandit from what each level may be worth",
+    "ucb": "the bandit's highest upper bound",
+    "enqueued": "enqueued by hand",
+}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What is believed of one parameter, the others at the best trial's values.
+
+    Args:
+        name: in the study.
+        role: what it was recognised as in a LoRA run, or None.
+        log: whether its range is logarithmic.
+        values: places along its range, ascending; or its choices.
+        mean: predicted value of the objective there, shape (len(values),).
+        low: the lower end of the 90% band of the mean.
+        high: its upper end.
+        prior: what is usual in LoRA runs, as a density whose largest value is 1; None where
+            nothing is known.
+        importance: share of the predicted variation, over the whole space, that the parameter
+            takes part in (its total Sobol index); shares of parameters that interact overlap.
+        best: its value in the best trial.
+        trials: pairs (value, objective) of the finished trials.
+    """
+
+    name: str
+    role: str | None
+    log: bool
+    values: tuple[Any, ...]
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    prior: np.ndarray | None
+    importance: float
+    best: Any
+    trials: tuple[tuple[Any, float], ...]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a trial's configuration came from, and why.
+
+    Args:
+        source: in words.
+        expected: mean and deviation of the score that was predicted, in deviations from the
+            average of the trials before it; None where nothing was.
+        remarks: what else is worth knowing.
+    """
+
+    source: str
+    expected: tuple[float, float] | None = None
+    remarks: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        remarks = f" ({', '.join(self.remarks)})" if self.remarks else ""
+        if self.expected is None:
+            return self.source + remarks
+        mean, deviation = self.expected
+        expected = f"expected {mean:+.1f} ± {deviation:.1f} deviations from the average"
+        return f"{self.source}; {expected}{remarks}"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """See :func:`explain`.
+
+    Args:
+        parameters: the most important first; empty with fewer than three results.
+        noise: deviation of a run round its configuration's value, as the surrogate sees it, in
+            the objective's units.
+        origins: where each trial came from and why, by its number.
+    """
+
+    parameters: tuple[Parameter, ...]
+    noise: float
+    origins: Mapping[int, Origin]
+
+    def figure(self) -> go.Figure:
+        """Mean and band along each parameter, with the trials and the prior, for plotly."""
+        from optuna_lora_rl.samplers.explanation_figure import draw
+
+        return draw(self)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{p.name}: {p.importance:.0%} of the predicted variation, best {_short(p.best)}"
+            for p in self.parameters
+        ]
+        return "\n".join([*lines, *(f"trial {n}: {said}" for n, said in self.origins.items())])
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def explain(
+    study: Study, *, objective: int = 0, roles: Mapping[str, str] | None = None
+) -> Explanation:
+    """Fit the surrogate to a study, and read off what it believes.
+
+    >>> import optuna
+    >>> import optuna_lora_rl
+    >>> optuna.logging.set_verbosity(optuna.logging.WARNING)
+    >>> study = optuna.create_study(sampler=optuna_lora_rl.RLSampler(seed=0))
+    >>> study.optimize(lambda t: (t.suggest_float("x", 0, 1) - 0.2) ** 2, n_trials=8)
+    >>> found = optuna_lora_rl.explain(study)
+    >>> found.parameters[0].name, round(found.parameters[0].importance, 1)
+    ('x', 1.0)
+
+    Args:
+        study: any study.
+        objective: which, of several.
+        roles: what parameters are, where their names are not the usual ones.
+
+    Raises:
+        UserError: there is no such objective.
+    """
+    if not 0 <= objective < len(study.directions):
+        raise UserError(
+            f"objective is {objective!r}, but must be between 0 and {len(study.directions) - 1}"
+        )
+    trials = study.get_trials(deepcopy=False)
+    distributions: dict[str, BaseDistribution] = {}
+    for trial in trials:
+        distributions.update(trial.distributions)
+    space = space_of({n: d for n, d in distributions.items() if not d.single()}, roles)
+    origins = {trial.number: origin(trial) for trial in trials}
+    history = read_history(trials, space, study.directions)
+    scored = history.scored
+    if scored.sum() < _FEWEST:
+        return Explanation((), math.nan, origins)
+    model = _Model.of(space, history, objective, study.directions[objective])
+    parameters = [model.parameter(column) for column in range(len(space))]
+    parameters.sort(key=lambda p: -p.importance)
+    return Explanation(tuple(parameters), model.noise, origins)
+
+
+def origin(trial: FrozenTrial) -> Origin:
+    """Where a trial's configuration came from, as far as its sampler kept it."""
+    found = proposal(trial)
+    if "fixed_params" in trial.system_attrs and (found is None or "mean" not in found):
+        return Origin(_ORIGINS["enqueued"])
+    if found is None:
+        return Origin("proposed by another sampler")
+    source = str(found.get("source"))
+    said = _ORIGINS.get(source, source)
+    if "std" not in found:
+        return Origin(said)
+    remarks = []
+    if found["std"] > _UNKNOWN:
+        remarks.append("little is known there")
+    if (likely := math.exp(found.get("log_feasible", 0.0))) < 0.8:
+        remarks.append(f"{likely:.0%} likely to work")
+    if abs(found.get("network", 0.0)) >= 0.1:
+        remarks.append(f"the network gave {found['network']:+.1f}")
+    return Origin(said, (found["mean"], found["std"]), tuple(remarks))
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The surrogate of one objective and how to read it in the objective's units."""
+
+    space: Space
+    layout: Layout
+    surrogate: Surrogate
+    points: np.ndarray
+    values: np.ndarray
+    best: np.ndarray
+    offset: float
+    unit: float
+
+    @classmethod
+    def of(
+        cls, space: Space, history: History, objective: int, direction: StudyDirection
+    ) -> _Model:
+        layout = layout_of(space)
+        finished = np.flatnonzero(~history.running)[-_MOST_ROWS:]
+        points = np.where(np.isnan(history.points), layout.default.numpy(), history.points)
+        good = history.scored[finished]
+        scores = np.where(good, history.scores[finished, objective], 0.0)
+        y = standardise(
+            torch.from_numpy(scores)[None],
+            torch.from_numpy(good)[None],
+            torch.from_numpy(~good)[None],
+        )
+        surrogate = fit(
+            layout.model_coordinates(torch.from_numpy(points[finished])[None]),
+            y,
+            torch.ones((1, len(finished)), dtype=torch.bool),
+            layout.unordered,
+            layout.lengthscales(),
+            extra=torch.from_numpy(np.where(good, 0.0, _FAILURE_NOISE))[None],
+            fit_rows=100,
+        )
+        sign = 1.0 if direction == StudyDirection.MAXIMIZE else -1.0
+        top = finished[good][int(np.argmax(scores[good]))]
+        offset, unit = _scale(scores[good], y[0].numpy()[good])
+        kept = finished[good]
+        return cls(
+            space=space,
+            layout=layout,
+            surrogate=surrogate,
+            points=history.points[kept],
+            values=sign * scores[good],
+            best=points[top],
+            offset=sign * offset,
+            unit=sign * unit,
+        )
+
+    @property
+    def noise(self) -> float:
+        return abs(self.unit) * float((0.5 * self.surrogate.log_v).exp())
+
+    def posterior(self, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and deviation in the objective's units at points (N, D)."""
+        mean, deviation = self.surrogate.posterior(self.layout.model_coordinates(x[None]))
+        return self.offset + self.unit * mean[0].numpy(), abs(self.unit) * deviation[0].numpy()
+
+    def parameter(self, column: int) -> Parameter:
+        dimension = self.space.dimensions[column]
+        u = dimension.grid(_GRID) if dimension.n_levels else np.linspace(0.0, 1.0, _GRID)
+        x = np.repeat(self.best[None], len(u), axis=0)
+        x[:, column] = u
+        mean, deviation = self.posterior(torch.from_numpy(x))
+        known = ~np.isnan(self.points[:, column])
+        return Parameter(
+            name=dimension.name,
+            role=dimension.role,
+            log=dimension.log,
+            values=tuple(dimension.decode(place) for place in u),
+            mean=mean,
+            low=mean - _BAND * deviation,
+            high=mean + _BAND * deviation,
+            prior=self._prior(dimension, column, u),
+            importance=self._importance(column),
+            best=dimension.decode(self.best[column]),
+            trials=tuple(
+                (dimension.decode(place), float(value))
+                for place, value in zip(
+                    self.points[known, column], self.values[known], strict=True
+                )
+            ),
+        )
+
+    def _prior(self, dimension: Dimension, column: int, u: np.ndarray) -> np.ndarray | None:
+        if dimension.role is None or not bool(self.layout.is_lora[0]):
+            return None
+        table = self.layout.log_density[0, column].exp().numpy()
+        density = np.interp(u, np.linspace(0.0, 1.0, len(table)), table)
+        return np.asarray(density / density.max())
+
+    def _importance(self, column: int) -> float:
+        """The total Sobol index by Jansen's estimator (Saltelli et al. 2010, table 2 f)."""
+        generator = torch.Generator().manual_seed(0)
+        snap = exact_snap(self.space)
+        x = snap(uniform_points(self.layout, _DRAWS, generator))[0]
+        other = x.clone()
+        shuffle = torch.randperm(_DRAWS, generator=generator)
+        other[:, column] = x[shuffle, column]
+        here, there = self.posterior(x)[0], self.posterior(other)[0]
+        variance = float(here.var())
+        share = 0.5 * np.mean((here - there) ** 2) / variance if variance > 0 else 0.0
+        return float(min(share, 1.0))
+
+
+def _scale(scores: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """What a standardised 0 and 1 are in scores; the better half is not drawn in."""
+    order = np.argsort(scores)
+    middle, top = order[len(order) // 2], order[-1]
+    if y[top] - y[middle] < 1e-9:
+        middle = order[0]
+    difference = float(y[top] - y[middle])
+    unit = float(scores[top] - scores[middle]) / difference if difference > 1e-9 else 0.0
+    return float(scores[top]) - unit * float(y[top]), unit
