@@ -156,7 +156,8 @@ class LoraSpace:
 
             A mapping may add ``"when": {other: [values]}``: the parameter is asked for only when
             the other one has one of these values, and has its default otherwise. Parameters not
-            mentioned keep the defaults of ``DEFAULTS``. None means the recommended space.
+            mentioned keep the defaults of ``DEFAULTS``. ``truncate``, a mapping of ``energy`` or
+            ``rank`` to one of these forms, stands for ``truncate_energy`` or ``truncate_rank``. None means the recommended space.
         target_sets: Names for lists of module-name suffixes of the user's own, to be used as
             values of ``target_modules``.
 
@@ -173,7 +174,7 @@ class LoraSpace:
         self.target_sets = {
             name: _modules(name, modules) for name, modules in (target_sets or {}).items()
         }
-        given = RECOMMENDED if parameters is None else parameters
+        given = RECOMMENDED if parameters is None else _spelt_out(parameters)
         for name in given:
             if name not in VOCABULARY:
                 raise UserError(unknown_parameter(name))
@@ -342,6 +343,21 @@ RECOMMENDED: dict[str, Any] = {
     "lora_dropout": Range(0.0, 0.3),
     "target_modules": Choice(TARGET_PRESETS),
 }
+
+
+def _spelt_out(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Replaces ``truncate: {energy: ...}`` or ``{rank: ...}`` by the parameter that it means."""
+    spelt = dict(parameters)
+    if "truncate" not in spelt:
+        return spelt
+    form = spelt.pop("truncate")
+    if not isinstance(form, Mapping) or len(form) != 1 or not set(form) <= {"energy", "rank"}:
+        raise UserError(
+            f"space.truncate: {form!r} is not allowed; use energy or rank: "
+            "{energy: 0.95} or {rank: 8}"
+        )
+    ((limit, value),) = form.items()
+    return {**spelt, f"truncate_{limit}": value}
 
 
 def _ask(trial: optuna.trial.BaseTrial, name: str, domain: Range | Choice) -> Value:

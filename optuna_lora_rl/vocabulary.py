@@ -92,6 +92,20 @@ VOCABULARY: dict[str, Term] = {
         pattern="uniform|weight|gradient|activation|delta",
         allowed="uniform, weight, gradient, activation or delta",
     ),
+    "truncate_energy": Term(
+        1.0,
+        "Share of each update's energy that is kept after training, 1 for all; "
+        "`truncate: {energy: 0.95}` says the same.",
+        1e-6,
+        1.0,
+    ),
+    "truncate_rank": Term(
+        0,
+        "Largest rank that is kept after training, 0 for any; `truncate: {rank: 8}` says the "
+        "same.",
+        0,
+        whole=True,
+    ),
     "lora_alpha": Term(16, "Scale of the update, alpha / r; 2 r is usual.", 1e-6),
     "lora_dropout": Term(
         0.0, "Dropout before A, in [0, 0.9]; pays with little data only.", 0.0, 0.9

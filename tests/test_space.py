@@ -176,3 +176,12 @@ def test_bad_input_gets_one_sentence(parameters: dict, message: str) -> None:
 def test_target_sets_may_not_take_a_presets_name() -> None:
     with pytest.raises(UserError, match="taken by a preset"):
         LoraSpace({}, target_sets={"qv": ["q_proj"]})
+
+
+def test_truncate_is_short_for_its_limit() -> None:
+    space = LoraSpace({"truncate": {"energy": {"low": 0.8, "high": 1.0}}})
+    assert list(space.distributions()) == ["truncate_energy"]
+    assert LoraSpace({"truncate": {"rank": 8}}).fixed()["truncate_rank"] == 8
+    for form in (8, {"energy": 0.9, "rank": 8}, {"ranks": 8}):
+        with pytest.raises(UserError, match=r"space\.truncate: .* use energy or rank"):
+            LoraSpace({"truncate": form})

@@ -19,6 +19,8 @@ class Configuration:
 
     lora_rank: int
     rank_allocation: str
+    truncate_energy: float
+    truncate_rank: int
     lora_alpha: float
     lora_dropout: float
     target_modules: str
@@ -70,6 +72,18 @@ class Configuration:
                 f"init_lora_weights orthogonal needs even ranks, which rank_allocation "
                 f"{self.rank_allocation} does not give",
             )
+        if self.truncates and self.mutates_base:
+            raise FineTuningError(
+                "configuration",
+                f"init_lora_weights {init} does not go with truncate: the adapter's update is a "
+                "difference from its start",
+            )
+        if self.truncate_energy < 1 and self.truncate_rank:
+            raise FineTuningError(
+                "configuration",
+                f"truncate_energy {self.truncate_energy:g} and truncate_rank {self.truncate_rank} "
+                "are two limits of one rank; set one of them",
+            )
         if init == "mica" and (self.use_dora or self.loraplus_lr_ratio != 1):
             other = "use_dora" if self.use_dora else "loraplus_lr_ratio"
             raise FineTuningError(
@@ -82,6 +96,11 @@ class Configuration:
                 "lr_scheduler_type reduce_lr_on_plateau has no fixed course, so runs of "
                 "different lengths cannot be compared; take linear, cosine or another schedule",
             )
+
+    @property
+    def truncates(self) -> bool:
+        """Whether the adapter is cut after training."""
+        return self.truncate_energy < 1 or self.truncate_rank > 0
 
     @property
     def mutates_base(self) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from optuna_lora_rl.finetuning import evaluation
 from optuna_lora_rl.finetuning import sft
 from optuna_lora_rl.finetuning.configuration import Configuration
 from optuna_lora_rl.finetuning.failure import FineTuningError
@@ -24,6 +25,7 @@ from optuna_lora_rl.finetuning.quiet import quiet
 from optuna_lora_rl.finetuning.run import Run
 from optuna_lora_rl.finetuning.run import TrialResult
 from optuna_lora_rl.finetuning.shared import Shared
+from optuna_lora_rl.rank import truncation
 
 
 class Course:
@@ -53,11 +55,14 @@ class Course:
         self._run = run
         self._adapter: Adapter | None = None
         self._steps = 0
+        self._truncation: dict[str, float] = {}
         self.wanted = Configuration.of(run.configuration)
         prepared, training = shared.prepared, shared.training
         sft.check(self.wanted, training)
         self.chosen = targets_of(self.wanted, prepared.base.architecture, shared.target_sets)
         self._allocated = shared.allocator.share(self.wanted, self.chosen)
+        self._ranks = dict(self._allocated.ranks)
+        self._values: dict[str, float] = {}
         self.config = lora_config(
             self.wanted, prepared.base.architecture, self.chosen, self._allocated.ranks
         )
@@ -122,8 +127,34 @@ class Course:
         if not adapter.changed():
             rate = wanted.learning_rate
             raise FineTuningError("error", f"training left the adapter as it was (at rate {rate})")
+        if wanted.truncates:
+            self._truncate(adapter)
         if run.folder is not None:
             adapter.save(run.folder)
+
+    def _truncate(self, adapter: Adapter) -> None:
+        """Cuts the trained adapter, and evaluates what is left on the whole validation set."""
+        shared, wanted = self._shared, self.wanted
+        done = truncation.truncate_attached(
+            adapter.model,
+            energy=wanted.truncate_energy if wanted.truncate_energy < 1 else None,
+            rank=wanted.truncate_rank or None,
+        )
+        before = self.progress.curve[-1]["quality"]
+        after = before
+        if done.after != done.before:
+            tokens, asked = shared.prepared.tokens, shared.prepared.asked
+            self._values = shared.evaluate(adapter.model, tokens.validation, asked)
+            after = evaluation.quality(shared.objective.metric, self._values, shared.baseline)
+            self._ranks = done.after
+        self._truncation = {
+            "quality_before": before,
+            "quality_after": after,
+            "parameters_before": done.parameters_before,
+            "parameters_after": done.parameters_after,
+            "largest_rank": max(done.after.values()),
+            "largest_error": max(done.errors.values()),
+        }
 
     def close(self) -> None:
         """Lets go of the adapter, and of what training took."""
@@ -146,13 +177,13 @@ class Course:
             whole = replace(took, seconds=took.seconds + self._allocated.seconds)
             parts["measured"] = shared.price.measured(whole, reference(), run)
         total = parts[shared.objective.cost_source]["total"]
-        gained = progress.curve[-1]["quality"]
+        gained = self._truncation.get("quality_after", progress.curve[-1]["quality"])
         return TrialResult(
             quality=gained,
             score=gained - shared.objective.cost_weight * total,
             cost=total,
             cost_parts=parts,
-            metrics=progress.values,
+            metrics=self._values or progress.values,
             curve=progress.curve,
             steps=self._steps,
             seconds=took.seconds,
@@ -161,7 +192,8 @@ class Course:
             bytes=run.memory_bytes,
             trainable_parameters=run.trainable_parameters,
             stopped_early=progress.stopped_early,
-            ranks=dict(self._allocated.ranks),
+            ranks=self._ranks,
+            truncation=self._truncation,
         )
 
     def _generated(self, step: int) -> dict[str, float]:

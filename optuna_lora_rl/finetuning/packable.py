@@ -92,6 +92,8 @@ def obstacle(
             return f"training.extra.{name} changes the model or the course of a step"
     if configuration.use_dora:
         return "use_dora normalises by the whole adapted weight"
+    if configuration.truncates:
+        return "truncate changes the ranks, and reads the validation set once more"
     if configuration.bias != "none":
         return f"bias {configuration.bias} trains the base model's own biases"
     if any(part in configuration.optim for part in _FUSED_OPTIMIZERS):

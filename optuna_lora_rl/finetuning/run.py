@@ -32,7 +32,10 @@ class TrialResult:
         bytes: Counted bytes at the peak.
         trainable_parameters: Parameters that were trained.
         stopped_early: Whether early stopping ended the run.
-        ranks: Ranks by layer; empty where all have ``lora_rank``.
+        ranks: Ranks by layer of the saved adapter; empty where all have ``lora_rank``.
+        truncation: Where the adapter was cut after training: ``quality`` and ``parameters`` of
+            its factors, each ``_before`` and ``_after``, the ``largest_rank`` that is left and
+            the ``largest_error``, of a layer's update in Frobenius norm, relative to the update.
     """
 
     quality: float
@@ -49,6 +52,7 @@ class TrialResult:
     trainable_parameters: int
     stopped_early: bool
     ranks: dict[str, int] = field(default_factory=dict)
+    truncation: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

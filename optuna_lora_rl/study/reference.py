@@ -183,6 +183,9 @@ For each parameter one of:
 | `lora_alpha: 2 * lora_rank` or `{ratio: 2, of: lora_rank}` | tied to another parameter |
 | `lora_alpha: {ratio: {low: 0.5, high: 4, log: true}, of: lora_rank}` | a tuned ratio |
 
+`truncate: {energy: 0.95}` and `truncate: {rank: 8}` stand for `truncate_energy: 0.95` and
+`truncate_rank: 8`; what stands within may be any of these forms too.
+
 `when` makes a parameter conditional: `use_dora: {choices: [true, false], when: {init_lora_weights:
 [default]}}`. Where the condition does not hold, and where a parameter is not mentioned, it has its
 default. Without a `space` the recommended one is searched: rank, alpha, learning rate, dropout

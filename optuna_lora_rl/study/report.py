@@ -33,6 +33,7 @@ _BOOKKEEPING = {
     "configuration",
     "curve",
     "ranks",
+    "truncation",
     "source",
     outcome.RETRY_OF,
     outcome.PACKED,
@@ -55,7 +56,7 @@ def best_facts(study: optuna.Study, spec: StudySpec) -> dict[str, Any] | None:
         "params": best.params,
         "source": best.user_attrs.get("source"),
         "metrics": {k: v for k, v in best.user_attrs.items() if k not in _BOOKKEEPING},
-        **({"ranks": best.user_attrs["ranks"]} if "ranks" in best.user_attrs else {}),
+        **{k: v for k, v in best.user_attrs.items() if k in ("ranks", "truncation")},
         UNTUNED: study.user_attrs.get(UNTUNED, {}),
     }
     test = study.user_attrs.get(TEST, {})
@@ -102,6 +103,7 @@ def write(study: optuna.Study, spec: StudySpec) -> Path:
             _importances(study),
             explaining.section(study, spec),
             _table(trials, spec),
+            _truncations(trials),
         ]
     parts.append(_failures(trials))
     path = spec.folder / FILE
@@ -262,6 +264,32 @@ def _table(trials: Sequence[FrozenTrial], spec: StudySpec) -> str:
         cells.append(outcome.configuration(trial))
         rows += "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
     return f"<h2>The best trials</h2><table class=wide><tr>{heads}<th></th></tr>{rows}</table>"
+
+
+def _truncations(trials: Sequence[FrozenTrial]) -> str:
+    rows = ""
+    for trial in top(trials, len(trials)):
+        cut = trial.user_attrs.get("truncation")
+        if cut is None:
+            continue
+        cells = [
+            str(trial.number),
+            f"{cut['quality_before']:.4f}",
+            f"{cut['quality_after']:.4f}",
+            wording.count(cut["parameters_before"]),
+            wording.count(cut["parameters_after"]),
+            str(cut["largest_rank"]),
+            outcome.configuration(trial),
+        ]
+        rows += "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
+    if not rows:
+        return ""
+    heads = ("trial", "quality before", "after", "parameters before", "after", "largest rank", "")
+    titles = "".join(f"<th>{head}</th>" for head in heads)
+    return (
+        "<h2>Cut after training</h2><p class=quiet>Scores are those of the adapters as they were "
+        f"cut.</p><table class=wide><tr>{titles}</tr>{rows}</table>"
+    )
 
 
 def _failures(trials: Sequence[FrozenTrial]) -> str:

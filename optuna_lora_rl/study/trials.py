@@ -273,6 +273,7 @@ def _attributes(result: TrialResult) -> dict[str, Any]:
         **costs,
         "curve": result.curve,
         **({"ranks": result.ranks} if result.ranks else {}),
+        **({"truncation": result.truncation} if result.truncation else {}),
     }
 
 

@@ -22,13 +22,24 @@ _SHORT = {
     "loraplus_lr_ratio": "LoRA+",
     "max_grad_norm": "clip",
     "rank_allocation": "ranks by",
+    "truncate_energy": "energy kept",
+    "truncate_rank": "cut to",
     "bias": "bias",
     "layers": "layers",
 }
 # Their values speak for themselves.
 _BARE = {"target_modules", "init_lora_weights", "optim", "lr_scheduler_type"}
 _FLAGS = {"use_rslora": "rsLoRA", "use_dora": "DoRA"}
-_USUAL = {*_FLAGS, "rank_allocation", "init_lora_weights", "loraplus_lr_ratio", "bias", "layers"}
+_USUAL = {
+    *_FLAGS,
+    "rank_allocation",
+    "truncate_energy",
+    "truncate_rank",
+    "init_lora_weights",
+    "loraplus_lr_ratio",
+    "bias",
+    "layers",
+}
 _BARS = "▁▂▃▄▅▆▇█"
 
 

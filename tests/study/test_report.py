@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from xml.etree import ElementTree
 
 import pytest
@@ -11,7 +12,9 @@ from optuna.artifacts import get_all_artifact_meta
 from optuna_lora_rl.finetuning.failure import FineTuningError
 from optuna_lora_rl.study import charts
 from optuna_lora_rl.study import dashboard
+from optuna_lora_rl.study import report
 from optuna_lora_rl.study import runner
+from optuna_lora_rl.study import trials
 from tests.study.conftest import MakeSpec
 from tests.study.conftest import PaperTuner
 
@@ -63,3 +66,30 @@ def test_the_dashboard_has_names_notes_artifacts_and_a_figure(
     store = FileSystemArtifactStore(str(dashboard.artifact_folder(spec.folder)))
     curve = next(entry for entry in meta if entry.filename == "loss.svg")
     assert store.open_reader(curve.artifact_id).read().startswith(b"<svg")
+
+
+def test_ranks_and_cuts_are_shown(
+    paper: type[PaperTuner], make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attributes = trials._attributes
+    cut = {
+        "quality_before": 0.5,
+        "quality_after": 0.4375,
+        "parameters_before": 4000,
+        "parameters_after": 1000,
+        "largest_rank": 3,
+        "largest_error": 0.1,
+    }
+    ranks = {"layers.0.<up>": 3, "layers.1.<up>": 1}
+    monkeypatch.setattr(
+        trials,
+        "_attributes",
+        lambda result: attributes(dataclasses.replace(result, ranks=ranks, truncation=cut)),
+    )
+    spec = make_spec()
+    study = runner.run(spec).study
+    assert study.best_trial.user_attrs["truncation"] == cut
+    page = (spec.folder / "report.html").read_text()
+    assert "layers.0.&lt;up&gt;" in page and "0.5000</td><td>0.4375" in page
+    facts = report.best_facts(study, spec)
+    assert facts is not None and facts["ranks"] == ranks and facts["truncation"] == cut
