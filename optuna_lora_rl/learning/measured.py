@@ -6,7 +6,7 @@ Notations
 
 A surface says what a real fine-tuning scored over the ranges in which it was measured. A task
 tunes some of its parameters over part of their ranges, fixes the others somewhere plausible, and
-may charge for the adapter's size and the steps. In half of the tasks the learning rate's label is
+may charge for the cost of a run. In half of the tasks the learning rate's label is
 moved so that the best one lies where guides would look, as it does for larger models; so that the
 policy learns the shape of real surfaces and not the scale of the models they were measured on.
 """
@@ -26,7 +26,6 @@ from optuna_lora_rl.policy.dimensions import Dimension
 from optuna_lora_rl.policy.dimensions import Space
 from optuna_lora_rl.policy.dimensions import make_space
 from optuna_lora_rl.policy.prior import GUIDE_LR
-from optuna_lora_rl.policy.prior import coverage
 
 # How often a parameter is tuned where a surface has it; the learning rate or the rank always is.
 _TUNED = {
@@ -67,6 +66,9 @@ class ResponseSurface(Protocol):
                 order is given by the index of its choice in ``levels``.
         """
 
+    def cost(self, x: Tensor) -> Tensor:
+        """Cost of configurations (compute, memory, adapter) in any unit, shape (N,)."""
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -78,7 +80,7 @@ class Slice:
         columns: column in the space of each of the surface's parameters, -1 where fixed.
         fixed: natural values of the fixed parameters, shape (P,).
         shift: decades by which the task's learning rates are labelled higher than measured.
-        price: cost in the score of the largest adapter and of the most steps, in units of value.
+        price: what the surface's unit of cost takes from the score, in units of value.
         fails: whether a run that diverges fails, rather than to end with a bad score.
     """
 
@@ -87,7 +89,7 @@ class Slice:
     columns: tuple[int, ...]
     fixed: np.ndarray
     shift: float
-    price: tuple[float, float]
+    price: float
     fails: bool = True
 
     def natural(self, x: Tensor) -> Tensor:
@@ -118,18 +120,10 @@ class Slice:
         return torch.from_numpy(values)
 
     def cost(self, natural: Tensor) -> Tensor:
-        """What the adapter's size and the steps take from the score, shape (N,)."""
-        size = torch.ones(len(natural), dtype=torch.float64)
-        steps = torch.zeros(len(natural), dtype=torch.float64)
-        for j, dimension in enumerate(self.surface.dimensions):
-            if dimension.role in ("targets", "layers") and not dimension.is_ordered:
-                share = torch.tensor([coverage(str(choice)) for choice in dimension.levels])
-                size = size * share.double()[natural[:, j].long()]
-            elif dimension.role == "rank":
-                size = size * natural[:, j] / dimension.high
-            elif dimension.role == "steps":
-                steps = natural[:, j] / max(dimension.high, 1e-9)
-        return self.price[0] * size + self.price[1] * steps
+        """What the configurations' cost takes from the score, shape (N,)."""
+        if not self.price:
+            return torch.zeros(len(natural), dtype=torch.float64)
+        return self.price * self.surface.cost(natural)
 
 
 def evaluate(slices: Sequence[Slice], x: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,11 +163,11 @@ def draw_slice(rng: np.random.Generator, surfaces: Sequence[ResponseSurface]) ->
             ranked = any(d.role == "rank" for d in surface.dimensions)
             if dimension.role == "alpha_ratio" and ranked and rng.random() < 0.65:
                 dimensions[-1] = _alpha(rng)
-    spread = _spread(surface)
-    price = rng.exponential([0.4, 0.3]) * (rng.random() < 0.5) * spread
+    spread, dearest = _sizes(surface)
+    price = float(rng.exponential(0.6)) * (rng.random() < 0.5) * spread / dearest
     space = make_space(dimensions)
     fails = bool(rng.random() < 0.5)
-    return Slice(surface, space, tuple(columns), fixed, shift, (price[0], price[1]), fails)
+    return Slice(surface, space, tuple(columns), fixed, shift, price, fails)
 
 
 def _usual(rng: np.random.Generator, dimension: Dimension) -> float:
@@ -235,11 +229,12 @@ def _sample(surface: ResponseSurface, count: int = 512) -> tuple[Tensor, Tensor,
     return natural, *surface(natural)
 
 
-def _spread(surface: ResponseSurface) -> float:
-    """Best less median value of a surface."""
-    _, value, failed = _sample(surface)
+def _sizes(surface: ResponseSurface) -> tuple[float, float]:
+    """Best less median value of a surface, and its largest cost."""
+    natural, value, failed = _sample(surface)
     alive = value[~failed].double()
-    return float(alive.max() - alive.median()) if len(alive) else 1.0
+    spread = float(alive.max() - alive.median()) if len(alive) else 1.0
+    return spread, float(surface.cost(natural).max())
 
 
 def _shift(rng: np.random.Generator, surface: ResponseSurface) -> float:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ import torch
 from torch import Tensor
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.learning import table_surfaces
 from optuna_lora_rl.learning import training_log
-from optuna_lora_rl.learning.measured import ResponseSurface
 from optuna_lora_rl.learning.rollouts import Rollout
 from optuna_lora_rl.learning.rollouts import collect
 from optuna_lora_rl.learning.rollouts import log_probabilities
@@ -69,7 +68,7 @@ class Trainer:
         self.pool = draw_tasks(
             settings.tasks,
             2 * settings.seed + 1,
-            measured_surfaces("train"),
+            table_surfaces.load("train"),
             settings.measured_share,
         )
         self.stages = _stages(self.pool)
@@ -78,7 +77,7 @@ class Trainer:
     def _fresh(self, seed: int) -> Tasks:
         """Tasks apart from the training tasks, of the validation families where measured."""
         count = self.settings.validation_tasks
-        surfaces, share = measured_surfaces("validation"), self.settings.measured_share
+        surfaces, share = table_surfaces.load("validation"), self.settings.measured_share
         return balanced(
             draw_tasks(2 * count, seed + 2 * self.settings.seed, surfaces, share), count
         )
@@ -229,11 +228,6 @@ class Trainer:
         self.critic.load_state_dict(state["critic"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
-
-
-def measured_surfaces(split: str) -> Sequence[ResponseSurface]:
-    """The measured tables' response surfaces of a split."""
-    return ()
 
 
 def _stages(pool: Tasks) -> dict[str, Tensor]:

@@ -20,6 +20,8 @@ from optuna_lora_rl.policy.features import CANDIDATE_FEATURES
 from optuna_lora_rl.policy.features import CONTEXT_FEATURES
 from optuna_lora_rl.policy.features import Features
 
+_TRAINED = 40.0
+
 
 class Scorer(nn.Module):
     """Adds to each candidate's logit what was learnt beyond expected improvement and prior.
@@ -57,12 +59,11 @@ def _shared(layer: nn.Linear, each: Tensor, all_: Tensor) -> Tensor:
 def _trust(context: Tensor) -> Tensor:
     """How much of the correction counts, shape (B,).
 
-    Nothing in a space that does not look like LoRA, where the policy is a Gaussian process; and
-    less and less after twenty trials, beyond which training has hardly looked.
+    All of it for forty trials, and less and less beyond, where training has looked little and
+    the policy becomes the Gaussian process that it starts from.
     """
-    is_lora = context[:, CONTEXT_FEATURES.index("is_lora")]
     trials = (3.0 * context[:, CONTEXT_FEATURES.index("log_trials")]).exp()
-    return is_lora * (20.0 / trials).clamp_max(1.0) ** 2
+    return (_TRAINED / trials).clamp_max(1.0) ** 2
 
 
 class Critic(nn.Module):

@@ -36,13 +36,16 @@ class HandMade:
         value = -(offset**2) + 0.2 * x[:, 1].log2() / 6.0 + 0.3 * x[:, 3]
         return value, x[:, 0] > 5e-2
 
+    def cost(self, x: Tensor) -> Tensor:
+        return x[:, 1] / 64.0
+
 
 SURFACE = HandMade()
 
 
 def _cut(space: list[Dimension], columns: tuple[int, ...], **changes: object) -> Slice:
     fixed = np.array([1e-2, 8.0, 2.0, 1.0])
-    values: dict = {"shift": 0.0, "price": (0.0, 0.0), **changes}
+    values: dict = {"shift": 0.0, "price": 0.0, **changes}
     return Slice(SURFACE, make_space(space), columns, fixed, **values)
 
 
@@ -81,7 +84,7 @@ def test_a_price_charges_for_the_adapter() -> None:
     space = [Dimension("lora_rank", "int", 1.0, 64.0, log=True)]
     x = torch.linspace(0.05, 0.95, 9, dtype=torch.float64)[None, :, None]
     free, _ = evaluate([_cut(space, (-1, 0, -1, -1))], x)
-    dear, _ = evaluate([_cut(space, (-1, 0, -1, -1), price=(1.0, 0.0))], x)
+    dear, _ = evaluate([_cut(space, (-1, 0, -1, -1), price=1.0)], x)
     assert (free.diff() > 0).all()
     assert (dear - free).diff().lt(0).all()
 
@@ -102,7 +105,7 @@ def test_drawn_slices_differ_in_space_scale_and_price() -> None:
     cuts = [draw_slice(rng, [SURFACE]) for _ in range(60)]
     assert len({len(cut.space) for cut in cuts}) >= 3
     assert 15 < sum(cut.shift != 0.0 for cut in cuts) < 45
-    assert 15 < sum(cut.price[0] > 0 for cut in cuts) < 45
+    assert 15 < sum(cut.price > 0 for cut in cuts) < 45
     assert any("alpha" in cut.space.role_columns for cut in cuts)
     assert any("alpha_ratio" in cut.space.role_columns for cut in cuts)
 
