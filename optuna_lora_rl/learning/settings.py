@@ -67,8 +67,8 @@ class TrainingSettings(BaseModel):
     lengths: tuple[Annotated[int, Field(ge=1)], ...] = (5, 8, 10, 12, 16, 20, 30, 50)
     tasks: Annotated[int, Field(ge=1)] = 4000
     measured_share: _Share = 0.35
-    validation_tasks: Annotated[int, Field(ge=4)] = 240
-    validate_every: Annotated[int, Field(ge=1)] = 20
+    validation_tasks: Annotated[int, Field(ge=4)] = 160
+    validate_every: Annotated[int, Field(ge=1)] = 25
     width: Annotated[int, Field(ge=1)] = 64
     imitation_learning_rate: _Rate = 1e-3
     ppo: PPOSection = PPOSection()

@@ -79,7 +79,7 @@ class PPOSettings:
         target_kl: stop the passes of an update beyond this ``approx_kl``.
     """
 
-    learning_rate: float = 2e-4
+    learning_rate: float = 4e-4
     gamma: float = 0.98
     gae_lambda: float = 0.98
     clip_coef: float = 0.15
