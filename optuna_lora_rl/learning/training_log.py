@@ -26,7 +26,7 @@ _PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Explained variance of the critic", ("explained_variance",)),
     ("Learning rate", ("learning_rate",)),
 )
-_WINDOW = 10
+_WINDOW = 25
 
 
 class TrainingLog:
@@ -120,6 +120,6 @@ def _mark_phases(figure: Any, entries: Sequence[Mapping[str, float]]) -> None:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Means over the last ten values."""
+    """Means over the last values: studies of a rollout are long or short, and so is its reward."""
     windows = (values[max(0, i + 1 - _WINDOW) : i + 1] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]
