@@ -46,6 +46,7 @@ def compare(
 
     A study is run with several samplers and seeds, and the best scores are compared. A file with
     the key problems says itself which samplers, problems and seeds.
+
     Running it again goes on with what is missing.
 
     Example: [bold]optuna-lora-rl compare study.yaml --samplers rl,tpe --seeds 5 -o results[/], or
@@ -53,15 +54,19 @@ def compare(
     """
     from optuna_lora_rl.study import comparison
 
-    comparison.compare(
-        file,
-        samplers=split(samplers),
-        seeds=seeds,
-        workers=workers,
-        output=output,
-        overrides=overrides,
-        console=console(),
-    )
+    try:
+        comparison.compare(
+            file,
+            samplers=split(samplers),
+            seeds=seeds,
+            workers=workers,
+            output=output,
+            overrides=overrides,
+            console=console(),
+        )
+    except KeyboardInterrupt:
+        console().print("Interrupted; the same command goes on with what is missing.")
+        raise typer.Exit(130) from None
 
 
 @app.command("train-policy")

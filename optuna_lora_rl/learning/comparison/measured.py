@@ -1,12 +1,14 @@
 """Measured LoRA tables as problems, in several guises.
 
-A guise says which parameters are tuned, over which ranges, and what cost is worth:
+A guise says which parameters are tuned, how the learning rates are scaled, and what cost is worth.
+The built-in models are small, so that their best learning rates are tens of times the guides'; a
+scaled problem has the same surface at another place of the learning rate, as a larger model would.
 
-- ``usual``: a guide's space, ranges round a guide's values moved to the tables' scale;
-- ``shifted``: the same surface for a model whose learning rates are a tenth to a hundredth;
-- ``wide``: all nine parameters over all that was measured, at no cost of size;
-- ``few``: learning rate and rank alone;
-- ``costly``: as ``usual``, with three times the weight on cost, so that small adapters win.
+- ``usual``: learning rates a tenth of the measured ones, so that the best are near the guides';
+- ``high``: as measured;
+- ``low``: a hundredth, so that the best are far below the guides';
+- ``few``: learning rate and rank alone, ``wide``: all nine parameters, ``costly``: with three
+  times the weight on cost, so that small adapters win; each table at one of the three scales.
 
 The noise is that of the table's repeated runs; runs that diverge fail.
 """
@@ -14,7 +16,6 @@ The noise is that of the table's repeated runs; runs that diverge fail.
 from __future__ import annotations
 
 import math
-import zlib
 from functools import cache
 from typing import Any
 
@@ -26,16 +27,23 @@ from optuna_lora_rl.learning.comparison.problem import Problem
 from optuna_lora_rl.learning.tables import surfaces
 from optuna_lora_rl.learning.tables.problem import TableProblem
 
-_MAIN = ("learning_rate", "lora_rank", "alpha_ratio", "lora_dropout", "target_modules")
+_MAIN = (
+    "learning_rate",
+    "lora_rank",
+    "alpha_ratio",
+    "lora_dropout",
+    "target_modules",
+    "batch_size",
+)
+_SCALES = (0.1, 1.0, 0.01)
 GUISES: dict[str, dict[str, Any]] = {
-    "usual": {"tuned": (*_MAIN, "batch_size")},
-    "shifted": {"tuned": (*_MAIN, "batch_size")},
-    "wide": {"cost_weight": 0.0},
+    "usual": {"tuned": _MAIN, "scale": 0.1},
+    "high": {"tuned": _MAIN, "scale": 1.0},
+    "low": {"tuned": _MAIN, "scale": 0.01},
     "few": {"tuned": ("learning_rate", "lora_rank")},
-    "costly": {"tuned": (*_MAIN, "batch_size"), "cost_weight": 0.3},
+    "wide": {},
+    "costly": {"tuned": _MAIN, "cost_weight": 0.3},
 }
-# Factors on the learning rate of a shifted task, by turns.
-_SHIFTS = (0.1, 0.03, 0.01)
 
 
 @cache
@@ -49,13 +57,13 @@ def measured_tasks(split: str) -> tuple[str, ...]:
     return tuple(n for n, task in tables.TASKS.items() if task.split == split and n in known)
 
 
-def table_problem(task: str, guise: str) -> Problem:
-    """A table in one of ``GUISES``."""
+def table_problem(task: str, guise: str, known: surfaces.Surfaces | None = None) -> Problem:
+    """A table in one of ``GUISES``, by its surface; by default the shipped one."""
     said = dict(GUISES[guise])
-    if guise == "shifted":
-        turn = zlib.crc32(task.encode()) % len(_SHIFTS)
-        said["shift"] = {"learning_rate": _SHIFTS[turn]}
-    known = _surfaces()
+    turn = list(tables.TASKS).index(task) + list(GUISES).index(guise)
+    scale = said.pop("scale", _SCALES[turn % len(_SCALES)])
+    said["shift"] = {"learning_rate": scale}
+    known = known or _surfaces()
     truth = TableProblem(task, failures=True, shipped=known, **said)
     noise = float(known.noise[known.names.index(task)])
 

@@ -158,7 +158,7 @@ def auto_sampler(seed: int) -> BaseSampler:
     except Exception as error:
         # Whatever keeps it from the registry: no network, no cache, another layout.
         raise UserError(
-            f"sampler 'auto' could not be fetched from OptunaHub's registry ({error}); "
+            f"sampler 'auto' could not be fetched from OptunaHub ({type(error).__name__}); "
             "leave it out where the registry is out of reach"
         ) from error
     return module.AutoSampler(seed=seed)

@@ -15,6 +15,7 @@ import signal
 import time
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import as_completed
@@ -36,6 +37,8 @@ from optuna_lora_rl.learning.comparison.problems import build
 from optuna_lora_rl.learning.comparison.protocol import Protocol
 from optuna_lora_rl.learning.comparison.protocol import SamplerEntry
 
+# A study: its sampler's label, its problem's name, its seed.
+Key = tuple[str, str, int]
 # Regret before the first trial that does not fail, and the most that any can have.
 MOST = 3.0
 _PACKAGE = Path(__file__).parents[2]
@@ -66,8 +69,9 @@ class Record:
     seconds: float
 
 
-def study(problem: Problem, entry: SamplerEntry, label: str, seed: int, trials: int) -> Record:
-    """Runs one study."""
+def study(problem: Problem, entry: SamplerEntry, key: Key, made_by: str, trials: int) -> Record:
+    """Runs one study of a problem with an entry's sampler."""
+    seed = key[2]
     started = time.process_time()
     sampler = peers.create(entry, problem, seed=seed, trials=trials)
     opening = peers.opening(entry, problem)
@@ -97,10 +101,8 @@ def study(problem: Problem, entry: SamplerEntry, label: str, seed: int, trials: 
         if opened is not None:
             opened.append(score)
     return Record(
-        label,
-        problem.name,
-        seed,
-        made_by(entry) + problem.fingerprint(),
+        *key,
+        made_by,
         [round(float(r), 5) for r in np.minimum.accumulate(regret)],
         [round(float(r), 5) for r in chosen],
         failed,
@@ -148,9 +150,6 @@ def read(file: Path) -> list[Record]:
     return records
 
 
-Key = tuple[str, str, int]
-
-
 def run(
     protocol: Protocol,
     file: Path,
@@ -181,7 +180,7 @@ def run(
         if wanted.get(key) == record.made_by and len(record.regret) >= protocol.trials:
             found[key] = record
     before(len(found), len(wanted))
-    missing = [key for key in wanted if key not in found]
+    missing = {key: made for key, made in wanted.items() if key not in found}
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as stream:
         for record in _in_parallel(protocol, missing):
@@ -206,19 +205,19 @@ def _wanted(protocol: Protocol, problems: Sequence[Problem]) -> dict[Key, str]:
     }
 
 
-def _in_parallel(protocol: Protocol, keys: Sequence[Key]) -> Iterator[Record]:
-    if not keys:
+def _in_parallel(protocol: Protocol, missing: Mapping[Key, str]) -> Iterator[Record]:
+    if not missing:
         return
     with (
         _one_thread_each(),
         ProcessPoolExecutor(
-            min(protocol.workers, len(keys)),
+            min(protocol.workers, len(missing)),
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_begin,
             initargs=(protocol.model_dump_json(),),
         ) as pool,
     ):
-        left = {pool.submit(_study, key) for key in keys}
+        left = {pool.submit(_study, *one) for one in missing.items()}
         try:
             for future in as_completed(list(left)):
                 left.remove(future)
@@ -247,11 +246,11 @@ def _begin(protocol: str) -> None:
     _problems = {problem.name: problem for problem in build(_protocol.problems)}
 
 
-def _study(key: Key) -> Record:
+def _study(key: Key, made_by: str) -> Record:
     label, problem, seed = key
     entry = _protocol.samplers[label]
     try:
-        return study(_problems[problem], entry, label, seed, _protocol.trials)
+        return study(_problems[problem], entry, key, made_by, _protocol.trials)
     except Exception as error:
         error.add_note(f"sampler {label}, problem {problem}, seed {seed}")
         raise
