@@ -41,8 +41,10 @@ SOURCES = (
 _LEARNING_RATE = ROLES.index("learning_rate")
 
 _SAME = 1e-7
-# What is no farther than this from a running trial, in every coordinate, would tell much the same.
+# What is no farther than this from a running trial, in every coordinate, would tell much the same;
+# and what is so close to a failed one would fail as well, once failing is no accident.
 _NEAR = 0.03
+_NO_ACCIDENT = 2
 
 # Maps points (B, N, D) to what is to be maximised, (B, N).
 Acquisition = Callable[[Tensor], Tensor]
@@ -301,20 +303,27 @@ def propose_candidates(
     return Candidates(x, source, _allowed(x, observed))
 
 
+def _near(x: Tensor, observed: Observed) -> Tensor:
+    """Close to a running trial, or to a failed one where several have failed, shape (B, N)."""
+    near = is_repeat(x, observed.pending, observed.pending_mask, _NEAR)
+    failed = observed.failed & observed.mask
+    doomed = failed & (failed.sum(1, keepdim=True) >= _NO_ACCIDENT)
+    return near | is_repeat(x, observed.x, doomed, _NEAR) if bool(doomed.any()) else near
+
+
 def _blocked_acquisition(acquisition: Acquisition, observed: Observed) -> Acquisition:
     def blocked(x: Tensor) -> Tensor:
-        repeat = is_repeat(x, observed.x, observed.mask)
-        repeat |= is_repeat(x, observed.pending, observed.pending_mask, _NEAR)
+        repeat = is_repeat(x, observed.x, observed.mask) | _near(x, observed)
         return torch.where(repeat, -torch.inf, acquisition(x))
 
     return blocked
 
 
 def _allowed(x: Tensor, observed: Observed) -> Tensor:
-    """No repeats and nothing close to a running trial; where nothing else is left, what is close;
-    then repeats of what did not fail; else anything.
+    """No repeats and nothing close to a running trial or to failed ones; where nothing else is
+    left, what is close; then repeats of what did not fail; else anything.
     """
-    near = is_repeat(x, observed.pending, observed.pending_mask, _NEAR)
+    near = _near(x, observed)
     repeat = is_repeat(x, observed.x, observed.mask)
     repeat_of_running = is_repeat(x, observed.pending, observed.pending_mask)
     failed = is_repeat(x, observed.x, observed.failed & observed.mask)

@@ -43,6 +43,10 @@ from optuna_lora_rl.policy.transfer import weigh
 
 # Most units that a constraint is kept or broken by.
 _FARTHEST = 3.0
+# A constraint that only says kept or broken is taken as +1 or -1. Its limit may lie anywhere
+# between the two, and improvement lures beyond it: a point has to look more like what was kept
+# by so much, and that counts so many times.
+_ALIKE, _CARE = 0.5, 8.0
 # Earlier studies that are trusted less are not asked.
 _LEAST_TRUST = 0.05
 Feasibility = Callable[[Tensor], Tensor]
@@ -85,6 +89,7 @@ class Decision:
     """A step of a batch of tasks: what may be proposed and how good it looks.
 
     Args:
+        observed: the trials before the step.
         candidates: configurations with their sources.
         view: the surrogate's and the prior's judgement.
         features: the network's input.
@@ -94,6 +99,7 @@ class Decision:
         trust: how far earlier studies are believed, from 0 (or none) to 1.
     """
 
+    observed: Observed
     candidates: Candidates
     view: Assessment
     features: Features
@@ -103,14 +109,25 @@ class Decision:
     trust: float = 0.0
 
     def explain(self, row: int, choice: int) -> dict[str, float | str]:
-        """Why a candidate was chosen, as plain values."""
+        """Why a candidate was chosen, as plain values.
+
+        ``source``: where it came from; ``mean``, ``std``: of the predicted score, standardised;
+        ``log_ei``: log expected improvement, ``log_feasible`` included; ``log_prior``: log-density
+        of the guides' prior; ``log_feasible``: log-probability that it neither fails nor breaks a
+        constraint; ``residual`` + ``network`` = ``logit``: what the fixed part and the trained
+        one say, in nats.
+        """
+        residual, logit = float(self.residual[row, choice]), float(self.logits[row, choice])
         return {
             "source": SOURCES[int(self.candidates.source[choice])],
             "mean": float(self.view.mean[row, choice]),
             "std": float(self.view.deviation[row, choice]),
             "log_ei": float(self.view.log_ei[row, choice]),
             "log_prior": float(self.view.log_prior[row, choice]),
-            "logit": float(self.logits[row, choice]),
+            "log_feasible": float(self.view.log_feasible[row, choice]),
+            "residual": residual,
+            "network": logit - residual,
+            "logit": logit,
         }
 
 
@@ -234,7 +251,7 @@ def decide(
     seen = features(candidates, view, layout, observed, surrogate, best)
     residual = residual_logits(candidates, view, layout, observed, settings, trust)
     logits = residual if network is None else residual + (1.0 - trust) * network(seen).double()
-    return Decision(candidates, view, seen, residual, logits, own, trust)
+    return Decision(observed, candidates, view, seen, residual, logits, own, trust)
 
 
 def _failure_noise(observed: Observed, settings: Settings) -> Tensor:
@@ -278,13 +295,17 @@ def fit_feasibility(layout: Layout, observed: Observed, constraints: Tensor) -> 
             continue
         y = _room(values, known)
         x = layout.model_coordinates(observed.x)
-        models.append(fit(x, y, known, layout.unordered, layout.lengthscales(), fit_rows=100))
+        flag = ~(known & (values < 0)).any(1, keepdim=True)
+        models.append(
+            (flag, fit(x, y, known, layout.unordered, layout.lengthscales(), fit_rows=100))
+        )
 
     def log_feasible(x: Tensor) -> Tensor:
         total = torch.zeros(x.shape[:2], dtype=torch.float64)
-        for model in models:
+        for flag, model in models:
             mean, deviation = model.posterior(layout.model_coordinates(x))
-            total = total + torch.special.log_ndtr(mean / deviation)
+            log_kept = torch.special.log_ndtr((mean - _ALIKE * flag) / deviation)
+            total = total + torch.where(flag, _CARE * log_kept, log_kept)
         return total.clamp_min(-50.0)
 
     return log_feasible if models else None
@@ -295,14 +316,14 @@ def _room(values: Tensor, known: Tensor) -> Tensor:
 
     The unit is the root mean square, not the median: trials gather at the limit, and in a unit
     that shrinks with them the rest would look like a cliff. Where a constraint only says kept (0)
-    or broken (above 0), breaking it is put far beyond the limit.
+    or broken (above 0), it is 1 or -1.
     """
     size = torch.where(known, values.abs(), torch.nan)
     usual = torch.where(size > 0, size, torch.nan).nanmedian(1, keepdim=True).values
     typical = torch.where(size <= 1e3 * usual, size, torch.nan)
     unit = typical.square().nanmean(1, keepdim=True).sqrt().nan_to_num(1.0).clamp_min(1e-12)
     says_how_much = (known & (values < 0)).any(1, keepdim=True)
-    broken = torch.where(values > 0, _FARTHEST, 0.0)
+    broken = torch.where(values > 0, 1.0, -1.0)
     room = torch.where(says_how_much, (values / unit).clamp(-_FARTHEST, _FARTHEST), broken)
     return torch.where(known, -room, 0.0)
 

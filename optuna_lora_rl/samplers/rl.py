@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from optuna.samplers import BaseSampler
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 from torch import Tensor
 
@@ -52,7 +53,6 @@ if TYPE_CHECKING:
 
     from optuna.distributions import BaseDistribution
     from optuna.study import Study
-    from optuna.study import StudyDirection
     from optuna.trial import FrozenTrial
 
     from optuna_lora_rl.policy.dimensions import Space
@@ -63,6 +63,8 @@ if TYPE_CHECKING:
 _MAX_TRIALS = 200
 _MAX_PENDING = 32
 _MAX_GRID = 1024
+# So many failures are no accident.
+_NO_ACCIDENT = 2
 # Thoughts that a proposal may take where other workers keep having the same.
 _ATTEMPTS = 3
 
@@ -274,7 +276,8 @@ class RLSampler(BaseSampler):
                 return self._decide(space, before, directions, again, None, points)
 
             network = self._adaptation.network(space, history, rebuild)
-        return _best(self._decide(space, history, directions, generator, network))
+        decision = self._decide(space, history, directions, generator, network)
+        return _best(decision, _units(history, decision.observed, directions))
 
     def _decide(
         self,
@@ -299,7 +302,7 @@ class RLSampler(BaseSampler):
         history = _recent_and_best(history)
         weights = _objective_weights(len(directions), generator)
         observed = _observed(history, layout.default, self._n_trials, weights)
-        constraints = torch.from_numpy(history.constraints[~history.running])[None]
+        constraints = torch.from_numpy(_constraints(history.select(~history.running)))[None]
         return decide(
             layout,
             observed,
@@ -350,6 +353,13 @@ def _is_taken(params: dict[str, Any], study: Study, number: int, *, later: bool)
     return any(parameters_of(other) == params for other in others)
 
 
+def _constraints(history: History) -> np.ndarray:
+    """Constraints of finished trials, shape (n, k); failing repeatedly is one more."""
+    failed = history.failed.astype(float)[:, None]
+    told = history.constraints
+    return np.concatenate([told, failed], axis=1) if failed.sum() >= _NO_ACCIDENT else told
+
+
 def _conditions(space: Space, history: History) -> tuple[Condition, ...]:
     """What completed trials show of which parameters are used when."""
     told = history.scored & ~history.pruned
@@ -359,9 +369,40 @@ def _conditions(space: Space, history: History) -> tuple[Condition, ...]:
     return learn_conditions(history.points[told], history.asked[told], discrete)
 
 
-def _best(decision: Decision) -> tuple[np.ndarray, dict[str, float | str]]:
+def _best(
+    decision: Decision, units: tuple[float, float] | None
+) -> tuple[np.ndarray, dict[str, float | str]]:
+    """The chosen point, and why; ``units`` takes standardised scores to the objective's own."""
     choice = int(decision.logits[0].argmax())
-    return decision.candidates.x[0, choice].numpy(), decision.explain(0, choice)
+    why = decision.explain(0, choice)
+    if units is not None:
+        offset, scale = units
+        why["value"] = offset + scale * float(why["mean"])
+        why["value_std"] = abs(scale) * float(why["std"])
+    return decision.candidates.x[0, choice].numpy(), why
+
+
+def _units(
+    history: History, observed: Observed, directions: Sequence[StudyDirection]
+) -> tuple[float, float] | None:
+    """Offset and scale from standardised scores to the objective's values.
+
+    The two best different scores tell: it is only the bad ones that standardising draws in.
+    ``None`` with several objectives, or without two different scores.
+    """
+    if len(directions) > 1:
+        return None
+    history = _recent_and_best(history)
+    score = history.scores[~history.running, 0]
+    y = observed.y[0].numpy()
+    order = np.argsort(-np.where(observed.failed[0].numpy(), -math.inf, y), kind="stable")
+    lower = order[(y[order] < y[order[:1]] - 1e-9) & ~observed.failed[0].numpy()[order]]
+    if not len(lower) or not np.isfinite(score[[order[0], lower[0]]]).all():
+        return None
+    best, second = order[0], lower[0]
+    sign = 1.0 if directions[0] == StudyDirection.MAXIMIZE else -1.0
+    scale = float((score[best] - score[second]) / (y[best] - y[second]))
+    return sign * float(score[best] - scale * y[best]), sign * scale
 
 
 def _objective_weights(n_objectives: int, generator: torch.Generator) -> np.ndarray:

@@ -128,9 +128,23 @@ def test_a_trial_says_why_it_was_proposed() -> None:
     first, second, third = (proposal(trial) for trial in study.trials)
     assert first == {"source": "default"}
     assert second is not None
-    assert set(second) == {"source", "mean", "std", "log_ei", "log_prior", "logit"}
+    judged = {"source", "mean", "std", "log_ei", "log_prior", "log_feasible"}
+    assert set(second) == judged | {"residual", "network", "logit"}
     assert third is not None
+    assert set(third) == set(second) | {"value", "value_std"}
     assert all(math.isfinite(v) for v in third.values() if isinstance(v, float))
+    assert third["residual"] + third["network"] == pytest.approx(third["logit"])
+
+
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+def test_a_prediction_comes_in_the_units_of_the_objective(direction: str) -> None:
+    sign = 1.0 if direction == "minimize" else -1.0
+    study = optuna.create_study(direction=direction, sampler=RLSampler(seed=0))
+    study.optimize(lambda t: 500 + sign * 80 * (t.suggest_float("x", 0, 1) - 0.3) ** 2, 12)
+    said = [(proposal(trial), trial.value) for trial in study.trials[7:]]
+    for why, value in said:
+        assert why is not None
+        assert why["value"] == pytest.approx(value, abs=5 + 2 * why["value_std"])
 
 
 def test_conditional_parameters_are_proposed_together_with_the_rest() -> None:
@@ -245,6 +259,48 @@ def test_a_constraint_is_learnt_and_its_limit_is_found() -> None:
     late = [trial.params["x"] for trial in study.trials[10:]]
     assert sum(x > 0.4 for x in late) <= 3
     assert max(x for x in late if x <= 0.4) > 0.37
+
+
+def test_a_constraint_that_only_says_kept_or_broken_is_mostly_kept() -> None:
+    """Ranks and batches that pay take memory; whoever proposes by what pays breaks the limit."""
+    study = optuna.create_study(sampler=RLSampler(seed=0))
+    space = {
+        "learning_rate": FloatDistribution(1e-5, 1e-2, log=True),
+        "lora_rank": optuna.distributions.IntDistribution(2, 256, log=True),
+        "batch_size": optuna.distributions.CategoricalDistribution([4, 8, 16, 32, 64]),
+    }
+    broken, kept = [], []
+    for _ in range(20):
+        trial = study.ask(space)
+        rank, batch = trial.params["lora_rank"], trial.params["batch_size"]
+        off = math.log10(trial.params["learning_rate"]) + 3.2
+        value = off**2 - 0.1 * math.log2(rank) - 0.1 * math.log2(batch)
+        broken.append(rank / 64 + batch / 16 > 1.6)
+        kept += [] if broken[-1] else [value]
+        trial.set_constraint("memory", float(broken[-1]))
+        study.tell(trial, value)
+    assert sum(broken) <= 10
+    assert sum(broken[10:]) <= 5
+    assert min(kept) < -0.85
+
+
+def test_neither_a_failed_trial_nor_its_close_neighbours_are_proposed_again() -> None:
+    """The function rises towards a corner where every run fails."""
+    study = optuna.create_study(sampler=RLSampler(seed=1))
+    space = {"x": FloatDistribution(0, 1), "y": FloatDistribution(0, 1)}
+    failed: list[np.ndarray] = []
+    for _ in range(25):
+        trial = study.ask(space)
+        point = np.array([trial.params["x"], trial.params["y"]])
+        if len(failed) >= 2:
+            assert min(np.abs(point - other).max() for other in failed) > 0.029
+        if point.sum() > 1.2:
+            failed.append(point)
+            study.tell(trial, state=TrialState.FAIL)
+        else:
+            study.tell(trial, -point.sum())
+    assert 2 <= len(failed) <= 8
+    assert study.best_value < -1
 
 
 def test_the_lora_of_exploration_is_no_lora() -> None:
