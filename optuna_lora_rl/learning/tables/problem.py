@@ -86,8 +86,6 @@ class TableProblem:
         UserError: A name or a value is none that the tables hold.
     """
 
-    directions = (StudyDirection.MAXIMIZE,)
-
     def __init__(
         self,
         task: str,
@@ -134,6 +132,11 @@ class TableProblem:
         self._space = {name: self._distribution(name, ranges or {}) for name in names}
         # What cannot be evaluated shall show before the first trial.
         self._points([{name: value for name, value in self._fixed.items() if name not in names}])
+
+    @property
+    def directions(self) -> list[StudyDirection]:
+        """One direction: the score is maximised."""
+        return [StudyDirection.MAXIMIZE]
 
     @property
     def search_space(self) -> dict[str, BaseDistribution]:

@@ -43,6 +43,14 @@ def test_a_study_runs_on_it_and_regret_is_normalised(fitted: Surfaces) -> None:
     assert problem.regret(problem.evaluate(problem.best_params)) == pytest.approx(0.0)
 
 
+def test_it_has_the_shape_of_an_optunahub_problem(fitted: Surfaces) -> None:
+    problem = TableProblem(TASK, tuned=["lora_rank"], shipped=fitted)
+    assert problem.directions == [optuna.study.StudyDirection.MAXIMIZE]
+    assert list(problem.search_space) == ["lora_rank"]
+    trial = optuna.create_study(directions=problem.directions).ask(problem.search_space)
+    assert problem(trial) == problem.evaluate(trial.params)
+
+
 def test_the_score_is_quality_minus_weighted_cost(fitted: Surfaces) -> None:
     wanted = {**DEFAULTS, "learning_rate": 3e-3, "lora_rank": 5}
     x = places([wanted])
