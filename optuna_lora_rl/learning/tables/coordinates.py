@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from typing import Any
 
 import numpy as np
+import torch
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.learning.tables import design
@@ -25,9 +26,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from numpy.typing import NDArray
+    from torch import Tensor
 
 NAMES = tuple(design.SPACE)
 LOGARITHMIC = frozenset({"lora_rank", "alpha_ratio", "learning_rate", "batch_size", "max_steps"})
+_COLUMN = {name: column for column, name in enumerate(NAMES)}
+# Linear modules by target, and the part of the layers, each in the order of ``design.SPACE``.
+_MODULES = torch.tensor([2.0, 4.0, 3.0, 7.0], dtype=torch.float64)
+_LAYERS = torch.tensor([1.0, 0.5, 0.5, 0.5], dtype=torch.float64)
 UNORDERED = np.array([name in ("target_modules", "layers") for name in NAMES])
 
 
@@ -68,3 +74,25 @@ def matrix(parameters: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
     """Return the coordinates of a table's columns, shape (n, D)."""
     columns = [[coordinate(name, value) for value in parameters[name]] for name in NAMES]
     return np.array(columns, dtype=np.float64).T
+
+
+def turned(x: Tensor) -> Tensor:
+    """Return coordinates (..., D) as the kernels see them: the alpha ratio's turned to the update.
+
+    Adam moves every weight by about the learning rate, so that the update grows as learning rate
+    times alpha ratio times the root of the number of directions, rank times modules; good
+    configurations lie along a ridge of it. Its logarithm, in units of the learning rate's range,
+    takes the place of the alpha ratio's coordinate.
+    """
+
+    def way(name: str) -> Tensor:
+        low, high = bounds(name)
+        return x[..., _COLUMN[name]] * math.log(high / low)
+
+    modules = _MODULES.to(x)[x[..., _COLUMN["target_modules"]].long()]
+    modules = modules * _LAYERS.to(x)[x[..., _COLUMN["layers"]].long()]
+    update = way("learning_rate") + way("alpha_ratio") + 0.5 * (way("lora_rank") + modules.log())
+    low, high = bounds("learning_rate")
+    seen = x.clone()
+    seen[..., _COLUMN["alpha_ratio"]] = update / math.log(high / low)
+    return seen

@@ -76,7 +76,8 @@ def _fit(
     masks = np.stack([np.ones(len(y), dtype=bool), *kept])
     fitted = surfaces.fit(X, standard, torch.from_numpy(masks))
     theta = torch.cat([fitted.log_l[0], fitted.log_s[:1], fitted.log_v[:1]])
-    mean, _ = fitted.posterior(torch.from_numpy(X)[None].expand(len(masks), -1, -1))
+    seen = coordinates.turned(torch.from_numpy(X))
+    mean, _ = fitted.posterior(seen.expand(len(masks), -1, -1))
     own = np.zeros(len(y), dtype=np.int64) if fold is None else 1 + fold
     without = mean.numpy()[own, np.arange(len(y))]
     return [round(value, 4) for value in theta.tolist()], y.mean() + y.std() * without

@@ -4,7 +4,8 @@ Notations
     T, n     tables, runs of a table (padded in a batch)
     D        coordinates (``coordinates.NAMES``), 9
     P        outputs of a process: 4 for the learning curve, 1 for divergence
-    X        coordinates of the measured runs, shape (T, n, D);  x: those asked for, (T, N, D)
+    x        coordinates asked for, shape (T, N, D);  z: those the kernel sees,
+             ``coordinates.turned(x)``;  Z: those of the measured runs, shape (T, n, D)
     theta    log lengthscales, log signal variance, log noise variance, shape (D + 2,)
     alpha    (K + noise)^-1 y for each output, shape (T, P, n), with y standardised
 
@@ -56,12 +57,12 @@ DIVERGED = -0.05
 class Process:
     """A Gaussian process for each of several tables; see the module's notations.
 
-    The mean at x is ``shift + stretch * (k(x, X) @ alpha)`` with ``k`` the Matérn 5/2 kernel of
-    variance ``variance`` at scaled distance ``|(x - X) * scale|``, where a coordinate without
+    The mean at x is ``shift + stretch * (k(z, Z) @ alpha)`` with ``k`` the Matérn 5/2 kernel of
+    variance ``variance`` at scaled distance ``|(z - Z) * scale|``, where a coordinate without
     order contributes 0 or ``scale``.
 
     Attributes:
-        X: Measured coordinates, shape (T, n, D), padded with 0.
+        Z: Measured coordinates as the kernel sees them, shape (T, n, D), padded with 0.
         alpha: Shape (T, P, n); 0 where padded, so that padding adds nothing.
         scale: Inverse lengthscales, shape (T, D).
         variance: Of the signal, shape (T,).
@@ -69,7 +70,7 @@ class Process:
         stretch: Deviation of each output, shape (T, P).
     """
 
-    X: Tensor
+    Z: Tensor
     alpha: Tensor
     scale: Tensor
     variance: Tensor
@@ -82,7 +83,8 @@ class Process:
     def __call__(self, x: Tensor) -> Tensor:
         """Return the means at coordinates x (T, N, D), shape (T, N, P)."""
         unordered = torch.from_numpy(coordinates.UNORDERED).expand(len(x), -1)
-        r2 = surrogate.squared_distance(x, self.X, unordered, -self.scale.log())
+        z = coordinates.turned(x)
+        r2 = surrogate.squared_distance(z, self.Z, unordered, -self.scale.log())
         k = self.variance[:, None, None] * surrogate.matern52(r2)
         return self.shift[:, None] + self.stretch[:, None] * (k @ self.alpha.transpose(1, 2))
 
@@ -163,7 +165,7 @@ def fit(X: NDArray[np.float64], y: NDArray[np.float64], masks: Tensor) -> surrog
     """
     B = len(masks)
     return surrogate.fit(
-        torch.from_numpy(X)[None].expand(B, -1, -1).contiguous(),
+        coordinates.turned(torch.from_numpy(X))[None].expand(B, -1, -1).contiguous(),
         torch.from_numpy(y)[None].expand(B, -1).contiguous(),
         masks,
         torch.from_numpy(coordinates.UNORDERED)[None].expand(B, -1),
@@ -186,7 +188,7 @@ def condition(
     standard = (torch.from_numpy(y) - shift) / stretch
     log = torch.tensor(theta or [0.0] * (X.shape[1] + 2), dtype=torch.float64)
     fitted = surrogate.condition(
-        torch.from_numpy(X)[None],
+        coordinates.turned(torch.from_numpy(X))[None],
         standard.T[:1],
         torch.ones((1, len(X)), dtype=torch.bool),
         torch.from_numpy(coordinates.UNORDERED)[None],
@@ -200,12 +202,12 @@ def condition(
 
 def stack(processes: Sequence[Process]) -> Process:
     """Return processes of equal P as one batch, padded to the most runs."""
-    n = max(process.X.shape[1] for process in processes)
+    n = max(process.Z.shape[1] for process in processes)
 
     def padded(process: Process, name: str) -> Tensor:
         tensor: Tensor = getattr(process, name)
-        missing = n - process.X.shape[1]
-        padding = {"X": (0, 0, 0, missing), "alpha": (0, missing)}.get(name)
+        missing = n - process.Z.shape[1]
+        padding = {"Z": (0, 0, 0, missing), "alpha": (0, missing)}.get(name)
         return torch.nn.functional.pad(tensor, padding) if padding else tensor
 
     return Process(
