@@ -157,7 +157,8 @@ class LoraSpace:
             A mapping may add ``"when": {other: [values]}``: the parameter is asked for only when
             the other one has one of these values, and has its default otherwise. Parameters not
             mentioned keep the defaults of ``DEFAULTS``. ``truncate``, a mapping of ``energy`` or
-            ``rank`` to one of these forms, stands for ``truncate_energy`` or ``truncate_rank``. None means the recommended space.
+            ``rank`` to one of these forms, stands for ``truncate_energy`` or ``truncate_rank``.
+            None means the recommended space.
         target_sets: Names for lists of module-name suffixes of the user's own, to be used as
             values of ``target_modules``.
 

@@ -19,7 +19,20 @@ Configuration = dict[str, Value]
 
 TARGET_PRESETS = ("qv", "attention", "mlp", "all-linear")
 _LAYERS = r"all|first-half|last-half|middle|\d+(-\d+)?(,\d+(-\d+)?)*"
-_INITIALISATIONS = r"default|gaussian|orthogonal|olora|pissa|pissa_niter_[1-9]\d*|mica"
+# Those of `rank/initialisation.py`; B begins with zeros, or like A.
+OWN_INITIALISATIONS = {
+    "xavier": "xavier",
+    "kaiming": "kaiming",
+    "orthogonal-rows": "orthogonal",
+    "svd": "svd",
+    "layer-adaptive": "layer-adaptive",
+    "weight-adaptive": "weight-adaptive",
+}
+BOTH = "-both"
+_INITIALISATIONS = (
+    r"default|gaussian|orthogonal|olora|pissa|pissa_niter_[1-9]\d*|mica|"
+    rf"({'|'.join(OWN_INITIALISATIONS)})({BOTH})?"
+)
 
 
 @dataclass(frozen=True)
@@ -92,6 +105,13 @@ VOCABULARY: dict[str, Term] = {
         pattern="uniform|weight|gradient|activation|delta",
         allowed="uniform, weight, gradient, activation or delta",
     ),
+    "rank_change": Term(
+        "none",
+        "Who changes ranks during the run: none, the loss curve or the gradients' spectrum; "
+        "training.rank_change has the thresholds.",
+        pattern="none|loss|gradient",
+        allowed="none, loss or gradient",
+    ),
     "truncate_energy": Term(
         1.0,
         "Share of each update's energy that is kept after training, 1 for all; "
@@ -130,9 +150,11 @@ VOCABULARY: dict[str, Term] = {
     ),
     "init_lora_weights": Term(
         "default",
-        "Initialisation of A and B, by PEFT's names; each has a learning rate of its own.",
+        "Initialisation of A and B, by PEFT's names or ours; each has a learning rate of its own. "
+        "Of ours B begins with zeros, or with -both like A, and the base weights make up for it.",
         pattern=_INITIALISATIONS,
-        allowed="default, gaussian, orthogonal, olora, pissa, pissa_niter_N or mica",
+        allowed="default, gaussian, orthogonal, olora, pissa, pissa_niter_N, mica, or one of "
+        f"{', '.join(OWN_INITIALISATIONS)}, each also with {BOTH}",
     ),
     "use_rslora": Term(False, "Scale by alpha / sqrt(r) (rsLoRA), steadier at large ranks."),
     "use_dora": Term(False, "Weight-decomposed LoRA (DoRA): slower, sometimes better at low r."),

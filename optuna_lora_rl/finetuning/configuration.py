@@ -8,6 +8,8 @@ from typing import Any
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning.failure import FineTuningError
+from optuna_lora_rl.vocabulary import BOTH
+from optuna_lora_rl.vocabulary import OWN_INITIALISATIONS
 from optuna_lora_rl.vocabulary import VOCABULARY
 from optuna_lora_rl.vocabulary import Value
 from optuna_lora_rl.vocabulary import unknown_parameter
@@ -19,6 +21,7 @@ class Configuration:
 
     lora_rank: int
     rank_allocation: str
+    rank_change: str
     truncate_energy: float
     truncate_rank: int
     lora_alpha: float
@@ -104,10 +107,20 @@ class Configuration:
 
     @property
     def mutates_base(self) -> bool:
-        """Whether the initialisation takes its directions out of the base weights."""
-        return self.init_lora_weights.startswith(("olora", "pissa"))
+        """Whether the base weights make up for the adapter's start."""
+        return self.init_lora_weights.startswith(("olora", "pissa")) or (
+            self.own_start is not None and self.own_start[1]
+        )
+
+    @property
+    def own_start(self) -> tuple[str, bool] | None:
+        """One of the package's own initialisations, and whether it is of both factors."""
+        name = self.init_lora_weights.removesuffix(BOTH)
+        if name not in OWN_INITIALISATIONS:
+            return None
+        return OWN_INITIALISATIONS[name], self.init_lora_weights.endswith(BOTH)
 
     @property
     def rank_limited(self) -> bool:
         """Whether the initialisation needs a rank that every layer has."""
-        return self.mutates_base or self.init_lora_weights == "mica"
+        return self.init_lora_weights.startswith(("olora", "pissa", "mica"))

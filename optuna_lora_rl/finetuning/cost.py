@@ -199,6 +199,22 @@ def look_flops(architecture: Architecture, T: float, *, backward: bool) -> float
     return products + mixing + head + sum(2 * m.inputs**2 * T for m in architecture.linears)
 
 
+def sketch_flops(chosen: Sequence[LinearModule], T: float, columns: int) -> float:
+    """Counts the gradient sketches of one sequence: ``2 c (in + out) T`` for each module.
+
+    Args:
+        chosen: The modules.
+        T: The sequence's padded length in tokens.
+        columns: c, the width of a sketch; of narrower inputs the gradient itself is taken.
+    """
+    return sum(
+        2 * m.inputs * m.outputs * T
+        if m.inputs <= columns
+        else 2 * columns * (m.inputs + m.outputs) * T
+        for m in chosen
+    )
+
+
 def decomposition_flops(m: LinearModule) -> float:
     """Counts a weight's singular values: 4 a b^2 - 4 b^3 / 3 of an a x b matrix with a >= b.
 

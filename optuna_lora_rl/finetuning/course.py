@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from dataclasses import asdict
 from dataclasses import replace
 from pathlib import Path
 
 from optuna_lora_rl.finetuning import evaluation
+from optuna_lora_rl.finetuning import rank_change
 from optuna_lora_rl.finetuning import sft
 from optuna_lora_rl.finetuning.configuration import Configuration
 from optuna_lora_rl.finetuning.failure import FineTuningError
@@ -14,6 +17,7 @@ from optuna_lora_rl.finetuning.isolation import collected
 from optuna_lora_rl.finetuning.isolation import failures
 from optuna_lora_rl.finetuning.isolation import own_randomness
 from optuna_lora_rl.finetuning.lora import Adapter
+from optuna_lora_rl.finetuning.lora import OwnStart
 from optuna_lora_rl.finetuning.lora import attached
 from optuna_lora_rl.finetuning.lora import lora_config
 from optuna_lora_rl.finetuning.lora import targets_of
@@ -26,6 +30,8 @@ from optuna_lora_rl.finetuning.run import Run
 from optuna_lora_rl.finetuning.run import TrialResult
 from optuna_lora_rl.finetuning.shared import Shared
 from optuna_lora_rl.rank import truncation
+
+_log = logging.getLogger(__name__)
 
 
 class Course:
@@ -43,6 +49,7 @@ class Course:
         wanted: The configuration.
         chosen: The modules that it adapts.
         config: The same in PEFT's words.
+        start: The adapter's initialisation, where PEFT has it not.
         progress: The evaluations so far.
         seed: Of initialisation, dropout and order.
 
@@ -58,15 +65,19 @@ class Course:
         self._truncation: dict[str, float] = {}
         self.wanted = Configuration.of(run.configuration)
         prepared, training = shared.prepared, shared.training
+        self.seed = training.seed if run.seed is None else run.seed
         sft.check(self.wanted, training)
         self.chosen = targets_of(self.wanted, prepared.base.architecture, shared.target_sets)
         self._allocated = shared.allocator.share(self.wanted, self.chosen)
         self._ranks = dict(self._allocated.ranks)
         self._values: dict[str, float] = {}
+        self._changing = rank_change.callback(
+            self.wanted.rank_change, training.rank_change, self.seed
+        )
         self.config = lora_config(
             self.wanted, prepared.base.architecture, self.chosen, self._allocated.ranks
         )
-        self.seed = training.seed if run.seed is None else run.seed
+        self.start = OwnStart.of(self.wanted, self.seed)
         self._plan = sft.Plan.of(self.wanted, training, len(prepared.lengths))
         self._stages = shared.stages.of(self._plan.evaluated)
         total = shared.price.estimated(shared.price.estimate(self.wanted))["total"]
@@ -92,7 +103,8 @@ class Course:
         try:
             with quiet(), failures(self.progress.is_callers), own_randomness(self.seed):
                 with meter, collected():
-                    with attached(prepared.base.model, self.config, self.chosen) as adapter:
+                    base = prepared.base.model
+                    with attached(base, self.config, self.chosen, self.start) as adapter:
                         self.train(adapter)
         finally:
             self.close()
@@ -123,10 +135,18 @@ class Course:
             run_name=run.trackers_name,
             on_evaluation=self.progress.evaluated,
             after_backward=after_backward,
+            callbacks=[] if self._changing is None else [self._changing],
+            log_every=shared.training.rank_change.loss.every
+            if wanted.rank_change == "loss"
+            else None,
         )
         if not adapter.changed():
             rate = wanted.learning_rate
             raise FineTuningError("error", f"training left the adapter as it was (at rate {rate})")
+        if self._changing is not None and self._changing.changes:
+            self._ranks = self._spells()[-1][1]
+            for change in self._changing.changes:
+                _log.info("trial %d: %s", run.number, change)
         if wanted.truncates:
             self._truncate(adapter)
         if run.folder is not None:
@@ -171,7 +191,10 @@ class Course:
             reference: Gives what the reference run took, where the objective's cost is measured.
         """
         shared, progress = self._shared, self.progress
+        changes = [] if self._changing is None else self._changing.changes
         run = shared.price.estimate(self.wanted, self._steps)
+        if changes:
+            run = shared.price.followed(self.wanted, self._spells())
         parts = {"estimated": shared.price.estimated(run)}
         if reference is not None:
             whole = replace(took, seconds=took.seconds + self._allocated.seconds)
@@ -193,8 +216,14 @@ class Course:
             trainable_parameters=run.trainable_parameters,
             stopped_early=progress.stopped_early,
             ranks=self._ranks,
+            rank_changes=[asdict(change) for change in changes],
             truncation=self._truncation,
         )
+
+    def _spells(self) -> list[tuple[int, dict[str, int]]]:
+        start = {module.name: self.wanted.lora_rank for module in self.chosen}
+        changes = [] if self._changing is None else self._changing.changes
+        return rank_change.spells({**start, **self._allocated.ranks}, changes, self._steps)
 
     def _generated(self, step: int) -> dict[str, float]:
         model = None if self._adapter is None else self._adapter.model

@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from dataclasses import field
 from pathlib import Path
 from typing import Any
+from typing import cast
 
 import torch
 from peft import LoraConfig
@@ -20,7 +22,6 @@ from peft import get_peft_model
 from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from torch import nn
 from transformers import PreTrainedModel
@@ -35,6 +36,10 @@ from optuna_lora_rl.finetuning.quiet import quiet
 from optuna_lora_rl.finetuning.targets import peft_names
 from optuna_lora_rl.finetuning.targets import select
 from optuna_lora_rl.rank import allocation
+from optuna_lora_rl.rank import initialisation
+from optuna_lora_rl.rank import layers
+from optuna_lora_rl.rank.initialisation import Kind
+from optuna_lora_rl.rank.initialisation import Start
 
 
 @dataclass(frozen=True)
@@ -44,10 +49,12 @@ class Adapter:
     Attributes:
         model: The base model with the adapter in it.
         initial: The adapter's weights before training, on the CPU.
+        start: What of them the base weights make up for.
     """
 
     model: PeftModel
     initial: dict[str, Tensor]
+    start: Start = field(default_factory=Start)
 
     def weights(self) -> dict[str, Tensor]:
         return _weights(self.model)
@@ -58,6 +65,7 @@ class Adapter:
 
     def changed(self) -> bool:
         """Whether training has moved any weight."""
+        # A layer of another rank than before is not equal either.
         return any(
             not torch.equal(weight.cpu(), self.initial[name])
             for name, weight in self.weights().items()
@@ -66,46 +74,25 @@ class Adapter:
     def save(self, folder: Path) -> None:
         """Writes the adapter in PEFT format, such that it loads onto the *original* base.
 
-        PiSSA and OLoRA train against a base from which their first directions were taken. Their
-        adapter is therefore written as the plain LoRA of twice the rank that makes the same
-        update: BA - B0 A0 = [B | -B0] [A ; A0].
+        PiSSA, OLoRA and starts of our own that are not zero train against a base from which their
+        first update was taken. Their adapter is therefore written as the plain LoRA of rank r + r0
+        that makes the same update: BA - B0 A0 = [B | -B0] [A ; A0].
 
         Raises:
             UserError: When the folder cannot be written, which is no fault of the trial.
         """
-        config = copy.deepcopy(self.model.peft_config["default"])
         try:
-            if str(config.init_lora_weights).startswith(("pissa", "olora")):
-                self._save_difference(config, folder)
-            else:
-                self.model.save_pretrained(str(folder), save_embedding_layers=False)
-        except (OSError, SafetensorError) as error:
-            cause = _system_error(error, folder)
+            self.model.save_pretrained(str(folder), save_embedding_layers=False)
+            self.start.subtract(folder)
+        except (OSError, SafetensorError, UserError) as error:
+            failed = error.__cause__ if isinstance(error, UserError) else error
+            if not isinstance(failed, OSError | SafetensorError):
+                raise
+            cause = _system_error(failed, folder)
             reason = getattr(cause, "strerror", None) or first_line(cause)
             raise UserError(
                 f"the adapter cannot be written to {str(folder)!r}: {reason}"
             ) from cause
-
-    def _save_difference(self, config: LoraConfig, folder: Path) -> None:
-        weights = {}
-        for name, weight in self.weights().items():
-            weight, start = weight.detach().cpu(), self.initial[name]
-            if "lora_A" in name:
-                weight = torch.cat([weight, start], dim=0)
-            elif "lora_B" in name:
-                weight = torch.cat([weight, -start], dim=1)
-            weights[name] = weight.contiguous()
-        config.init_lora_weights = True
-        config.inference_mode = True
-        # The scale alpha / r (rsLoRA: alpha / sqrt r) must stay what it was.
-        factor = 2**0.5 if config.use_rslora else 2
-        config.r *= 2
-        config.lora_alpha *= factor
-        config.rank_pattern = {key: 2 * rank for key, rank in config.rank_pattern.items()}
-        config.alpha_pattern = {k: factor * alpha for k, alpha in config.alpha_pattern.items()}
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(weights, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
-        config.save_pretrained(str(folder))
 
 
 def targets_of(
@@ -160,7 +147,9 @@ def lora_config(
         ranks: Their ranks, where these differ; their scale is that of ``lora_rank`` all the same.
     """
     names, layers = peft_names(architecture, chosen)
-    init = configuration.init_lora_weights
+    # Our own starts come after PEFT's.
+    own = configuration.own_start is not None
+    init = "default" if own else configuration.init_lora_weights
     alpha = configuration.lora_alpha
     patterns = allocation.patterns(
         ranks or {},
@@ -185,26 +174,58 @@ def lora_config(
     )
 
 
+@dataclass(frozen=True)
+class OwnStart:
+    """An initialisation that PEFT has not.
+
+    Attributes:
+        kind: Its name.
+        both: Whether B begins like A; the base weights then make up for it.
+        seed: Source of randomness.
+    """
+
+    kind: Kind
+    both: bool
+    seed: int
+
+    @classmethod
+    def of(cls, configuration: Configuration, seed: int) -> OwnStart | None:
+        """Returns a configuration's, or None where PEFT has its initialisation."""
+        own = configuration.own_start
+        return None if own is None else cls(cast(Kind, own[0]), own[1], seed)
+
+
 @contextmanager
 def attached(
-    base: PreTrainedModel, config: LoraConfig, chosen: Sequence[LinearModule]
+    base: PreTrainedModel,
+    config: LoraConfig,
+    chosen: Sequence[LinearModule],
+    start: OwnStart | None = None,
 ) -> Iterator[Adapter]:
     """Puts an adapter into the base model and takes it out again, whatever happens between.
 
     Afterwards the base is bit for bit what it was: weights that an initialisation changed
-    (PiSSA, OLoRA) or that were trained in place (biases) come back from a copy on the CPU, and
-    the patches of trainer and gradient checkpointing are removed.
+    (PiSSA, OLoRA, our own) or that were trained in place (biases) come back from a copy on the
+    CPU, and the patches of trainer and gradient checkpointing are removed.
     """
-    with restored(base, _at_risk(base, config, chosen)):
-        yield placed(base, config)
+    with restored(base, _at_risk(base, config, chosen, start)):
+        yield placed(base, config, start)
 
 
-def placed(model: PreTrainedModel, config: LoraConfig) -> Adapter:
+def placed(model: PreTrainedModel, config: LoraConfig, start: OwnStart | None = None) -> Adapter:
     """Puts an adapter into a model for good."""
     adapted = get_peft_model(model, config)
+    begun = Start()
+    if start is not None:
+        begun = initialisation.initialise(
+            adapted, start.kind, both=start.both, seed=start.seed, keep_weights=False
+        )
+    elif _takes_start_out(config):
+        found = layers.lora_layers(adapted)
+        begun = Start({name: layers.factors_of(layer).kept() for name, layer in found.items()})
     weights = _weights(adapted)
     initial = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
-    return Adapter(model=adapted, initial=initial)
+    return Adapter(model=adapted, initial=initial, start=begun)
 
 
 @contextmanager
@@ -252,11 +273,18 @@ def restored(base: PreTrainedModel, at_risk: Mapping[str, nn.Parameter]) -> Iter
         base.eval()
 
 
+def _takes_start_out(config: LoraConfig) -> bool:
+    return str(config.init_lora_weights).startswith(("pissa", "olora"))
+
+
 def _at_risk(
-    base: PreTrainedModel, config: LoraConfig, chosen: Sequence[LinearModule]
+    base: PreTrainedModel,
+    config: LoraConfig,
+    chosen: Sequence[LinearModule],
+    start: OwnStart | None,
 ) -> dict[str, nn.Parameter]:
     at_risk: dict[str, nn.Parameter] = {}
-    if str(config.init_lora_weights).startswith(("pissa", "olora")):
+    if _takes_start_out(config) or (start is not None and start.both):
         for linear in chosen:
             at_risk[linear.name] = base.get_submodule(linear.name).weight
     if config.bias != "none":

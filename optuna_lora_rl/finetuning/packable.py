@@ -92,6 +92,8 @@ def obstacle(
             return f"training.extra.{name} changes the model or the course of a step"
     if configuration.use_dora:
         return "use_dora normalises by the whole adapted weight"
+    if configuration.rank_change != "none":
+        return f"rank_change {configuration.rank_change} changes the adapter's shapes in training"
     if configuration.truncates:
         return "truncate changes the ranks, and reads the validation set once more"
     if configuration.bias != "none":

@@ -10,6 +10,7 @@ from functools import cached_property
 
 from optuna_lora_rl.finetuning import cost
 from optuna_lora_rl.finetuning.allocation import Allocator
+from optuna_lora_rl.finetuning.architecture import LinearModule
 from optuna_lora_rl.finetuning.configuration import Configuration
 from optuna_lora_rl.finetuning.cost import Estimate
 from optuna_lora_rl.finetuning.lora import targets_of
@@ -62,7 +63,31 @@ class Price:
         return self.estimate(self.reference_configuration)
 
     def estimate(self, configuration: Configuration, steps: int | None = None) -> Estimate:
-        """Counts a run: the whole of it, or the steps that were done."""
+        """Counts a run at the ranks of its start: the whole of it, or the steps done."""
+        allocated = self._allocator.share(configuration, self._chosen(configuration))
+        run = self._count(configuration, steps, allocated.ranks)
+        return replace(run, flops=run.flops + allocated.flops)
+
+    def followed(
+        self, configuration: Configuration, spells: Sequence[tuple[int, Mapping[str, int]]]
+    ) -> Estimate:
+        """Counts a run whose ranks changed: its FLOPs as they were, the largest of the rest.
+
+        Args:
+            configuration: The configuration.
+            spells: For how many steps which ranks were in place.
+        """
+        allocated = self._allocator.share(configuration, self._chosen(configuration))
+        parts = [self._count(configuration, steps, ranks) for steps, ranks in spells]
+        return Estimate(
+            flops=allocated.flops + sum(part.flops for part in parts),
+            memory_bytes=max(part.memory_bytes for part in parts),
+            trainable_parameters=max(part.trainable_parameters for part in parts),
+        )
+
+    def _count(
+        self, configuration: Configuration, steps: int | None, ranks: Mapping[str, int]
+    ) -> Estimate:
         prepared = self._prepared
         lengths, base = prepared.lengths, prepared.base
         plan = Plan.of(configuration, self._training, len(lengths))
@@ -75,10 +100,18 @@ class Price:
             itemsize=2 if self._training.precision in ("bf16", "fp16") else 4,
             weight_itemsize=2 if self._dtype in ("bfloat16", "float16") else 4,
         )
-        chosen = targets_of(configuration, base.architecture, self._target_sets)
-        allocated = self._allocator.share(configuration, chosen)
-        run = cost.estimate(configuration, base.architecture, chosen, work, allocated.ranks)
-        return replace(run, flops=run.flops + allocated.flops)
+        chosen = self._chosen(configuration)
+        run = cost.estimate(configuration, base.architecture, chosen, work, ranks)
+        if configuration.rank_change == "gradient":
+            options = self._training.rank_change.gradient
+            looks = work.steps / options.every
+            each = cost.sketch_flops(chosen, work.length, options.columns)
+            run = replace(run, flops=run.flops + looks * work.sequences * each)
+        return run
+
+    def _chosen(self, configuration: Configuration) -> tuple[LinearModule, ...]:
+        architecture = self._prepared.base.architecture
+        return targets_of(configuration, architecture, self._target_sets)
 
     def estimated(self, run: Estimate) -> dict[str, float]:
         """Returns the relative parts of a counted run and their weighted total."""

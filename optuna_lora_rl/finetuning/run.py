@@ -33,6 +33,9 @@ class TrialResult:
         trainable_parameters: Parameters that were trained.
         stopped_early: Whether early stopping ended the run.
         ranks: Ranks by layer of the saved adapter; empty where all have ``lora_rank``.
+        rank_changes: Where ranks changed in training, each change: ``step`` (steps done before
+            it), ``layer``, ``before``, ``after``, ``reason``, and ``error``, what of the update a
+            smaller rank lost. ``trainable_parameters`` are then the most there were.
         truncation: Where the adapter was cut after training: ``quality`` and ``parameters`` of
             its factors, each ``_before`` and ``_after``, the ``largest_rank`` that is left and
             the ``largest_error``, of a layer's update in Frobenius norm, relative to the update.
@@ -52,6 +55,7 @@ class TrialResult:
     trainable_parameters: int
     stopped_early: bool
     ranks: dict[str, int] = field(default_factory=dict)
+    rank_changes: list[dict[str, int | float | str]] = field(default_factory=list)
     truncation: dict[str, float] = field(default_factory=dict)
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -124,6 +125,8 @@ def train(
     run_name: str | None,
     on_evaluation: OnEvaluation,
     after_backward: Callable[[], None] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    log_every: int | None = None,
 ) -> int:
     """Trains the adapter in ``model`` and returns the steps done.
 
@@ -142,6 +145,8 @@ def train(
         on_evaluation: Called after each evaluation; what it raises reaches the caller after the
             trackers were closed.
         after_backward: Called in each step between the backward pass and the optimizer.
+        callbacks: Further callbacks of the trainer.
+        log_every: Steps from one training loss for the callbacks to the next.
 
     Raises:
         FineTuningError: When the loss is no finite number, or TRL refuses the configuration.
@@ -162,10 +167,11 @@ def train(
         "max_grad_norm": configuration.max_grad_norm,
         "gradient_checkpointing": options.gradient_checkpointing,
         **_shared(options, device),
+        **({} if log_every is None else {"logging_steps": log_every}),
     }
     try:
         datasets = (dataset, validation[plan.steps])
-        trainer = _trainer(model, tokenizer, datasets, settings, [callback])
+        trainer = _trainer(model, tokenizer, datasets, settings, [callback, *callbacks])
         trainer.stages = validation
         trainer.optimizer = _optimizer(trainer, model, configuration)
         trainer.after_backward = after_backward

@@ -148,7 +148,7 @@ class _PackedRun:
         moved = [module.name for module in course.chosen] if changes_base else []
         with failures(course.progress.is_callers):
             set_seed(course.seed)
-            adapter = placed(model.twin(self._base, moved), course.config)
+            adapter = placed(model.twin(self._base, moved), course.config, course.start)
             member.join(adapter, subtracts_start=changes_base)
             course.train(adapter, member.after_backward)
 

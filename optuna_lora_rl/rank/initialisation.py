@@ -80,6 +80,14 @@ class Start:
             raise UserError(
                 f"the adapter cannot be written to {str(folder)!r}: {error}"
             ) from error
+        self.subtract(folder)
+
+    def subtract(self, folder: str | Path) -> None:
+        """Takes the start out of a saved adapter, as it was taken out of the base weights.
+
+        Raises:
+            UserError: When the folder cannot be read or written.
+        """
         if not self.initial:
             return
         now = saved.read(folder)
@@ -100,6 +108,7 @@ def initialise(
     decay: float = 0.5,
     targets: Mapping[str, Tensor] | None = None,
     compensate: bool = True,
+    keep_weights: bool = True,
     seed: int = 0,
 ) -> Start:
     """Begins an attached adapter anew.
@@ -113,6 +122,7 @@ def initialise(
         decay: By how much layer-adaptive starts are smaller in the last block, 0 to 1.
         targets: Matrices (d, k) for ``svd``, by layer; the weight for layers left out.
         compensate: Whether the base weights make up for a start that is not zero.
+        keep_weights: Whether to keep what they were, for :meth:`Start.restore`.
         seed: Source of randomness.
 
     Raises:
@@ -147,6 +157,9 @@ def initialise(
             layer.lora_A[adapter].weight.copy_(a)
             layer.lora_B[adapter].weight.copy_(b)
         if both and compensate:
+            if keep_weights:
+                own: Any = modules[name].weight
+                start.weights[name] = own.detach().cpu().clone()
             _make_up(start, name, modules[name], layers.factors_of(layer, adapter))
     return start
 
@@ -203,11 +216,7 @@ def _from_svd(
 
 
 def _make_up(start: Start, name: str, module: nn.Module, factors: Factors) -> None:
-    weight: Any = module.weight
-    start.weights[name] = weight.detach().cpu().clone()
-    start.initial[name] = Factors(
-        a=factors.a.cpu().clone(), b=factors.b.cpu().clone(), scaling=factors.scaling
-    )
+    start.initial[name] = factors.kept()
     product = factors.scaling * factors.b.float() @ factors.a.float()
     with torch.no_grad():
         # A view, also of a weight that is stored transposed.

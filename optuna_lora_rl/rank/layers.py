@@ -50,6 +50,11 @@ class Factors:
     def parameters(self) -> int:
         return self.a.numel() + self.b.numel()
 
+    def kept(self) -> Factors:
+        """Returns a copy on the CPU, which training does not change."""
+        a, b = self.a.detach().cpu().clone(), self.b.detach().cpu().clone()
+        return Factors(a=a, b=b, scaling=self.scaling)
+
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Returns the linear modules of the base model by name, all but the output head.

@@ -98,7 +98,7 @@ def write(
         text = json.dumps({**config, **_fitted(config, factors, out)}, indent=2, sort_keys=True)
         (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"the adapter cannot be written to {str(folder)!r}: {error}") from None
+        raise UserError(f"the adapter cannot be written to {str(folder)!r}: {error}") from error
 
 
 def _fitted(

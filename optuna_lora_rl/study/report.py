@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 FILE = "report.html"
 UNTUNED = "untuned"
 TEST = "test"
+# Attributes of a trial about its adapter's ranks.
+_OF_RANKS = ("ranks", "rank_changes", "truncation")
 # Attributes of a trial that say how it went, rather than how well.
 _BOOKKEEPING = {
     "host",
@@ -32,8 +34,7 @@ _BOOKKEEPING = {
     "process_started",
     "configuration",
     "curve",
-    "ranks",
-    "truncation",
+    *_OF_RANKS,
     "source",
     outcome.RETRY_OF,
     outcome.PACKED,
@@ -56,7 +57,7 @@ def best_facts(study: optuna.Study, spec: StudySpec) -> dict[str, Any] | None:
         "params": best.params,
         "source": best.user_attrs.get("source"),
         "metrics": {k: v for k, v in best.user_attrs.items() if k not in _BOOKKEEPING},
-        **{k: v for k, v in best.user_attrs.items() if k in ("ranks", "truncation")},
+        **{k: v for k, v in best.user_attrs.items() if k in _OF_RANKS},
         UNTUNED: study.user_attrs.get(UNTUNED, {}),
     }
     test = study.user_attrs.get(TEST, {})
@@ -98,6 +99,7 @@ def write(study: optuna.Study, spec: StudySpec) -> Path:
     parts = [_opening(spec, trials)]
     if facts is not None:
         parts += [_cards(facts), _best(facts, spec), _ranks(facts.get("ranks", {}))]
+        parts.append(_rank_changes(facts.get("rank_changes", [])))
         parts += [
             _figures(trials, facts["trial"], spec),
             _importances(study),
@@ -175,6 +177,19 @@ def _ranks(ranks: dict[str, int]) -> str:
         for name, r in ranks.items()
     )
     return f"<h2>Its ranks, layer by layer</h2><table class=wide>{rows}</table>"
+
+
+def _rank_changes(changes: list[dict[str, Any]]) -> str:
+    """What changed the best adapter's ranks, step by step."""
+    rows = ""
+    for change in changes:
+        ranks = f"{change['before']} → {change['after']}"
+        cells = (str(change["step"]), change["layer"], ranks, change["reason"])
+        rows += "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
+    if not rows:
+        return ""
+    heads = "<th>after step</th><th>layer</th><th>rank</th><th>because</th>"
+    return f"<h2>How they changed in training</h2><table class=wide><tr>{heads}</tr>{rows}</table>"
 
 
 def _figures(trials: Sequence[FrozenTrial], best: int, spec: StudySpec) -> str:

@@ -273,6 +273,7 @@ def _attributes(result: TrialResult) -> dict[str, Any]:
         **costs,
         "curve": result.curve,
         **({"ranks": result.ranks} if result.ranks else {}),
+        **({"rank_changes": result.rank_changes} if result.rank_changes else {}),
         **({"truncation": result.truncation} if result.truncation else {}),
     }
 

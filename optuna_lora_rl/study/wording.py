@@ -22,6 +22,7 @@ _SHORT = {
     "loraplus_lr_ratio": "LoRA+",
     "max_grad_norm": "clip",
     "rank_allocation": "ranks by",
+    "rank_change": "change by",
     "truncate_energy": "energy kept",
     "truncate_rank": "cut to",
     "bias": "bias",
@@ -33,6 +34,7 @@ _FLAGS = {"use_rslora": "rsLoRA", "use_dora": "DoRA"}
 _USUAL = {
     *_FLAGS,
     "rank_allocation",
+    "rank_change",
     "truncate_energy",
     "truncate_rank",
     "init_lora_weights",

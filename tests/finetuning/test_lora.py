@@ -107,7 +107,7 @@ def test_a_full_disk_is_known_by_its_number(
     def full(*args: Any, **kwargs: Any) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(lora, "save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with attach(model, init_lora_weights="olora") as adapter:
         with pytest.raises(UserError, match="No space left on device") as refused:
             adapter.save(tmp_path)

@@ -81,15 +81,21 @@ def test_ranks_and_cuts_are_shown(
         "largest_error": 0.1,
     }
     ranks = {"layers.0.<up>": 3, "layers.1.<up>": 1}
+    reason = "the loss stands still: it fell by 0.1 <%>"
+    change = {"step": 2, "layer": "layers.0.<up>", "before": 2, "after": 3, "reason": reason}
     monkeypatch.setattr(
         trials,
         "_attributes",
-        lambda result: attributes(dataclasses.replace(result, ranks=ranks, truncation=cut)),
+        lambda result: attributes(
+            dataclasses.replace(result, ranks=ranks, truncation=cut, rank_changes=[change])
+        ),
     )
     spec = make_spec()
     study = runner.run(spec).study
     assert study.best_trial.user_attrs["truncation"] == cut
     page = (spec.folder / "report.html").read_text()
     assert "layers.0.&lt;up&gt;" in page and "0.5000</td><td>0.4375" in page
+    assert "2 → 3" in page and "fell by 0.1 &lt;%&gt;" in page
     facts = report.best_facts(study, spec)
-    assert facts is not None and facts["ranks"] == ranks and facts["truncation"] == cut
+    assert facts is not None and facts["rank_changes"] == [change]
+    assert facts["ranks"] == ranks and facts["truncation"] == cut

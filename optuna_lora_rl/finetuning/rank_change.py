@@ -1,0 +1,77 @@
+"""Ranks that change in the course of a run: who decides, and what has become of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+
+from optuna_lora_rl.finetuning.options import RankChangeOptions
+from optuna_lora_rl.rank.callback import GradientRankCallback
+from optuna_lora_rl.rank.callback import LossRankCallback
+from optuna_lora_rl.rank.callback import RankChange
+from optuna_lora_rl.rank.deciders import GradientSpectrum
+from optuna_lora_rl.rank.deciders import LossCurve
+from optuna_lora_rl.rank.deciders import Steps
+
+
+def callback(
+    kind: str, options: RankChangeOptions, seed: int
+) -> LossRankCallback | GradientRankCallback | None:
+    """Makes the trainer's callback, or None where ranks stay.
+
+    Args:
+        kind: ``none``, ``loss`` or ``gradient``.
+        options: Its thresholds.
+        seed: Of the rows that a growing layer gets.
+    """
+    steps = Steps(
+        grow=options.grow,
+        shrink=options.shrink,
+        minimum=options.minimum,
+        maximum=options.maximum,
+        patience=options.patience,
+    )
+    if kind == "loss":
+        loss = options.loss
+        curve = LossCurve(
+            window=loss.window,
+            plateau=loss.plateau,
+            calm=loss.calm,
+            oscillation=loss.oscillation,
+            steps=steps,
+        )
+        return LossRankCallback(curve, source=loss.source, seed=seed)
+    if kind == "gradient":
+        gradient = options.gradient
+        decider = GradientSpectrum(
+            energy=gradient.energy,
+            consistent=gradient.consistent,
+            fading=gradient.fading,
+            slack=gradient.slack,
+            window=gradient.window,
+            steps=steps,
+        )
+        return GradientRankCallback(
+            decider, every=gradient.every, columns=gradient.columns, seed=seed
+        )
+    return None
+
+
+def spells(
+    ranks: Mapping[str, int], changes: Sequence[RankChange], steps: int
+) -> list[tuple[int, dict[str, int]]]:
+    """Returns for how many steps which ranks were in place, in order.
+
+    Args:
+        ranks: Ranks at the start.
+        changes: What changed, in order.
+        steps: Steps of the run.
+    """
+    found: list[tuple[int, dict[str, int]]] = []
+    now, since = dict(ranks), 0
+    for change in changes:
+        if change.step > since:
+            found.append((change.step - since, dict(now)))
+            since = change.step
+        now[change.layer] = change.after
+    return [*found, (steps - since, now)]
