@@ -43,7 +43,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
 FAMILIES = tuple(sorted(family for families in SPLITS.values() for family in families))
 
 _SEED = 20_26
-_BLOCK = 40
+_BLOCK, _TURN = 40, 10
 
 
 @dataclass(frozen=True)
@@ -155,11 +155,13 @@ def chosen(names: Sequence[str]) -> list[str]:
 def order(tasks: Sequence[str], count: int = CONFIGURATIONS) -> Iterator[tuple[str, int, int]]:
     """Yield (task, configuration, seed) so that the tables grow side by side.
 
-    Blocks of 40 configurations, each over all tasks; second seeds follow the second block.
+    Blocks of 40 configurations, each over all tasks and followed by ten of the second seeds, so
+    that the noise is known early.
     """
-    for start in range(0, count, _BLOCK):
+    for block, start in enumerate(range(0, count, _BLOCK)):
         for number in range(start, min(start + _BLOCK, count)):
             yield from ((task, number, 0) for task in tasks)
-        if start + _BLOCK >= min(count, 2 * _BLOCK) and start <= _BLOCK:
-            for number in range(min(REPEATED, count)):
-                yield from ((task, number, 1) for task in tasks)
+        last = start + _BLOCK >= count
+        turn = range(_TURN * block, min(count, REPEATED) if last else _TURN * (block + 1))
+        for number in (number for number in turn if number < REPEATED):
+            yield from ((task, number, 1) for task in tasks)
