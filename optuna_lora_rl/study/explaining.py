@@ -18,13 +18,13 @@ from optuna_lora_rl.samplers.explanation import Explanation
 from optuna_lora_rl.samplers.explanation import Origin
 from optuna_lora_rl.samplers.explanation import Parameter
 from optuna_lora_rl.samplers.explanation import explain
+from optuna_lora_rl.samplers.explanation import origin
 from optuna_lora_rl.samplers.explanation_figure import log_ticks
 from optuna_lora_rl.study import charts
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import wording
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     import optuna
@@ -75,9 +75,9 @@ def show(
                 if trials
                 else f"--trial is {number}, but the study has no trials yet"
             )
-        _one(console, trials[number], found)
+        _one(console, trials[number], _origin(trials[number]))
         return None
-    console.print(_origins(trials, found.origins))
+    console.print(_origins(trials))
     if not found.parameters:
         console.print("Three results or more are needed to say what they taught.")
         return None
@@ -89,14 +89,20 @@ def show(
     return path
 
 
-def _one(console: Console, trial: FrozenTrial, found: Explanation) -> None:
+def _origin(trial: FrozenTrial) -> Origin:
+    if outcome.RETRY_OF in trial.user_attrs:
+        return Origin(f"trial {trial.user_attrs[outcome.RETRY_OF]} again, which was cut short")
+    return origin(trial)
+
+
+def _one(console: Console, trial: FrozenTrial, said: Origin) -> None:
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="dim")
     rows.add_column(overflow="fold")
     score = wording.score(outcome.final_score(trial))
     rows.add_row("trial", f"{trial.number} ({trial.state.name.lower()}, score {score})")
     rows.add_row("configuration", outcome.configuration(trial))
-    rows.add_row("from", str(found.origins[trial.number]))
+    rows.add_row("from", str(said))
     console.print(rows, highlight=False)
     proposal = samplers.proposal(trial) or {}
     numbers = [(key, proposal[key]) for key in _MEANINGS if key in proposal]
@@ -108,13 +114,13 @@ def _one(console: Console, trial: FrozenTrial, found: Explanation) -> None:
     console.print(table)
 
 
-def _origins(trials: list[FrozenTrial], origins: Mapping[int, Origin]) -> Table:
+def _origins(trials: list[FrozenTrial]) -> Table:
     table = _table("trial", "score", "expected", "configuration", "why it was proposed")
     for trial in (trial for trial in trials if trial.params):
         score = wording.score(outcome.final_score(trial))
         if outcome.final_score(trial) is None:
             score = trial.state.name.lower()
-        said = origins[trial.number]
+        said = _origin(trial)
         table.add_row(
             str(trial.number),
             score,

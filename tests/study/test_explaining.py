@@ -42,6 +42,18 @@ def test_each_trial_is_explained_and_the_figure_is_written(
         explaining.show(console, study, spec, number=8)
 
 
+def test_a_trial_that_is_run_again_says_so(
+    paper: type[PaperTuner], make_spec: MakeSpec, printed: tuple[Console, Callable[[], str]]
+) -> None:
+    console, text = printed
+    paper.failures = [KeyboardInterrupt()]
+    spec = make_spec({"budget": 3, "sampler": {"name": "random"}})
+    runner.run(spec)
+    study = runner.run(spec).study
+    explaining.show(console, study, spec)
+    assert "trial 0 again, which was cut short" in text()
+
+
 def test_a_study_with_two_trials_says_what_is_missing(
     paper: type[PaperTuner], make_spec: MakeSpec, printed: tuple[Console, Callable[[], str]]
 ) -> None:

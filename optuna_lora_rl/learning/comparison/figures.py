@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -50,7 +51,7 @@ def page(
         (
             "Mean rank over trials",
             "1 is the best sampler of a study; equal regrets share a rank.",
-            _ranks(dict(list(by_section.items())[:2]), styles),
+            _ranks(dict(list(by_section.items())[:2]), reference, styles),
         ),
         (
             "Wins and losses by problem",
@@ -100,7 +101,8 @@ def _grid_of(names: Sequence[str], found: Mapping[str, Curves]) -> go.Figure:
     figure.update_layout(
         template="plotly_white",
         font=_FONT,
-        height=90 + 330 * rows,
+        # The legend has a line for each sampler.
+        height=max(90 + 330 * rows, 120 + 32 * len(next(iter(found.values())).regret)),
         margin={"l": 60, "r": 20, "t": 40, "b": 50},
         legend={"itemsizing": "constant"},
         hovermode="x unified",
@@ -133,7 +135,7 @@ def _regrets(
             **band,
             **place,
         )
-        for label in [*(n for n in curves.regret if n != reference), reference]:
+        for label in _last(reference, curves.regret):
             figure.add_trace(
                 go.Scatter(
                     x=trials,
@@ -153,23 +155,33 @@ def _regrets(
     return figure
 
 
+def _last(reference: str, labels: Iterable[str]) -> list[str]:
+    """The labels, the reference last: it is drawn over the others."""
+    return [*(label for label in labels if label != reference), reference]
+
+
 def _shown(regret: np.ndarray) -> np.ndarray:
     """No less than a thousandth, on a logarithmic axis."""
     return np.maximum(regret, 1e-3)
 
 
-def _ranks(found: Mapping[str, Curves], styles: Mapping[str, dict[str, Any]]) -> go.Figure:
+def _ranks(
+    found: Mapping[str, Curves], reference: str, styles: Mapping[str, dict[str, Any]]
+) -> go.Figure:
     import plotly.graph_objects as go
 
     figure = _grid_of(list(found), found)
     for k, curves in enumerate(found.values()):
-        for label, rank in statistics.ranks(curves.regret).items():
+        ranks = statistics.ranks(curves.regret)
+        for label in _last(reference, ranks):
+            rank = ranks[label]
             figure.add_trace(
                 go.Scatter(
                     x=np.arange(1, rank.shape[2] + 1),
                     y=rank.mean((0, 1)),
                     name=label,
                     legendgroup=label,
+                    legendrank=1 if label == reference else 1000,
                     showlegend=k == 0,
                     mode="lines",
                     line=styles[label],
@@ -240,6 +252,7 @@ def _wins(found: Curves, reference: str, after: Sequence[int]) -> go.Figure:
         ],
     )
     figure.update_yaxes(tickfont={"size": 11}, dtick=1)
+    figure.update_xaxes(tickangle=-35, automargin=True)
     return figure
 
 
