@@ -144,19 +144,30 @@ def residual_logits(
     observed: Observed,
     settings: Settings,
     trust: float = 0.0,
+    default_at: int = 0,
 ) -> Tensor:
-    """The policy without its network, shape (B, N)."""
+    """The policy without its network, shape (B, N).
+
+    Args:
+        candidates: to be scored.
+        view: the surrogate's and the prior's judgement.
+        layout: the spaces.
+        observed: the trials.
+        settings: constants of the policy.
+        trust: how far earlier studies are believed.
+        default_at: number of the trial that takes the guides' default.
+    """
     valid, source = candidates.valid, candidates.source
     log_ei = torch.where(valid, view.log_ei, -torch.inf)
     log_prior = torch.where(valid, view.log_prior, -torch.inf)
     weight = prior_weight(observed, settings)[:, None] * (1.0 - trust)
     gap = (log_ei - log_ei.amax(1, keepdim=True)).clamp_min(-20.0)
     logits = settings.beta * gap + weight * (log_prior - log_prior.amax(1, keepdim=True))
-    opening = _opening(source, layout, observed) * (1.0 - trust)
+    opening = _opening(source, layout, observed, default_at) * (1.0 - trust)
     return torch.where(valid, logits + opening, -torch.inf)
 
 
-def _opening(source: Tensor, layout: Layout, observed: Observed) -> Tensor:
+def _opening(source: Tensor, layout: Layout, observed: Observed, default_at: int) -> Tensor:
     """The opening moves: the default first; a space-filling start where nothing is known.
 
     Without a prior the first trials come from the quasi-random points (the least explored of
@@ -164,7 +175,7 @@ def _opening(source: Tensor, layout: Layout, observed: Observed) -> Tensor:
     """
     n = (observed.mask.sum(1) + observed.pending_mask.sum(1))[:, None]
     start = (layout.real.sum(1)[:, None] + 2).clamp_max(8)
-    default = (source == SOURCES.index("default"))[None] & (n == 0)
+    default = (source == SOURCES.index("default"))[None] & (n == default_at)
     spread = (source == SOURCES.index("uniform"))[None] & (n > 0) & (n < start)
     return _FIRST * default + _SPREAD * (spread & ~layout.is_lora[:, None])
 
@@ -249,7 +260,9 @@ def decide(
     )
     view = look(candidates.x)
     seen = features(candidates, view, layout, observed, surrogate, best)
-    residual = residual_logits(candidates, view, layout, observed, settings, trust)
+    # With earlier studies the first trial is theirs; the guides' is what it is compared with.
+    first = 1 if sources else 0
+    residual = residual_logits(candidates, view, layout, observed, settings, trust, first)
     logits = residual if network is None else residual + (1.0 - trust) * network(seen).double()
     return Decision(observed, candidates, view, seen, residual, logits, own, trust)
 

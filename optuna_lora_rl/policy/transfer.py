@@ -79,6 +79,11 @@ class SourceStudy:
     scores: np.ndarray
     bad: np.ndarray
 
+    @property
+    def results(self) -> int:
+        """How many trials have a result that counts."""
+        return int((~self.bad & ~np.isnan(self.scores).any(axis=1)).sum())
+
 
 @dataclass
 class SourceModel:

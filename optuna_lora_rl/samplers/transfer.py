@@ -144,6 +144,13 @@ class EarlierStudies:
         return [_source(told, self._roles, directions) for told in self._told]
 
 
+def source_study(study: Study, roles: Mapping[str, str] | None = None) -> SourceStudy:
+    """A study's finished trials as plain values; ``roles`` as for the sampler."""
+    finished = tuple(trial for trial in study.get_trials() if trial.state.is_finished())
+    told = _Told(f"study {study.study_name!r}", finished, tuple(study.directions))
+    return _source(told, roles or {}, study.directions)
+
+
 def _read(position: int, study: Study | Sequence[FrozenTrial]) -> _Told:
     where = f"source_studies: item {position}"
     directions: tuple[StudyDirection, ...] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,12 +40,8 @@ def load(name: str | None, url: str) -> optuna.Study:
     Raises:
         UserError: As in ``load_all``.
     """
-    url, where = _url(url)
-    file = sqlite_file(url)
-    if file is not None and not file.is_file():
-        raise UserError(f"there is no database {file}")
-    storage = open_storage(url)
-    with database_errors(url):
+    storage, where = _open(url)
+    with database_errors(_url(url)[0]):
         names = optuna.get_all_study_names(storage)
         if name is None:
             if len(names) != 1:
@@ -53,6 +50,35 @@ def load(name: str | None, url: str) -> optuna.Study:
         if name not in names:
             raise UserError(f"there is no study {name!r} in {where}; it holds {_listed(names)}")
         return optuna.load_study(study_name=name, storage=storage)
+
+
+def load_several(url: str, names: Sequence[str]) -> list[optuna.Study]:
+    """Studies of a storage by name, or all of it.
+
+    Args:
+        url: The storage's SQLAlchemy URL, or the output folder of an earlier run.
+        names: The studies' names; none for all.
+
+    Raises:
+        UserError: A storage or study that is not there, or a storage without any.
+    """
+    if names:
+        return [load(name, url) for name in names]
+    storage, where = _open(url)
+    with database_errors(_url(url)[0]):
+        found = optuna.get_all_study_names(storage)
+        if not found:
+            raise UserError(f"{where} holds no study")
+        return [optuna.load_study(study_name=name, storage=storage) for name in sorted(found)]
+
+
+def _open(url: str) -> tuple[optuna.storages.BaseStorage, str]:
+    """The storage, which has to be there, and how to call it in a sentence."""
+    url, where = _url(url)
+    file = sqlite_file(url)
+    if file is not None and not file.is_file():
+        raise UserError(f"there is no database {file}")
+    return open_storage(url), where
 
 
 def _load(name: str | None, storage: str | None, spec: StudySpec) -> optuna.Study:

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+
+from optuna_lora_rl import RLSampler
+from optuna_lora_rl import cli
+from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.learning import fine_tuning
+from optuna_lora_rl.learning.fine_tuning import LearningSettings
+from optuna_lora_rl.learning.own_studies import surfaces_of
+from optuna_lora_rl.policy import weights
+from optuna_lora_rl.policy.transfer import SourceStudy
+from optuna_lora_rl.samplers.transfer import source_study
+
+SMALL = LearningSettings(seed=1, updates=2, studies=4, tasks=12)
+
+
+def _objective(trial: optuna.Trial) -> float:
+    lr = trial.suggest_float("learning_rate", 1e-5, 1e-1, log=True)
+    rank = trial.suggest_categorical("lora_rank", [4, 8, 16, 32])
+    trial.suggest_categorical("target_modules", ["qv", "all-linear"])
+    if lr > 0.03:
+        raise FloatingPointError
+    return -abs(math.log10(lr) + 2.5) - 0.1 * abs(math.log2(rank) - 4)
+
+
+def _study(trials: int = 24, storage: str | None = None) -> optuna.Study:
+    study = optuna.create_study(
+        study_name="own",
+        direction="maximize",
+        storage=storage,
+        sampler=optuna.samplers.TPESampler(seed=0),
+    )
+    study.optimize(_objective, n_trials=trials, catch=FloatingPointError)
+    return study
+
+
+@pytest.fixture(scope="module")
+def source() -> SourceStudy:
+    return source_study(_study())
+
+
+def test_a_surface_says_what_the_trials_said(source: SourceStudy) -> None:
+    surface, *draws = surfaces_of(source, 3, seed=0)
+    names = [dimension.name for dimension in surface.dimensions]
+    assert names == ["learning_rate", "lora_rank", "target_modules"]
+    rates = torch.tensor([10**-4.5, 10**-2.5, 10**-1.1], dtype=torch.float64)
+    x = torch.stack([rates, torch.full((3,), 16.0), torch.ones(3)], 1)
+    value, failed = surface(x)
+    assert value[1] > value[0] + 0.5
+    assert failed.tolist() == [False, False, True]
+    others = torch.stack([draw(x)[0] for draw in draws])
+    assert not torch.equal(others[0], others[1])
+    assert torch.all(others[:, 1] > others[:, 0])
+
+
+def test_the_policy_is_fine_tuned_the_same_way_twice(source: SourceStudy, tmp_path: Path) -> None:
+    told: list[float] = []
+    results = [
+        fine_tuning.learn(
+            [source],
+            tmp_path / f"{k}.safetensors",
+            SMALL,
+            report=lambda metrics: told.append(metrics["update"]),
+        )
+        for k in range(2)
+    ]
+    assert told == [1.0, 2.0] * 2
+    one, two = (weights.load(result.path).state_dict() for result in results)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert results[0].low <= results[0].gain <= results[0].high
+    assert RLSampler(weights=results[0].path, seed=0)
+
+
+def test_each_phase_changes_the_policy(source: SourceStudy) -> None:
+    start = weights.load()
+    surfaces = surfaces_of(source, 2, seed=0)
+    run = fine_tuning._Run(start, fine_tuning.draw_tasks(8, 0, surfaces, 1.0), SMALL)
+    assert "imitation_loss" in run.step()
+    imitated = run.network.last.weight.detach().clone()
+    assert not torch.equal(imitated, start.last.weight)
+    assert "approx_kl" in run.step()
+    assert not torch.equal(run.network.last.weight, imitated)
+
+
+def test_studies_that_teach_nothing_are_named(tmp_path: Path) -> None:
+    short = _study(5)
+    with pytest.raises(UserError, match="study 'own' has 4 trials with a result, but at least 8"):
+        fine_tuning.learn([source_study(short)], tmp_path / "w.safetensors", SMALL)
+    with pytest.raises(UserError, match="none of 1 studies has at least 8 trials"):
+        fine_tuning.read([short], all_wanted=False)
+    plain = optuna.create_study(study_name="plain")
+    plain.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=9)
+    with pytest.raises(UserError, match="'plain' tunes x, which does not look like LoRA"):
+        fine_tuning.learn([source_study(plain)], tmp_path / "w.safetensors", SMALL)
+
+
+def test_the_command_names_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    optuna.create_study(study_name="own", storage=url)
+    for arguments, sentence in (
+        (["--storage", str(tmp_path / "gone")], "there is no database"),
+        (["--storage", url, "--study", "other"], "there is no study 'other'"),
+        (["--storage", url], "none of 1 studies has at least 8 trials"),
+        (["--storage", url, "--study", "own", "-o", "w.pt"], "must end in .safetensors"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["learn", *arguments])
+        assert ended.value.code == 2
+        assert sentence in capsys.readouterr().err
