@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Sequence
 
-from optuna_lora_rl.finetuning.options import RankChangeOptions
+from optuna_lora_rl.finetuning.rank_options import RankChangeOptions
 from optuna_lora_rl.rank.callback import GradientRankCallback
 from optuna_lora_rl.rank.callback import LossRankCallback
 from optuna_lora_rl.rank.callback import RankChange

@@ -56,6 +56,7 @@ class _RankCallback(TrainerCallback):
 
     def __init__(
         self,
+        decider: LossCurve | GradientSpectrum,
         *,
         adapter: str,
         new_rows: NewRows,
@@ -63,6 +64,7 @@ class _RankCallback(TrainerCallback):
         seed: int,
     ) -> None:
         self.changes: list[RankChange] = []
+        self._decider = decider
         self._adapter = adapter
         self._new_rows: NewRows = new_rows
         self._new_moments: NewMoments = new_moments
@@ -83,25 +85,24 @@ class _RankCallback(TrainerCallback):
         found = layers.lora_layers(model, self._adapter)
         return {name: layer.r[self._adapter] for name, layer in found.items()}
 
-    def _apply(
-        self,
-        step: int,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer | None,
-        ranks: Mapping[str, int],
-        reasons: Mapping[str, str],
-    ) -> None:
+    def _take(self, observed: Any, state: TrainerState, kwargs: Mapping[str, Any]) -> None:
+        """Shows the decider what it judges by, and does what it says."""
+        # After the last step a change would only be saved, never trained.
+        if state.global_step >= state.max_steps:
+            return
+        model = kwargs["model"]
         for one in resizing.resize(
             model,
-            ranks,
+            self._decider.update(observed, self._ranks(model)),
             adapter=self._adapter,
-            optimizer=optimizer,
+            optimizer=kwargs.get("optimizer"),
             new_rows=self._new_rows,
             new_moments=self._new_moments,
             generator=self._generator,
         ):
+            reason = self._decider.reasons[one.name]
             self.changes.append(
-                RankChange(step, one.name, one.before, one.after, reasons[one.name], one.error)
+                RankChange(state.global_step, one.name, one.before, one.after, reason, one.error)
             )
 
 
@@ -127,8 +128,9 @@ class LossRankCallback(_RankCallback):
         new_moments: NewMoments = "zero",
         seed: int = 0,
     ) -> None:
-        super().__init__(adapter=adapter, new_rows=new_rows, new_moments=new_moments, seed=seed)
-        self._decider = decider
+        super().__init__(
+            decider, adapter=adapter, new_rows=new_rows, new_moments=new_moments, seed=seed
+        )
         self._source = source
 
     def on_evaluate(
@@ -142,16 +144,6 @@ class LossRankCallback(_RankCallback):
     ) -> None:
         if self._source == "train" and "loss" in kwargs["logs"]:
             self._take(float(kwargs["logs"]["loss"]), state, kwargs)
-
-    def _take(self, loss: float, state: TrainerState, kwargs: Mapping[str, Any]) -> None:
-        # After the last step a change would only be saved, never trained.
-        if state.global_step >= state.max_steps:
-            return
-        model = kwargs["model"]
-        ranks = self._decider.update(loss, self._ranks(model))
-        self._apply(
-            state.global_step, model, kwargs.get("optimizer"), ranks, self._decider.reasons
-        )
 
 
 class GradientRankCallback(_RankCallback):
@@ -179,10 +171,11 @@ class GradientRankCallback(_RankCallback):
         new_moments: NewMoments = "zero",
         seed: int = 0,
     ) -> None:
-        super().__init__(adapter=adapter, new_rows=new_rows, new_moments=new_moments, seed=seed)
+        super().__init__(
+            decider, adapter=adapter, new_rows=new_rows, new_moments=new_moments, seed=seed
+        )
         if every < 1 or columns < 1:
             raise UserError(f"every and columns are at least 1, not {every} and {columns}")
-        self._decider = decider
         self._every = every
         self._columns = columns
         self._sketches: GradientSketches | None = None
@@ -201,13 +194,7 @@ class GradientRankCallback(_RankCallback):
         if self._sketches is None:
             return
         gradients, self._sketches = self._sketches.stop(), None
-        if state.global_step >= state.max_steps:
-            return
-        model = kwargs["model"]
-        ranks = self._decider.update(gradients, self._ranks(model))
-        self._apply(
-            state.global_step, model, kwargs.get("optimizer"), ranks, self._decider.reasons
-        )
+        self._take(gradients, state, kwargs)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
