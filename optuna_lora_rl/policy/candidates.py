@@ -238,7 +238,7 @@ def is_repeat(x: Tensor, others: Tensor, mask: Tensor, within: float = _SAME) ->
     """Which of x (B, N, D) lie within so much of a masked other (B, n, D), shape (B, N)."""
     if not others.shape[1]:
         return torch.zeros(x.shape[:2], dtype=torch.bool)
-    same = (x[:, :, None, :] - others[:, None, :, :]).abs().amax(-1) < within
+    same = torch.cdist(x, others, p=torch.inf) < within
     return (same & mask[:, None, :]).any(-1)
 
 
@@ -289,14 +289,13 @@ def propose_candidates(
         sets.append(("uniform", grid))
     if earlier is not None:
         sets.append(("transfer", earlier))
-    sets = [(name, snap(points)) for name, points in sets]
-    everything = torch.cat([points for _, points in sets], 1)
+    everything = snap(torch.cat([points for _, points in sets], 1))
     blocked = _blocked_acquisition(acquisition, observed)
     best = improve(
         blocked, everything, layout, snap, generator, climb=climb, rounds=rounds, keep=3 * share
     )
     sets.append(("improvement", best))
-    x = torch.cat([points for _, points in sets], 1)
+    x = torch.cat([everything, best], 1)
     source = torch.cat(
         [torch.full((points.shape[1],), SOURCES.index(name)) for name, points in sets]
     )

@@ -28,6 +28,7 @@ from optuna_lora_rl.policy.roles import ROLES
 from optuna_lora_rl.policy.surrogate import Lengthscales
 
 MAX_TABLE_LEVELS = 64
+_RANK, _ALPHA = ROLES.index("rank"), ROLES.index("alpha")
 
 
 @dataclass
@@ -114,46 +115,54 @@ class Layout:
         The ridge of a LoRA surface runs along learning rate x alpha / rank, so alpha's own axis
         is turned to alpha / rank, in units of alpha's range.
         """
-        rank, alpha = ROLES.index("rank"), ROLES.index("alpha")
-        both = self.has_role[:, rank] & self.has_role[:, alpha]
+        both, of_rank, of_alpha = self._rank_and_alpha
         if not bool(both.any()):
             return x
-        values = self.role_values(x)
-        span = (self.natural[:, alpha, -1] - self.natural[:, alpha, 0]).clamp_min(1e-3)
-        turned = (values[:, :, alpha] - values[:, :, rank]) / span[:, None]
-        column = self.role_column[:, alpha].clamp_min(0)[:, None, None].expand(-1, x.shape[1], 1)
-        old = x.gather(2, column)
-        return x.scatter(2, column, torch.where(both[:, None, None], turned[:, :, None], old))
+        rank, alpha = (
+            _along(self.natural[:, role], x, column)
+            for role, column in ((_RANK, of_rank), (_ALPHA, of_alpha))
+        )
+        column = of_alpha[:, None, None].expand(-1, x.shape[1], 1)
+        turned = ((alpha - rank) / self._alpha_span[:, None])[:, :, None]
+        return x.scatter(2, column, torch.where(both[:, None, None], turned, x.gather(2, column)))
+
+    @property
+    def _rank_and_alpha(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Which spaces have both, and their columns (0 where there is none), each (B,)."""
+        of_rank, of_alpha = self.role_column[:, _RANK], self.role_column[:, _ALPHA]
+        return (of_rank >= 0) & (of_alpha >= 0), of_rank.clamp_min(0), of_alpha.clamp_min(0)
+
+    @property
+    def _alpha_span(self) -> Tensor:
+        return (self.natural[:, _ALPHA, -1] - self.natural[:, _ALPHA, 0]).clamp_min(1e-3)
 
     def pull_back(self, x: Tensor, gradient: Tensor) -> Tensor:
         """A gradient by the model's coordinates, shape (B, N, D), as one by x."""
-        rank, alpha = ROLES.index("rank"), ROLES.index("alpha")
-        both = self.has_role[:, rank] & self.has_role[:, alpha]
+        both, of_rank, of_alpha = self._rank_and_alpha
         if not bool(both.any()):
             return gradient
-        span = (self.natural[:, alpha, -1] - self.natural[:, alpha, 0]).clamp_min(1e-3)[:, None]
-        of_rank, of_alpha = (
-            self.role_column[:, role].clamp_min(0)[:, None].expand(-1, x.shape[1])
-            for role in (rank, alpha)
+        rank, alpha = (
+            column[:, None, None].expand(-1, x.shape[1], 1) for column in (of_rank, of_alpha)
         )
-        at_rank, at_alpha = (x.gather(2, c[:, :, None])[:, :, 0] for c in (of_rank, of_alpha))
-        by_ratio = gradient.gather(2, of_alpha[:, :, None])[:, :, 0]
-        by_rank = gradient.gather(2, of_rank[:, :, None])[:, :, 0]
-        turned_alpha = by_ratio * _slopes(self.natural[:, alpha], at_alpha) / span
-        turned_rank = by_rank - by_ratio * _slopes(self.natural[:, rank], at_rank) / span
-        by_alpha = torch.where(both[:, None], turned_alpha, by_ratio)
-        gradient = gradient.scatter(2, of_alpha[:, :, None], by_alpha[:, :, None])
-        by_rank = torch.where(
-            both[:, None], turned_rank, gradient.gather(2, of_rank[:, :, None])[:, :, 0]
-        )
-        return gradient.scatter(2, of_rank[:, :, None], by_rank[:, :, None])
+        by_ratio = gradient.gather(2, alpha) / self._alpha_span[:, None, None]
+        by_ratio = torch.where(both[:, None, None], by_ratio, 0.0)
+        by_alpha = by_ratio * _slopes(self.natural[:, _ALPHA], x.gather(2, alpha))
+        by_rank = by_ratio * _slopes(self.natural[:, _RANK], x.gather(2, rank))
+        own = torch.where(both[:, None, None], 0.0, gradient.gather(2, alpha))
+        return gradient.scatter(2, alpha, own + by_alpha).scatter_add(2, rank, -by_rank)
+
+
+def _along(table: Tensor, x: Tensor, column: Tensor) -> Tensor:
+    """Values of tables (B, G) at one column (B,) of x (B, N, D), shape (B, N)."""
+    u = x.gather(2, column[:, None, None].expand(-1, x.shape[1], 1))
+    return interpolate(table[:, None], u)[:, :, 0]
 
 
 def _slopes(table: Tensor, u: Tensor) -> Tensor:
-    """Slopes of tables (B, G) at u (B, N), shape (B, N)."""
+    """Slopes of tables (B, G) at u (B, N, 1), shape kept."""
     G = table.shape[-1]
-    left = (u.clamp(0.0, 1.0) * (G - 1)).long().clamp_max(G - 2)
-    return (table.gather(1, left + 1) - table.gather(1, left)) * (G - 1)
+    left = (u[:, :, 0].clamp(0.0, 1.0) * (G - 1)).long().clamp_max(G - 2)
+    return ((table.gather(1, left + 1) - table.gather(1, left)) * (G - 1))[:, :, None]
 
 
 def interpolate(table: Tensor, u: Tensor) -> Tensor:

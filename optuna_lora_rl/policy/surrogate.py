@@ -163,7 +163,8 @@ def _kernel(
     decay = theta[:, -2].exp()[:, None, None] * torch.exp(-r)
     K = (1.0 + r + r * r / 3.0) * decay * both
     noise = torch.where(mask, theta[:, -1].exp()[:, None] + extra, torch.ones_like(extra))
-    return K + torch.diag_embed(noise), (5.0 / 3.0) * (1.0 + r) * decay * both
+    K.diagonal(dim1=1, dim2=2).add_(noise)
+    return K, (5.0 / 3.0) * (1.0 + r) * decay * both
 
 
 def negative_log_posterior(
@@ -195,8 +196,8 @@ def negative_log_posterior(
     noise = theta[:, -1].exp()
     diagonal = W.diagonal(dim1=1, dim2=2) * mask
     grad_v = 0.5 * diagonal.sum(1) * noise
-    signal = (K - torch.diag_embed(K.diagonal(dim1=1, dim2=2))) * W
-    grad_s = 0.5 * (signal.sum((1, 2)) + diagonal.sum(1) * theta[:, -2].exp())
+    on_diagonal = diagonal * (theta[:, -2].exp()[:, None] - K.diagonal(dim1=1, dim2=2))
+    grad_s = 0.5 * ((K * W * both).sum((1, 2)) + on_diagonal.sum(1))
     gradient = torch.cat([grad_l, grad_s[:, None], grad_v[:, None]], 1)
     mean = torch.cat(
         [prior.mean, theta.new_tensor([_LOG_S_PRIOR[0], _LOG_V_PRIOR[0]]).expand(B, 2)], 1

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -170,47 +171,129 @@ def read_history(
         current: number of the trial that is being proposed; it is left out.
         unused: place a trial also by proposed parameters that its objective did not ask for.
     """
-    told = [
-        trial
-        for trial in sorted(trials, key=lambda trial: trial.number)
-        if trial.number != current and trial.state != TrialState.WAITING
-    ]
-    told_points = [space.encode(parameters_of(trial, unused=unused)) for trial in told]
-    kept = [i for i, point in enumerate(told_points) if len(space) and not np.isnan(point).all()]
-    rows = [told[i] for i in kept]
-    n, m = len(rows), len(directions)
-    sign = np.array([1.0 if d == StudyDirection.MAXIMIZE else -1.0 for d in directions])
-    scores = np.full((n, m), math.nan)
-    for i, trial in enumerate(rows):
-        if trial.state == TrialState.COMPLETE and trial.values is not None:
-            scores[i] = sign * np.array(trial.values, dtype=float)
-    _estimate_pruned(rows, sign, scores)
-    constraints = _constraints(rows)
-    has_score = ~np.isnan(scores).any(axis=1)
-    state = [trial.state for trial in rows]
-    return History(
-        numbers=np.array([trial.number for trial in rows], dtype=int),
-        points=np.array([told_points[i] for i in kept]).reshape(n, len(space)),
-        asked=np.array(
-            [[name in trial.params for name in space.names] for trial in rows], dtype=bool
-        ).reshape(n, len(space)),
-        scores=scores,
-        failed=np.array([s.is_finished() for s in state], dtype=bool) & ~has_score,
-        running=np.array([s == TrialState.RUNNING for s in state], dtype=bool),
-        pruned=np.array([s == TrialState.PRUNED for s in state], dtype=bool),
-        violation=np.nansum(np.maximum(constraints, 0.0), axis=1),
-        constraints=constraints,
-    )
+    return Ledger().read(list(trials), space, directions, current=current, unused=unused)
 
 
-def _constraints(rows: Sequence[FrozenTrial]) -> np.ndarray:
-    told = [trial.constraints for trial in rows]
+class Ledger:
+    """Reads a study again and again, each finished trial once.
+
+    A finished trial does not change, so what was read of it holds as long as the same object
+    stands at the same place of the list and the space is the same. Whatever else is in the list
+    (another study, a filtered one) is read anew: the answer is that of :func:`read_history`.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._key: object = None
+        self._seen: list[FrozenTrial | None] = []
+        self._rows: list[_Row] = []
+        self._points = np.zeros((0, 0))
+        self._asked = np.zeros((0, 0), dtype=bool)
+        self._values = np.zeros((0, 0))
+        self._numbers = np.zeros(0, dtype=int)
+        self._states = np.zeros(0, dtype=int)
+
+    def read(
+        self,
+        trials: Sequence[FrozenTrial],
+        space: Space,
+        directions: Sequence[StudyDirection],
+        *,
+        current: int | None = None,
+        unused: bool = False,
+    ) -> History:
+        """The history; see :func:`read_history`."""
+        sign = np.array([1.0 if d == StudyDirection.MAXIMIZE else -1.0 for d in directions])
+        with self._lock:
+            self._update(trials, space, sign, unused)
+            n = len(trials)
+            kept = ~np.isnan(self._points[:n]).all(axis=1) if len(space) else np.zeros(n, bool)
+            kept &= (self._states[:n] != TrialState.WAITING) & (self._numbers[:n] != current)
+            order = np.flatnonzero(kept)
+            order = order[np.argsort(self._numbers[order], kind="stable")]
+            rows = [self._rows[i] for i in order.tolist()]
+            numbers, states = self._numbers[order], self._states[order]
+            points, asked, scores = self._points[order], self._asked[order], self._values[order]
+        _estimate_pruned(rows, states, sign, scores)
+        constraints = _constraints(rows)
+        has_score = ~np.isnan(scores).any(axis=1)
+        running = states == TrialState.RUNNING
+        return History(
+            numbers=numbers,
+            points=points,
+            asked=asked,
+            scores=scores,
+            failed=~running & ~has_score,
+            running=running,
+            pruned=states == TrialState.PRUNED,
+            violation=np.nansum(np.maximum(constraints, 0.0), axis=1),
+            constraints=constraints,
+        )
+
+    def _update(
+        self, trials: Sequence[FrozenTrial], space: Space, sign: np.ndarray, unused: bool
+    ) -> None:
+        key = (space, sign.tobytes(), unused)
+        if key != self._key:
+            self._key, self._seen, self._rows = key, [], []
+        known = len(self._seen)
+        fresh = [i for i, (t, s) in enumerate(zip(trials, self._seen, strict=False)) if t is not s]
+        fresh += range(known, len(trials))
+        self._make_room(len(trials), len(space), len(sign))
+        missing = len(trials) - known
+        self._seen += [None] * missing
+        self._rows += [_NOTHING] * missing
+        for i in fresh:
+            trial = trials[i]
+            self._seen[i] = trial if trial.state.is_finished() else None
+            self._rows[i] = _Row(trial.constraints, _reports(trial, len(sign)))
+            self._numbers[i], self._states[i] = trial.number, trial.state
+            if trial.state != TrialState.WAITING:
+                self._points[i] = space.encode(parameters_of(trial, unused=unused))
+                self._asked[i] = [name in trial.params for name in space.names]
+            self._values[i] = math.nan
+            if trial.state == TrialState.COMPLETE and trial.values is not None:
+                self._values[i] = sign * np.array(trial.values, dtype=float)
+
+    def _make_room(self, n: int, d: int, m: int) -> None:
+        size = len(self._numbers)
+        if n <= size and self._points.shape[1] == d and self._values.shape[1] == m:
+            return
+        size = max(2 * n, 64) if n > size else size
+        for name, width in (("_points", d), ("_asked", d), ("_values", m)):
+            old = getattr(self, name)
+            new = np.zeros((size, width), dtype=old.dtype)
+            if old.shape[1] == width:
+                new[: len(old)] = old
+            setattr(self, name, new)
+        for name in ("_numbers", "_states"):
+            old = getattr(self, name)
+            setattr(self, name, np.concatenate([old, np.zeros(size - len(old), dtype=int)]))
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What a trial says beside its parameters and values."""
+
+    constraints: Mapping[str, float]
+    reports: Mapping[int, Sequence[float]]
+
+
+_NOTHING = _Row({}, {})
+
+
+def _constraints(rows: Sequence[_Row]) -> np.ndarray:
+    told = [row.constraints for row in rows]
     keys = sorted({key for constraints in told for key in constraints})
+    if not keys:
+        return np.zeros((len(rows), 0))
     values = [[constraints.get(key, math.nan) for key in keys] for constraints in told]
     return np.array(values, dtype=float).reshape(len(rows), len(keys))
 
 
-def _estimate_pruned(rows: Sequence[FrozenTrial], sign: np.ndarray, scores: np.ndarray) -> None:
+def _estimate_pruned(
+    rows: Sequence[_Row], states: np.ndarray, sign: np.ndarray, scores: np.ndarray
+) -> None:
     """Fill in the final scores of pruned trials, objective by objective.
 
     A pruned trial is compared with the completed ones at its own last step: it gets the final
@@ -219,24 +302,21 @@ def _estimate_pruned(rows: Sequence[FrozenTrial], sign: np.ndarray, scores: np.n
     taken as it is, at most the best completed score. Without any report it stays unknown (and
     counts as failed).
     """
-    complete = [i for i, trial in enumerate(rows) if trial.state == TrialState.COMPLETE]
+    complete = np.flatnonzero(states == TrialState.COMPLETE)
     highest = 0.5 if len(sign) == 1 else 1.0
-    reports = [_reports(trial, len(sign)) for trial in rows]
-    for i, trial in enumerate(rows):
-        if trial.state != TrialState.PRUNED or not reports[i]:
+    unknown = (math.nan,) * len(sign)
+    at: dict[int, np.ndarray] = {}
+    for i in np.flatnonzero(states == TrialState.PRUNED).tolist():
+        if not rows[i].reports:
             continue
-        step = max(reports[i])
-        for k, value in enumerate(sign * np.array(reports[i][step], dtype=float)):
+        step = max(rows[i].reports)
+        if step not in at:
+            told = [rows[j].reports.get(step, unknown) for j in complete.tolist()]
+            at[step] = sign * np.array(told, dtype=float).reshape(len(complete), len(sign))
+        for k, value in enumerate(sign * np.array(rows[i].reports[step], dtype=float)):
             if math.isnan(value):
                 continue
-            finals = scores[complete, k]
-            at_step = np.array(
-                [
-                    sign[k] * reports[j][step][k] if step in reports[j] else math.nan
-                    for j in complete
-                ],
-                dtype=float,
-            )
+            finals, at_step = scores[complete, k], at[step][:, k]
             known = ~np.isnan(at_step)
             if known.sum() >= 2:
                 quantile = float(np.mean(at_step[known] <= value))

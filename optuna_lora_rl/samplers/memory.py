@@ -6,8 +6,18 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from collections.abc import Hashable
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 from typing import Generic
 from typing import TypeVar
+
+from optuna.trial import TrialState
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+    from optuna.trial import FrozenTrial
 
 T = TypeVar("T")
 
@@ -41,15 +51,76 @@ class Memo(Generic[T]):
         return value
 
 
+class UnionSpace:
+    """All parameters that trials have had, with their latest ranges.
+
+    Each finished trial is read once: as with :class:`~optuna_lora_rl.samplers.history.Ledger`,
+    what was read holds for the same objects at the same places; anything else is read anew.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seen: list[FrozenTrial | None] = []
+        self._space: dict[str, BaseDistribution] = {}
+
+    def read(self, trials: Sequence[FrozenTrial], current: int) -> dict[str, BaseDistribution]:
+        """The space, names in order; waiting trials and the ``current`` one are left out."""
+        with self._lock:
+            seen, known = self._seen, len(self._seen)
+            fresh = [i for i, (t, s) in enumerate(zip(trials, seen, strict=False)) if t is not s]
+            replaced = len(trials) < known or any(seen[i] is not None for i in fresh)
+            fresh += range(known, len(trials))
+            seen += [None] * (len(trials) - known)
+            del seen[len(trials) :]
+            told, running = [], []
+            for trial in (trials[i] for i in fresh):
+                if trial.state.is_finished():
+                    told.append(trial)
+                elif trial.state == TrialState.RUNNING and trial.number != current:
+                    running.append(trial)
+            for i in fresh:
+                seen[i] = trials[i] if trials[i].state.is_finished() else None
+            if not known:
+                self._space = _union(told)
+            elif replaced or not _agree(told, self._space, new=False):
+                self._space = _union(t for t in trials if t.state.is_finished())
+            finished = self._space
+        if _agree(running, finished, new=True):
+            space = {**finished, **_union(running)}
+        else:
+            space = _union(t for t in trials if t.number != current)
+        return dict(sorted(space.items()))
+
+
+def _agree(
+    trials: Iterable[FrozenTrial], space: Mapping[str, BaseDistribution], *, new: bool
+) -> bool:
+    """Whether the trials' ranges are those of the space; ``new`` parameters may come on top."""
+    return all(
+        (name not in space and new) or space.get(name) == distribution
+        for trial in trials
+        for name, distribution in trial.distributions.items()
+    )
+
+
+def _union(trials: Iterable[FrozenTrial]) -> dict[str, BaseDistribution]:
+    """The latest range of each parameter; waiting trials have none."""
+    space: dict[str, BaseDistribution] = {}
+    for trial in trials:
+        if trial.state != TrialState.WAITING:
+            space.update(trial.distributions)
+    return space
+
+
 def milestone(n: int) -> int:
     """The last number of trials, at most n, at which slow things are computed anew.
 
-    Every trial at first, then about every sixth part more.
+    Every trial at first, then about every fifth part more.
 
     >>> [milestone(n) for n in (3, 11, 12, 13, 14, 100)]
-    [3, 11, 12, 12, 14, 90]
+    [3, 10, 12, 12, 14, 88]
     """
     m = 0
-    while m + max(1, m // 6) <= n:
-        m += max(1, m // 6)
+    while m + max(1, m // 5) <= n:
+        m += max(1, m // 5)
     return m

@@ -40,11 +40,12 @@ from optuna_lora_rl.samplers import PROPOSAL_KEY
 from optuna_lora_rl.samplers import is_whole
 from optuna_lora_rl.samplers.adaptation import Adaptation
 from optuna_lora_rl.samplers.history import History
+from optuna_lora_rl.samplers.history import Ledger
 from optuna_lora_rl.samplers.history import parameters_of
 from optuna_lora_rl.samplers.history import publish
-from optuna_lora_rl.samplers.history import read_history
 from optuna_lora_rl.samplers.history import space_of
 from optuna_lora_rl.samplers.memory import Memo
+from optuna_lora_rl.samplers.memory import UnionSpace
 from optuna_lora_rl.samplers.memory import milestone
 from optuna_lora_rl.samplers.transfer import EarlierStudies
 
@@ -63,6 +64,9 @@ if TYPE_CHECKING:
 _MAX_TRIALS = 200
 _MAX_PENDING = 32
 _MAX_GRID = 1024
+# A fit to few trials comes close to its end within a few steps; one to many has to take more, and
+# is seldom made.
+_FEW_TRIALS, _FEW_ITERATIONS, _MANY_ITERATIONS = 20, 20, 60
 # So many failures are no accident.
 _NO_ACCIDENT = 2
 # Thoughts that a proposal may take where other workers keep having the same.
@@ -162,12 +166,15 @@ class RLSampler(BaseSampler):
 
     def _forget(self) -> None:
         self._lock = threading.Lock()
+        self._union = UnionSpace()
+        self._ledger = Ledger()
+        self._spaces: Memo[Space] = Memo()
         self._layouts: Memo[Layout] = Memo()
         self._fits: Memo[Tensor] = Memo()
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("_lock", "_layouts", "_fits"):
+        for name in ("_lock", "_union", "_ledger", "_spaces", "_layouts", "_fits"):
             del state[name]
         return state
 
@@ -188,11 +195,8 @@ class RLSampler(BaseSampler):
         A conditional parameter that the objective then does not ask for is simply not used. The
         parameters of running trials count, so that workers that start together already differ.
         """
-        space: dict[str, BaseDistribution] = {}
-        for other in study.get_trials(deepcopy=False):
-            if other.number != trial.number and other.state != TrialState.WAITING:
-                space.update(other.distributions)
-        return {name: space[name] for name in sorted(space) if not space[name].single()}
+        space = self._union.read(study.get_trials(deepcopy=False), trial.number)
+        return {name: range_ for name, range_ in space.items() if not range_.single()}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -200,7 +204,8 @@ class RLSampler(BaseSampler):
         """Propose all parameters together, and let other workers know at once."""
         if not search_space:
             return {}
-        space = space_of(search_space, self._roles)
+        # By what is written, not by what is equal: 0 is False, but must not become it.
+        space = self._spaces.get(repr(search_space), lambda: space_of(search_space, self._roles))
         with self._lock:
             seed = self._seed
         for attempt in range(_ATTEMPTS):
@@ -208,7 +213,7 @@ class RLSampler(BaseSampler):
             trials = study.get_trials(deepcopy=False)
             # A conditional parameter that was proposed and not asked for counts as tried:
             # otherwise the surrogate would take it for unexplored, and propose it without end.
-            history = read_history(
+            history = self._ledger.read(
                 trials, space, study.directions, current=trial.number, unused=True
             )
             with _on_cpu():
@@ -303,18 +308,19 @@ class RLSampler(BaseSampler):
         weights = _objective_weights(len(directions), generator)
         observed = _observed(history, layout.default, self._n_trials, weights)
         constraints = torch.from_numpy(_constraints(history.select(~history.running)))[None]
-        return decide(
-            layout,
-            observed,
-            network,
-            snap,
-            generator,
-            settings,
-            grid=_grid(space, default, points),
-            feasibility=fit_feasibility(layout, observed, constraints),
-            start=start,
-            sources=self._earlier.models(space, layout, directions, weights),
-        )
+        with torch.no_grad():
+            return decide(
+                layout,
+                observed,
+                network,
+                snap,
+                generator,
+                settings,
+                grid=_grid(space, default, points),
+                feasibility=fit_feasibility(layout, observed, constraints),
+                start=start,
+                sources=self._earlier.models(space, layout, directions, weights),
+            )
 
     def _hyperparameters(self, layout: Layout, space: Space, history: History) -> Tensor | None:
         """The surrogate's, fitted to the study as it was at its last milestone, shape (1, D + 2).
@@ -330,7 +336,9 @@ class RLSampler(BaseSampler):
 
         def fitted() -> Tensor:
             observed = _observed(told, layout.default, None, np.ones(1))
-            return fit_surrogate(layout, observed, self._settings).theta
+            iterations = _FEW_ITERATIONS if len(told) <= _FEW_TRIALS else _MANY_ITERATIONS
+            settings = replace(self._settings, iterations=iterations)
+            return fit_surrogate(layout, observed, settings).theta
 
         return self._fits.get(key, fitted)
 

@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import optuna
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
 from optuna_lora_rl import pruners
+from optuna_lora_rl.samplers.history import Ledger
 from optuna_lora_rl.samplers.history import parameters_of
 from optuna_lora_rl.samplers.history import publish
 from optuna_lora_rl.samplers.history import read_history
 from optuna_lora_rl.samplers.history import space_of
+from optuna_lora_rl.samplers.memory import UnionSpace
 
 X = {"x": FloatDistribution(0.0, 1.0)}
 XY = {**X, "y": FloatDistribution(0.0, 1.0)}
@@ -107,3 +110,49 @@ def test_a_pruned_trial_of_two_objectives_has_a_score_in_each() -> None:
     # Better than one of three at its step in quality, and as cheap as the cheapest.
     assert 1.0 < history.scores[3, 0] < 2.0 and history.scores[3, 1] == -0.5
     assert history.failed.tolist() == [False, False, False, False, True]
+
+
+def test_a_ledger_reads_as_if_for_the_first_time() -> None:
+    """Whatever happens between two reads: trials end, fail, are added, begin, or change place."""
+    study = optuna.create_study()
+    other = optuna.create_study()
+    ledger, union = Ledger(), UnionSpace()
+
+    def same(told: optuna.Study, trials: list[optuna.trial.FrozenTrial]) -> None:
+        space = space_of(union.read(trials, -1))
+        fresh: dict = {}
+        for trial in trials:
+            if trial.state != TrialState.WAITING:
+                fresh.update(trial.distributions)
+        assert space == space_of(fresh)
+        seen = ledger.read(trials, space, told.directions)
+        for name, array in vars(read_history(trials, space, told.directions)).items():
+            np.testing.assert_array_equal(getattr(seen, name), array, err_msg=name)
+
+    def trials() -> list[optuna.trial.FrozenTrial]:
+        return study.get_trials(deepcopy=False)
+
+    running = []
+    for i in range(70):
+        trial = study.ask()
+        trial.suggest_float("x", 0, 1)
+        if i > 20:
+            trial.suggest_categorical("c", ["a", "b"])
+        if i % 3 == 0:
+            trial.set_constraint("limit" if i < 40 else "other", i - 30.0)
+        trial.report(float(i), step=i % 4)
+        if i % 5 == 4:
+            running.append(trial)
+        else:
+            state = (TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED)[i % 7 % 3]
+            study.tell(trial, float(i) if state == TrialState.COMPLETE else None, state)
+        if i % 11 == 10:
+            study.tell(running.pop(0), 1.0)
+        if i % 13 == 12:
+            study.enqueue_trial({"x": 0.5})
+        if i == 50:
+            other.optimize(lambda trial: trial.suggest_float("x", 0, 2), n_trials=60)
+            same(other, other.get_trials(deepcopy=False))
+        same(study, trials())
+    same(study, trials()[::2])
+    same(study, trials()[::-1])
