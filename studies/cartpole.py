@@ -42,6 +42,7 @@ SETTINGS = ppo.PPOSettings(
     update_epochs=4,
     minibatch_size=128,
     target_kl=float("inf"),
+    clip_vloss=True,
 )
 ENVIRONMENTS, STEPS = 4, 128
 

@@ -39,7 +39,9 @@ Implementation details (numbers of Huang et al. 2022, "The 37 Implementation Det
     4  learning-rate annealing                    5  GAE (Schulman et al. 2016, eq. 16)
     6  minibatches over shuffled transitions      7  advantage normalisation by minibatch
     8  clipped surrogate (Schulman et al. 2017, eq. 7)
-    9  value-loss clipping: not used (Andrychowicz et al. 2021 find that it hurts)
+    9  value-loss clipping: a setting. Off for tuning (Andrychowicz et al. 2021 find that it
+       hurts); on where returns are large, as in CartPole, since the value's gradient would
+       otherwise take all that the global clipping of gradients leaves
     10 entropy bonus                              11 global gradient clipping
     12 debug variables (the metrics above)        13 separate networks for policy and value
     Of the nine details for continuous actions and the five for Atari none applies; of the others:
@@ -77,6 +79,8 @@ class PPOSettings:
         update_epochs: passes over a rollout.
         minibatch_size: transitions a gradient step.
         target_kl: stop the passes of an update beyond this ``approx_kl``.
+        clip_vloss: let no value move further than ``clip_coef`` in an update (Huang et al. 2022,
+            detail 9).
     """
 
     learning_rate: float = 4e-4
@@ -89,6 +93,7 @@ class PPOSettings:
     update_epochs: int = 4
     minibatch_size: int = 256
     target_kl: float = 0.03
+    clip_vloss: bool = False
 
 
 @dataclass
@@ -162,6 +167,17 @@ def explained_variance(values: Tensor, returns: Tensor) -> float:
     return float(1.0 - (returns - values).var() / variance) if variance > 0 else float("nan")
 
 
+def _value_loss(
+    newvalue: Tensor, data: Transitions, rows: Tensor, settings: PPOSettings
+) -> Tensor:
+    loss = (newvalue - data.returns[rows]) ** 2
+    if settings.clip_vloss:
+        old, reach = data.values[rows], settings.clip_coef
+        moved = old + (newvalue - old).clamp(-reach, reach)
+        loss = torch.maximum(loss, (moved - data.returns[rows]) ** 2)
+    return 0.5 * loss.mean()
+
+
 def update(
     evaluate: Evaluate,
     parameters: Iterable[nn.Parameter],
@@ -198,7 +214,7 @@ def update(
             policy_loss, approx_kl, clipfrac = clipped_loss(
                 newlogprob, data.logprobs[rows], advantages, settings.clip_coef
             )
-            value_loss = 0.5 * ((newvalue - data.returns[rows]) ** 2).mean()
+            value_loss = _value_loss(newvalue, data, rows, settings)
             entropy = masked_entropy(log_probabilities).mean()
             loss = policy_loss - settings.ent_coef * entropy + settings.vf_coef * value_loss
             optimizer.zero_grad()

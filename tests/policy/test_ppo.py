@@ -100,6 +100,18 @@ def test_it_learns_a_bandit_that_depends_on_the_state() -> None:
     assert chosen.tolist() == [0, 2]
 
 
+def test_clipped_values_learn_nothing_beyond_their_reach() -> None:
+    """The second value has already moved further towards its return than an update may."""
+    old, returns = torch.tensor([0.0, 0.0]), torch.tensor([2.0, 2.0])
+    data = ppo.Transitions(torch.zeros(2).long(), torch.zeros(2), torch.zeros(2), returns, old)
+    for clip, gradient in ((False, [-1.0, -0.5]), (True, [-1.0, 0.0])):
+        value = torch.tensor([0.0, 1.0], requires_grad=True)
+        settings = ppo.PPOSettings(clip_coef=0.2, clip_vloss=clip)
+        ppo._value_loss(value, data, torch.arange(2), settings).backward()
+        assert value.grad is not None
+        assert value.grad.tolist() == pytest.approx(gradient)
+
+
 def test_it_learns_to_balance_a_pole(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sixteenth of the steps of studies/cartpole.py, at a higher learning rate.
 
