@@ -28,6 +28,8 @@ from torch import Tensor
 from torch import nn
 
 from optuna_lora_rl.policy import ppo
+from optuna_lora_rl.study.charts import Series
+from optuna_lora_rl.study.charts import chart
 
 SOLVED = 475.0
 STEM = Path(__file__).resolve().parent / "results" / "cartpole"
@@ -157,29 +159,16 @@ def solved_at(curve: list[dict[str, float]]) -> int | None:
     return None
 
 
-def _figure(curves: dict[str, list[dict[str, float]]], target: Path) -> None:
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
-
-    names = ("return", "entropy", "approx_kl", "explained_variance")
-    figure = make_subplots(rows=2, cols=2, subplot_titles=names)
+def figure(curves: dict[str, list[dict[str, float]]]) -> str:
+    """The returns over the steps, one line a seed, as SVG."""
     colours = ("#0f766e", "#b45309", "#4338ca", "#be123c")
-    for number, (seed, curve) in enumerate(curves.items()):
-        for place, name in enumerate(names):
-            line = go.Scatter(
-                x=[entry["steps"] for entry in curve],
-                y=[entry[name] for entry in curve],
-                name=f"seed {seed}",
-                line={"color": colours[number % len(colours)], "width": 1.5},
-                showlegend=place == 0,
-            )
-            figure.add_trace(line, row=place // 2 + 1, col=place % 2 + 1)
-    figure.add_hline(y=SOLVED, line_dash="dot", row=1, col=1)
-    figure.update_layout(
-        title="CartPole-v1 with this package's PPO", template="plotly_white", height=700
-    )
-    figure.update_xaxes(title_text="environment steps", row=2)
-    figure.write_html(str(target), include_plotlyjs="cdn")
+    lines = [
+        Series([(e["steps"] / 1000, e["return"]) for e in curve], color=colours[number % 4])
+        for number, curve in enumerate(curves.values())
+    ]
+    ends = max(curve[-1]["steps"] for curve in curves.values()) / 1000
+    lines.append(Series([(0.0, SOLVED), (ends, SOLVED)], color="#cbd5e1"))
+    return chart(lines, x="thousand environment steps", y="mean return of the last 100 episodes")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -210,7 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
         for seed, curve in curves.items()
     }
     record = {
-        "command": "python studies/cartpole.py " + " ".join(arguments or sys.argv[1:]),
+        "command": " ".join(["python studies/cartpole.py", *(arguments or sys.argv[1:])]),
         "python": platform.python_version(),
         **packages,
         "runs": runs,
@@ -218,7 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
     }
     given.output.parent.mkdir(parents=True, exist_ok=True)
     given.output.with_suffix(".json").write_text(json.dumps(record) + "\n")
-    _figure(curves, given.output.with_suffix(".html"))
+    given.output.with_suffix(".svg").write_text(figure(thinned) + "\n")
 
 
 if __name__ == "__main__":
