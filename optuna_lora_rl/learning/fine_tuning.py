@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 # rest are those of the first training, so that nothing else is forgotten.
 _SURFACES, _SHARE = 6, 0.8
 _VALIDATION, _REPORT = 0.4, 0.6
-_LENGTH = 20
 _LENGTHS = (8, 12, 16)
 _IMITATION_RATE = 1e-3
 _VALIDATE_EVERY = 4
@@ -61,6 +60,7 @@ class LearningSettings:
         updates: rollouts that the policy learns from.
         studies: imagined studies a rollout.
         tasks: drawn for training; for validation and for the report a share of that besides.
+        trials: of a validation study.
         ppo: hyperparameters.
     """
 
@@ -68,6 +68,7 @@ class LearningSettings:
     updates: int = 24
     studies: int = 48
     tasks: int = 200
+    trials: int = 20
     ppo: PPOSettings = field(default_factory=lambda: PPOSettings(learning_rate=5e-4))
 
 
@@ -149,19 +150,19 @@ def learn(
     run = _Run(network, tasks(1.0, 0), settings)
     # Only tasks of the user's own count: what is to be gained is there.
     validation, fresh = (_measured(tasks(n, p)) for n, p in ((_VALIDATION, 1), (_REPORT, 2)))
-    baseline = _log_regret(validation, network, settings.seed)
+    baseline = _log_regret(validation, network, settings)
     best, kept, chosen = 0.0, 0, network
     for update in range(1, settings.updates + 1):
         metrics = run.step()
         if update % _VALIDATE_EVERY == 0 or update == settings.updates:
-            mine = _log_regret(validation, run.network, settings.seed)
+            mine = _log_regret(validation, run.network, settings)
             gain = float((baseline - mine).mean())
             metrics["validation_gain"] = gain
             if gain > best:
                 best, kept, chosen = gain, update, copy.deepcopy(run.network)
         if report is not None:
             report({"update": float(update), **metrics})
-    gains = _log_regret(fresh, network, settings.seed) - _log_regret(fresh, chosen, settings.seed)
+    gains = _log_regret(fresh, network, settings) - _log_regret(fresh, chosen, settings)
     mean, low, high = bootstrap_interval(gains.mean(1).numpy(), settings.seed)
     notes = {
         "learnt_from": ", ".join(study.name for study in studies)[:500],
@@ -252,5 +253,5 @@ def _measured(tasks: Tasks) -> Tasks:
     return tasks[torch.tensor(rows)]
 
 
-def _log_regret(tasks: Tasks, network: Scorer, seed: int) -> Tensor:
-    return log_regret(rollout_regret(tasks, _LENGTH, network, seed))
+def _log_regret(tasks: Tasks, network: Scorer, settings: LearningSettings) -> Tensor:
+    return log_regret(rollout_regret(tasks, settings.trials, network, settings.seed))

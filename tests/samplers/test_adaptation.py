@@ -11,6 +11,8 @@ from optuna_lora_rl import RLSampler
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.samplers.adaptation import AFTER
 from tests.samplers.subjects import params_of
+from tests.samplers.subjects import suggest_lora
+from tests.samplers.subjects import suggest_plain
 
 
 def _objective(trial: optuna.Trial) -> float:
@@ -102,3 +104,20 @@ def test_there_must_be_a_policy_to_adapt() -> None:
         RLSampler(adapt=True, learned=False)
     with pytest.raises(UserError, match="adapt is 'yes', but must be True or False"):
         RLSampler(adapt="yes")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("n_objectives", [1, 2])
+def test_any_space_and_any_trial_will_do(n_objectives: int) -> None:
+    for suggest in (suggest_lora, suggest_plain):
+        study = optuna.create_study(
+            directions=["minimize"] * n_objectives,
+            sampler=RLSampler(seed=0, n_candidates=32, adapt=True),
+        )
+        for _ in range(AFTER[0] + 1):
+            trial = study.ask()
+            value = suggest(trial)
+            if trial.number % 4 == 3:
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            else:
+                study.tell(trial, [value] * n_objectives)
+        assert len(study.trials) == AFTER[0] + 1
