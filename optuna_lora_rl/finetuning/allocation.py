@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -84,7 +85,7 @@ class Allocator:
         prepared: Model and data.
         training: How every run trains.
         reference: The configuration whose short run ``delta`` looks at, on all linear modules.
-        facts: All that a look at the untuned model depends on.
+        facts: Gives all that a look at the untuned model depends on; asked for by probes only.
         folder: Where probes are kept; None for nowhere.
     """
 
@@ -93,7 +94,7 @@ class Allocator:
         prepared: Prepared,
         training: TrainingOptions,
         reference: Configuration,
-        facts: Mapping[str, Any],
+        facts: Callable[[], Mapping[str, Any]],
         folder: Path | None,
     ) -> None:
         self._prepared = prepared
@@ -137,7 +138,7 @@ class Allocator:
         return Allocated(found.ranks, self._flops(kind), probed["seconds"])
 
     def _probe(self, kind: str) -> dict[str, Any]:
-        facts = {**self._facts, "kind": kind, "sequences": SEQUENCES, "seed": _SEED}
+        facts = {**self._facts(), "kind": kind, "sequences": SEQUENCES, "seed": _SEED}
         if kind == "delta":
             facts["run"] = asdict(self._delta)
         return once(self._folder, "probes", facts, lambda: self._measured(kind))

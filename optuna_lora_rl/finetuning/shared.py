@@ -85,11 +85,16 @@ class Shared:
     @cached_property
     def allocator(self) -> Allocator:
         tokens = self.prepared.tokens
+
+        def facts() -> dict[str, Any]:
+            # Of the whole training set, which takes its time.
+            return {**self.facts(tokens.validation, None), "train": content_of(tokens.train)}
+
         return Allocator(
             self.prepared,
             self.training,
             Configuration.of(self.objective.reference),
-            {**self.facts(tokens.validation, None), "train": content_of(tokens.train)},
+            facts,
             self.cache,
         )
 

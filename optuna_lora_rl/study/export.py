@@ -82,7 +82,9 @@ def _peft_config(spec: StudySpec, trial: FrozenTrial) -> str:
         base = model.load(spec.model, model.device_of(use_cpu=True))
     configuration = Configuration.of(trial.user_attrs["configuration"])
     chosen = lora.targets_of(configuration, base.architecture, spec.target_sets)
-    config = lora.lora_config(configuration, base.architecture, chosen).to_dict()
+    # Of each layer the rank it ended with, as in an adapter whose weights were kept.
+    ranks = trial.user_attrs.get("ranks")
+    config = lora.lora_config(configuration, base.architecture, chosen, ranks).to_dict()
     config["base_model_name_or_path"] = base.name
     return json.dumps(config, indent=2, default=_jsonable, sort_keys=True) + "\n"
 

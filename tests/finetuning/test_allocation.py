@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from optuna_lora_rl.finetuning import allocation
 from optuna_lora_rl.finetuning import cost
+from optuna_lora_rl.finetuning import shared
 from optuna_lora_rl.finetuning.allocation import Allocator
 from optuna_lora_rl.finetuning.failure import FineTuningError
 from optuna_lora_rl.finetuning.trial import FineTuner
@@ -92,6 +93,14 @@ def test_what_layers_need_is_probed_once_a_study(
     assert probes == ["gradient"]
     first.run({**wanted, "rank_allocation": "activation"})
     assert probes == ["gradient", "activation"]
+
+
+def test_equal_ranks_ask_for_nothing(
+    make_tuner: Make, probes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared, "content_of", None)
+    counted, _ = make_tuner().estimate(SMALL)
+    assert counted.flops > 0 and probes == []
 
 
 @pytest.mark.parametrize("kind", KINDS)

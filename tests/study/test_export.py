@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.study import adapters
 from optuna_lora_rl.study import export
 from optuna_lora_rl.study import opening
 from optuna_lora_rl.study import runner
+from optuna_lora_rl.study import trials
 from tests.study.conftest import MakeSpec
 
 
@@ -49,3 +53,33 @@ def test_what_cannot_be_exported(make_spec: MakeSpec, paper: object, tmp_path: P
         export.to_peft(study, spec, tmp_path / "x", 7)
     with pytest.raises(UserError, match="exists and is not empty"):
         export.to_peft(study, spec, spec.folder)
+
+
+def test_ranks_by_layer_are_exported_without_the_weights_too(
+    make_spec: MakeSpec, paper: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import LoraConfig
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    modules = [f"{layer}.self_attn.{side}_proj" for layer in range(4) for side in "qv"]
+    ranks = {f"model.layers.{name}": rank for rank, name in enumerate(modules, 1)}
+    attributes = trials._attributes
+    monkeypatch.setattr(
+        trials,
+        "_attributes",
+        lambda result: attributes(dataclasses.replace(result, ranks=ranks)),
+    )
+    space = {"lora_rank": [4], "target_modules": "qv", "init_lora_weights": "xavier"}
+    spec = make_spec({"budget": 1, "space": {**space, "learning_rate": 1e-3}})
+    study = runner.run(spec).study
+    shutil.rmtree(adapters.folder_of(spec.folder, 0))
+    assert not export.to_peft(study, spec, tmp_path / "bare")
+    config = LoraConfig.from_pretrained(str(tmp_path / "bare"))
+    base = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path)
+    found = {
+        name.removeprefix("base_model.model."): module.r["default"]
+        for name, module in get_peft_model(base, config).named_modules()
+        if hasattr(module, "lora_A")
+    }
+    assert found == ranks
