@@ -123,7 +123,9 @@ def _regrets(
         place = {"row": k // _COLUMNS + 1, "col": k % _COLUMNS + 1}
         trials = np.arange(1, curves.regret[reference].shape[2] + 1)
         low, high = np.quantile(
-            statistics.resampled(curves.regret[reference]), [0.025, 0.975], axis=0
+            statistics.resampled(curves.regret[reference], curves.clusters),
+            [0.025, 0.975],
+            axis=0,
         )
         band = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip", "showlegend": False}
         figure.add_scatter(x=trials, y=_shown(high), **band, **place)

@@ -24,6 +24,7 @@ import numpy as np
 from optuna_lora_rl.learning import tables
 from optuna_lora_rl.learning.comparison.problem import LORA
 from optuna_lora_rl.learning.comparison.problem import Problem
+from optuna_lora_rl.learning.tables import dataset
 from optuna_lora_rl.learning.tables import surfaces
 from optuna_lora_rl.learning.tables.problem import TableProblem
 
@@ -53,6 +54,8 @@ def _surfaces() -> surfaces.Surfaces:
 
 def measured_tasks(split: str) -> tuple[str, ...]:
     """Names of the tables of a split that have been measured."""
+    if not dataset.FILE.exists():
+        return ()
     known = set(_surfaces().names)
     return tuple(n for n, task in tables.TASKS.items() if task.split == split and n in known)
 
@@ -75,7 +78,8 @@ def table_problem(task: str, guise: str, known: surfaces.Surfaces | None = None)
         return score + noise * scatter, max(0.0, truth.regret(score))
 
     name = f"{task.replace('/', '-')}-{guise}"
-    return Problem(name, f"measured tables: {guise}", LORA, truth.search_space, evaluate)
+    group = f"measured tables: {guise}"
+    return Problem(name, group, LORA, truth.search_space, evaluate, surface=task)
 
 
 def table_problems(split: str, guises: list[str]) -> list[Problem]:

@@ -35,6 +35,7 @@ class Problem:
         domain: ``LORA`` or ``OTHER``; all groups of one domain are averaged too.
         space: Optuna's distributions by parameter name.
         evaluate: see ``Evaluate``.
+        surface: problems with the same are one surface in several guises; its name by default.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Problem:
     domain: str
     space: Mapping[str, BaseDistribution]
     evaluate: Evaluate
+    surface: str = ""
 
     def run(self, trial: optuna.Trial, rng: np.random.Generator) -> tuple[float, float]:
         """Suggest all parameters and evaluate them."""

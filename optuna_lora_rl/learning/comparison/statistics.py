@@ -7,12 +7,14 @@ Notations
 
 An interval is the 2.5% and 97.5% quantile of the mean over DRAWS resamplings: problems with
 replacement, then the seeds of each (the hierarchical bootstrap of Davison & Hinkley 1997, sec.
-3.8). Equal shapes are resampled equally, so what was paired stays paired.
+3.8). Problems that share a surface are one cluster and come and go together: they are no
+independent evidence. Equal shapes are resampled equally, so what was paired stays paired.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TypedDict
 
@@ -35,26 +37,34 @@ class Interval(TypedDict):
 
 
 @lru_cache(maxsize=4)
-def _weights(problems: int, seeds: int) -> np.ndarray:
-    """Share of every study in every resampling, shape (DRAWS, problems * seeds)."""
+def _weights(clusters: tuple[int, ...], seeds: int) -> np.ndarray:
+    """Share of every study in every resampling, shape (DRAWS, P * S)."""
     rng = np.random.default_rng(0)
-    chosen = rng.integers(problems, size=(DRAWS, problems, 1))
-    studies = chosen * seeds + rng.integers(seeds, size=(DRAWS, problems, seeds))
-    total = problems * seeds
-    places = np.arange(DRAWS)[:, None] * total + studies.reshape(DRAWS, total)
-    return np.bincount(places.ravel(), minlength=DRAWS * total).reshape(DRAWS, total) / total
+    _, cluster = np.unique(clusters, return_inverse=True)
+    C = int(cluster.max()) + 1
+    chosen = rng.integers(C, size=(DRAWS, C, 1))
+    drawn = chosen * seeds + rng.integers(seeds, size=(DRAWS, C, seeds))
+    places = np.arange(DRAWS)[:, None] * (C * seeds) + drawn.reshape(DRAWS, -1)
+    times = np.bincount(places.ravel(), minlength=DRAWS * C * seeds).reshape(DRAWS, C, seeds)
+    weights = times[:, cluster].reshape(DRAWS, -1).astype(float)
+    return weights / weights.sum(1, keepdims=True)
 
 
-def resampled(values: np.ndarray) -> np.ndarray:
-    """Means of resampled values (P, S, ...), shape (DRAWS, ...)."""
+def resampled(values: np.ndarray, clusters: Sequence[int] | None = None) -> np.ndarray:
+    """Means of resampled values (P, S, ...), shape (DRAWS, ...).
+
+    Args:
+        values: by problem and seed.
+        clusters: which problems belong together, shape (P,); by default none do.
+    """
     P, S = values.shape[:2]
-    flat = _weights(P, S) @ values.reshape(P * S, -1)
-    return flat.reshape(DRAWS, *values.shape[2:])
+    weights = _weights(tuple(range(P)) if clusters is None else tuple(clusters), S)
+    return (weights @ values.reshape(P * S, -1)).reshape(DRAWS, *values.shape[2:])
 
 
-def interval(values: np.ndarray) -> Interval:
-    """Mean of values (P, S) with its interval."""
-    low, high = np.quantile(resampled(values), [0.025, 0.975])
+def interval(values: np.ndarray, clusters: Sequence[int] | None = None) -> Interval:
+    """Mean of values (P, S) with its interval; see :func:`resampled`."""
+    low, high = np.quantile(resampled(values, clusters), [0.025, 0.975])
     return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
 
 
@@ -70,7 +80,9 @@ def ranks(curves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return dict(zip(curves, stacked, strict=True))
 
 
-def reaches(curve: np.ndarray, target: float) -> tuple[int | None, int | None, int | None]:
+def reaches(
+    curve: np.ndarray, target: float, clusters: Sequence[int] | None = None
+) -> tuple[int | None, int | None, int | None]:
     """The trial after which the mean regret is at most ``target``, and its interval.
 
     None is beyond the last trial.
@@ -82,7 +94,7 @@ def reaches(curve: np.ndarray, target: float) -> tuple[int | None, int | None, i
         return np.where(there.any(-1), there.argmax(-1) + 1, there.shape[-1] + 1)
 
     found = int(first(curve.mean((0, 1))))
-    low, high = np.quantile(first(resampled(curve)), [0.025, 0.975])
+    low, high = np.quantile(first(resampled(curve, clusters)), [0.025, 0.975])
     numbers = (found, round(float(low)), round(float(high)))
     last = curve.shape[2]
     return tuple(None if k > last else k for k in numbers)  # type: ignore[return-value]

@@ -25,9 +25,17 @@ PACKAGES = ("optuna", "torch", "numpy", "scipy", "cmaes", "smac", "HEBO", "optun
 
 @dataclass(frozen=True)
 class Curves:
-    """Regrets of every sampler on some problems, shapes (P, S, T)."""
+    """Regrets of every sampler on some problems, shapes (P, S, T).
+
+    Args:
+        problems: their names.
+        clusters: a number for each; problems of one surface have the same.
+        regret: of the best configuration so far, by sampler.
+        chosen: of the one that looked best.
+    """
 
     problems: tuple[str, ...]
+    clusters: tuple[int, ...]
     regret: Mapping[str, np.ndarray]
     chosen: Mapping[str, np.ndarray]
 
@@ -36,6 +44,7 @@ class Curves:
         rows = [self.problems.index(name) for name in names]
         return Curves(
             tuple(names),
+            tuple(self.clusters[row] for row in rows),
             {label: curve[rows] for label, curve in self.regret.items()},
             {label: curve[rows] for label, curve in self.chosen.items()},
         )
@@ -57,8 +66,10 @@ def curves(
             ]
         )
 
+    surfaces = [problem.surface or problem.name for problem in problems]
     return Curves(
         tuple(problem.name for problem in problems),
+        tuple(surfaces.index(problem.surface or problem.name) for problem in problems),
         {label: array(label, "regret") for label in protocol.samplers},
         {label: array(label, "chosen") for label in protocol.samplers},
     )
@@ -99,28 +110,36 @@ def summarise(
 def _section(protocol: Protocol, found: Curves) -> dict[str, Any]:
     reference, after = protocol.against, protocol.checkpoints
     ours, rank = found.regret[reference], statistics.ranks(found.regret)
+    clusters = found.clusters
     samplers: dict[str, Any] = {}
     for label, curve in found.regret.items():
         said: dict[str, Any] = {
-            "regret": _by_trial(after, curve),
+            "regret": _by_trial(after, curve, clusters),
             "chosen": {str(k): float(found.chosen[label][:, :, k - 1].mean()) for k in after},
             "rank": {str(k): float(rank[label][:, :, k - 1].mean()) for k in after},
         }
         if label != reference:
             logs = statistics.log_regret(curve) - statistics.log_regret(ours)
-            said["difference"] = _by_trial(after, curve - ours)
-            said["log10_difference"] = _by_trial(after, logs)
+            said["difference"] = _by_trial(after, curve - ours, clusters)
+            said["log10_difference"] = _by_trial(after, logs, clusters)
             said["won_tied_lost"] = {
                 str(k): statistics.wins(ours[:, :, k - 1], curve[:, :, k - 1]) for k in after
             }
             final = float(curve[:, :, -1].mean())
-            said["reference_reaches_its_last"] = statistics.reaches(ours, final)
+            said["reference_reaches_its_last"] = statistics.reaches(ours, final, clusters)
         samplers[label] = said
-    return {"problems": list(found.problems), "seeds": protocol.seeds, "samplers": samplers}
+    return {
+        "problems": list(found.problems),
+        "surfaces": len(set(clusters)),
+        "seeds": protocol.seeds,
+        "samplers": samplers,
+    }
 
 
-def _by_trial(after: Iterable[int], curve: np.ndarray) -> dict[str, statistics.Interval]:
-    return {str(k): statistics.interval(curve[:, :, k - 1]) for k in after}
+def _by_trial(
+    after: Iterable[int], curve: np.ndarray, clusters: Sequence[int]
+) -> dict[str, statistics.Interval]:
+    return {str(k): statistics.interval(curve[:, :, k - 1], clusters) for k in after}
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -133,8 +152,8 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"{protocol['seeds']} seeds a problem. Regret of the best configuration so far, without "
         "its noise: 0 the best known, 1 the median configuration. Differences are the other "
         f"sampler's regret minus `{reference}`'s, paired by problem and seed; above 0 "
-        f"`{reference}` is ahead. Brackets are 95% bootstrap intervals over problems and seeds: "
-        "one that holds 0 is a tie.",
+        f"`{reference}` is ahead. Brackets are 95% bootstrap intervals over problems and seeds "
+        "(problems that share a measured surface count as one): one that holds 0 is a tie.",
     ]
     for name, section in results["sections"].items():
         lines += _page(name, section, reference, results["after"])
@@ -154,7 +173,10 @@ def _page(
     others = {label: found for label, found in samplers.items() if label != reference}
     count = len(section["problems"])
     lines = ["", f"## {name[0].upper()}{name[1:]}", ""]
-    lines += [f"{count} problem{'s' if count > 1 else ''}. Mean regret after trials:", ""]
+    surfaces = section["surfaces"]
+    said = f"{count} problem{'s' if count > 1 else ''}"
+    said += f" over {surfaces} surfaces" if surfaces < count else ""
+    lines += [f"{said}. Mean regret after trials:", ""]
     lines += table(
         ["sampler", *keys, "mean rank at the end"],
         (

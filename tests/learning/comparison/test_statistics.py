@@ -24,6 +24,23 @@ def test_seeds_of_one_problem_are_resampled_too() -> None:
     assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * 0.05, rel=0.15)
 
 
+def test_one_surface_in_three_guises_is_no_threefold_evidence() -> None:
+    values = np.random.default_rng(0).normal(size=(30, 2))
+    alone = statistics.interval(values)
+    guises = statistics.interval(
+        np.repeat(values, 3, axis=0), np.repeat(np.arange(30), 3).tolist()
+    )
+    assert guises == pytest.approx(alone)
+    apart = statistics.interval(np.repeat(values, 3, axis=0))
+    assert apart["high"] - apart["low"] < 0.75 * (alone["high"] - alone["low"])
+
+
+def test_clusters_of_unequal_size_keep_the_mean() -> None:
+    values = np.array([[1.0], [1.0], [1.0], [0.0]])
+    found = statistics.interval(values, [7, 7, 7, 2])
+    assert found == pytest.approx({"mean": 0.75, "low": 0.0, "high": 1.0})
+
+
 def test_equal_differences_leave_no_doubt() -> None:
     found = statistics.interval(np.full((3, 2), -0.1))
     assert found == pytest.approx({"mean": -0.1, "low": -0.1, "high": -0.1})
