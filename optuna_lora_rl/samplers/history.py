@@ -187,6 +187,8 @@ class Ledger:
         self._key: object = None
         self._seen: list[FrozenTrial | None] = []
         self._rows: list[_Row] = []
+        # Whether any trial says more than parameters and values.
+        self._more = False
         self._points = np.zeros((0, 0))
         self._asked = np.zeros((0, 0), dtype=bool)
         self._values = np.zeros((0, 0))
@@ -211,11 +213,12 @@ class Ledger:
             kept &= (self._states[:n] != TrialState.WAITING) & (self._numbers[:n] != current)
             order = np.flatnonzero(kept)
             order = order[np.argsort(self._numbers[order], kind="stable")]
-            rows = [self._rows[i] for i in order.tolist()]
+            rows = [self._rows[i] for i in order.tolist()] if self._more else []
             numbers, states = self._numbers[order], self._states[order]
             points, asked, scores = self._points[order], self._asked[order], self._values[order]
-        _estimate_pruned(rows, states, sign, scores)
-        constraints = _constraints(rows)
+        if rows:
+            _estimate_pruned(rows, states, sign, scores)
+        constraints = _constraints(rows) if rows else np.zeros((len(order), 0))
         has_score = ~np.isnan(scores).any(axis=1)
         running = states == TrialState.RUNNING
         return History(
@@ -235,7 +238,7 @@ class Ledger:
     ) -> None:
         key = (space, sign.tobytes(), unused)
         if key != self._key:
-            self._key, self._seen, self._rows = key, [], []
+            self._key, self._seen, self._rows, self._more = key, [], [], False
         known = len(self._seen)
         fresh = [i for i, (t, s) in enumerate(zip(trials, self._seen, strict=False)) if t is not s]
         fresh += range(known, len(trials))
@@ -247,6 +250,7 @@ class Ledger:
             trial = trials[i]
             self._seen[i] = trial if trial.state.is_finished() else None
             self._rows[i] = _Row(trial.constraints, _reports(trial, len(sign)))
+            self._more |= bool(trial.constraints) or trial.state == TrialState.PRUNED
             self._numbers[i], self._states[i] = trial.number, trial.state
             if trial.state != TrialState.WAITING:
                 self._points[i] = space.encode(parameters_of(trial, unused=unused))

@@ -458,8 +458,10 @@ def _recent_and_best(history: History) -> History:
     if len(finished) <= _MAX_TRIALS:
         return history
     scores = np.where(np.isnan(history.scores), -math.inf, history.scores)[finished]
-    ranks = scores.argsort(axis=0).argsort(axis=0).sum(axis=1)
-    ranks = np.where(history.violation[finished] > 0, -1, ranks)
+    ranks = scores[:, 0]
+    if scores.shape[1] > 1:
+        ranks = scores.argsort(axis=0).argsort(axis=0).sum(axis=1).astype(float)
+    ranks = np.where(history.violation[finished] > 0, -math.inf, ranks)
     best = finished[np.argsort(-ranks, kind="stable")[: _MAX_TRIALS * 2 // 3]]
     recent = finished[-(_MAX_TRIALS // 3) :]
     kept = np.union1d(np.union1d(best, recent), np.flatnonzero(history.running))
