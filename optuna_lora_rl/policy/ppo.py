@@ -40,8 +40,7 @@ Implementation details (numbers of Huang et al. 2022, "The 37 Implementation Det
     6  minibatches over shuffled transitions      7  advantage normalisation by minibatch
     8  clipped surrogate (Schulman et al. 2017, eq. 7)
     9  value-loss clipping: a setting. Off for tuning (Andrychowicz et al. 2021 find that it
-       hurts); on where returns are large, as in CartPole, since the value's gradient would
-       otherwise take all that the global clipping of gradients leaves
+       hurts), on for CartPole, as the reference has it
     10 entropy bonus                              11 global gradient clipping
     12 debug variables (the metrics above)        13 separate networks for policy and value
     Of the nine details for continuous actions and the five for Atari none applies; of the others:
