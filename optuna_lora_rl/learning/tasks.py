@@ -133,7 +133,12 @@ class Tasks:
 
 
 def draw_tasks(
-    count: int, seed: int, surfaces: Sequence[ResponseSurface] = (), measured: float = 0.35
+    count: int,
+    seed: int,
+    surfaces: Sequence[ResponseSurface] = (),
+    measured: float = 0.35,
+    *,
+    constrained: bool = True,
 ) -> Tasks:
     """Random tasks; the same seed and surfaces give the same tasks.
 
@@ -142,11 +147,12 @@ def draw_tasks(
         seed: of everything drawn.
         surfaces: measured ones to cut tasks out of; none for synthetic tasks only.
         measured: share of the LoRA tasks that are measured ones, where there are surfaces.
+        constrained: whether some have a constraint; without, the same tasks lose it.
     """
     rng = np.random.default_rng(seed)
     drawn: list[Tasks] = []
     while len(drawn) < count:
-        task = _draw_task(rng, surfaces, measured if surfaces else 0.0)
+        task = _draw_task(rng, surfaces, measured if surfaces else 0.0, constrained)
         if float(task.best - task.median) > 1e-3:
             drawn.append(task)
     return join(drawn)
@@ -180,7 +186,10 @@ def _pad(tensor: Tensor, name: str) -> Tensor:
 
 
 def _draw_task(
-    rng: np.random.Generator, surfaces: Sequence[ResponseSurface], measured: float
+    rng: np.random.Generator,
+    surfaces: Sequence[ResponseSurface],
+    measured: float,
+    constrained: bool,
 ) -> Tasks:
     lora_space = rng.random() < 0.75
     peak = _draw_peak(rng)
@@ -198,7 +207,9 @@ def _draw_task(
     limit = torch.inf * one
     if rng.random() < _CONSTRAINED:
         sample = layout.snap(uniform_points(layout, 256, generator))
-        limit = torch.quantile(surface.demand(sample, layout), rng.uniform(0.3, 0.7), dim=1)
+        quantile = rng.uniform(0.3, 0.7)
+        if constrained:
+            limit = torch.quantile(surface.demand(sample, layout), quantile, dim=1)
     task = Tasks(
         spaces=(space,),
         layout=layout,

@@ -26,6 +26,15 @@ def test_a_seed_gives_the_same_tasks(tasks: Tasks) -> None:
     assert not torch.equal(draw_tasks(8, seed=6).best, again.best)
 
 
+def test_tasks_can_be_had_without_their_constraints(tasks: Tasks) -> None:
+    free = draw_tasks(30, seed=5, constrained=False)
+    assert free.spaces == tasks.spaces[:30]
+    assert tasks.constrained[:30].any()
+    assert not free.constrained.any()
+    same = ~tasks.constrained[:30]
+    assert torch.equal(free.best[same], tasks.best[:30][same])
+
+
 def test_nothing_beats_the_known_best_by_much_and_the_median_is_the_median(tasks: Tasks) -> None:
     generator = torch.Generator().manual_seed(0)
     x = tasks.layout.snap(uniform_points(tasks.layout, 512, generator))

@@ -57,5 +57,6 @@ def synthetic_problem(tasks: Tasks, row: int) -> Problem:
 
 def synthetic_problems(count: int, seed: int) -> list[Problem]:
     """So many tasks of a seed."""
-    tasks = draw_tasks(count, seed=seed)
+    # What a task may not exceed is not told to the samplers, so no task has a constraint here.
+    tasks = draw_tasks(count, seed=seed, constrained=False)
     return [synthetic_problem(tasks, row) for row in range(count)]
