@@ -44,14 +44,17 @@ class _Tuners:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: list[tuple[str, int, int]] = []
-        monkeypatch.setattr(measuring, "tuner", lambda task: None)
+        monkeypatch.setattr(measuring, "tuner", lambda task: self)
         monkeypatch.setattr(measuring, "untuned", self._untuned)
         monkeypatch.setattr(measuring, "run", self._run)
 
-    def _untuned(self, task: str, own: None) -> Record:
+    def prepare(self) -> None:
+        pass
+
+    def _untuned(self, task: str, own: Any) -> Record:
         return Record(task=task, configuration=UNTUNED)
 
-    def _run(self, task: str, number: int, seed: int, parameters: Any, own: None) -> Record:
+    def _run(self, task: str, number: int, seed: int, parameters: Any, own: Any) -> Record:
         self.asked.append((task, number, seed))
         return Record(
             task=task, configuration=number, seed=seed, parameters=parameters, quality=[0.1]
