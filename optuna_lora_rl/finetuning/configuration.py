@@ -87,6 +87,12 @@ class Configuration:
                 f"truncate_energy {self.truncate_energy:g} and truncate_rank {self.truncate_rank} "
                 "are two limits of one rank; set one of them",
             )
+        if init == "mica" and (self.truncates or self.rank_change != "none"):
+            other = "truncate" if self.truncates else "rank_change"
+            raise FineTuningError(
+                "configuration",
+                f"init_lora_weights mica does not go with {other}: its B matrices stay",
+            )
         if init == "mica" and (self.use_dora or self.loraplus_lr_ratio != 1):
             other = "use_dora" if self.use_dora else "loraplus_lr_ratio"
             raise FineTuningError(

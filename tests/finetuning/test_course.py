@@ -81,6 +81,9 @@ def test_limits_that_do_not_go_together_are_refused(tuner: FineTuner) -> None:
         tuner.run({"truncate_rank": 2, "truncate_energy": 0.9})
     with pytest.raises(FineTuningError, match="pissa does not go with truncate"):
         tuner.run({"truncate_rank": 2, "init_lora_weights": "pissa"})
+    for more in ({"truncate_rank": 2}, {"rank_change": "loss"}):
+        with pytest.raises(FineTuningError, match=r"mica does not go with (trunc|rank_)"):
+            tuner.run({**more, "init_lora_weights": "mica"})
 
 
 LIVELY = {
