@@ -171,6 +171,31 @@ def test_several_objectives_spread_along_the_front() -> None:
     assert front[-1] - front[0] > 0.6
 
 
+def test_it_covers_more_of_a_front_than_tpe_and_nsga_ii() -> None:
+    """ZDT1 (Zitzler, Deb & Thiele 2000) with five parameters; hypervolume above (1.1, 6)."""
+    space = {f"x{i}": FloatDistribution(0, 1) for i in range(5)}
+
+    def covered(sampler: optuna.samplers.BaseSampler) -> float:
+        study = optuna.create_study(directions=["minimize"] * 2, sampler=sampler)
+        points = []
+        for _ in range(20):
+            trial = study.ask(space)
+            x = list(trial.params.values())
+            g = 1 + 9 * sum(x[1:]) / 4
+            points.append((x[0], g * (1 - math.sqrt(x[0] / g))))
+            study.tell(trial, points[-1])
+        # Strips between one point of the front and the next.
+        area, lowest = 0.0, 6.0
+        for first, second in sorted(points):
+            if second < lowest:
+                area += (1.1 - first) * (lowest - second)
+                lowest = second
+        return area
+
+    peers = [optuna.samplers.TPESampler(seed=0), optuna.samplers.NSGAIISampler(seed=0)]
+    assert covered(RLSampler(seed=0)) > 1.2 * max(covered(peer) for peer in peers)
+
+
 def test_a_long_study_is_remembered_by_its_best_and_its_latest() -> None:
     study = optuna.create_study()
     distributions = {"x": optuna.distributions.FloatDistribution(0, 1)}
