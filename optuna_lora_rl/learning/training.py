@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.learning import table_surfaces
@@ -42,6 +44,7 @@ _VALIDATED, _REPORTED = 20, 50
 _VALIDATION_SEED, _REPORT_SEED = 1_000_000, 2_000_000
 _SAVE_EVERY = 5
 _SMALL = 3
+_DECAY = 0.95
 
 
 class Trainer:
@@ -64,6 +67,9 @@ class Trainer:
         self.optimizer = torch.optim.Adam(
             self.parameters, lr=settings.imitation_learning_rate, eps=1e-5
         )
+        # Judged and kept is the running mean of the weights over some twenty updates: a single
+        # update moves what the policy does more than it improves it (Polyak & Juditsky 1992).
+        self.average = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(_DECAY))
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.pool = draw_tasks(
             settings.tasks,
@@ -101,6 +107,7 @@ class Trainer:
         imitating = self.update < settings.imitation_updates
         metrics = self._imitate(rollout) if imitating else self._reinforce(rollout)
         self.update += 1
+        self.average.update_parameters(self.network)
         return metrics | {
             "reward": float(rollout.rewards.sum(0).mean()),
             "regret": float(rollout.regret.mean()),
@@ -163,14 +170,16 @@ class Trainer:
             group["lr"] = rate
 
     def validate(self) -> dict[str, float]:
-        """Judge the network on the validation tasks, and keep the best of each phase."""
-        metrics = self.validation.compare(self.network)
+        """Judge the mean network on the validation tasks, and keep the best of each phase."""
+        network = self.average.module
+        assert isinstance(network, Scorer)
+        metrics = self.validation.compare(network)
         mean = metrics["validation_gain"]
         phase = "imitation" if self.update <= self.settings.imitation_updates else "ppo"
         if mean > self.best.get(phase, {"score": 0.0})["score"]:
-            state = {k: v.clone() for k, v in self.network.state_dict().items()}
+            state = {k: v.clone() for k, v in network.state_dict().items()}
             self.best[phase] = {"score": mean, "update": self.update, "network": state}
-            self.export(self.network, f"{phase}.safetensors", {"validation_gain": f"{mean:.4f}"})
+            self.export(network, f"{phase}.safetensors", {"validation_gain": f"{mean:.4f}"})
         return metrics
 
     def finish(self) -> Path:
@@ -213,6 +222,7 @@ class Trainer:
             "update": self.update,
             "best": self.best,
             "network": self.network.state_dict(),
+            "average": self.average.state_dict(),
             "critic": self.critic.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
@@ -225,6 +235,7 @@ class Trainer:
         """Go on from a checkpoint of this run."""
         self.update, self.best = state["update"], state["best"]
         self.network.load_state_dict(state["network"])
+        self.average.load_state_dict(state["average"])
         self.critic.load_state_dict(state["critic"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])

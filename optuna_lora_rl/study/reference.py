@@ -135,9 +135,9 @@ def _names() -> str:
         f"Pruners: {', '.join(f'`{name}`' for name in pruners.NAMES)}. Further keys in the "
         "`sampler` and `pruner` sections are arguments of the class, such as "
         "`sampler: {name: tpe, n_startup_trials: 5}`; `optuna-lora-rl validate` names what is "
-        "allowed where one is not. `sampler: {name: rl, adapt: true}` lets the policy learn within "
-        "the study, `{name: rl, weights: weights.safetensors}` takes one of your own, such as "
-        "`optuna-lora-rl learn` writes."
+        "allowed where one is not. `sampler: {name: rl, adapt: true}` lets the policy learn "
+        "within the study, `{name: rl, weights: weights.safetensors}` takes one of your own, "
+        "such as `optuna-lora-rl learn` writes."
     )
 
 

@@ -11,7 +11,9 @@ from optuna_lora_rl import cli
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.learning.rollouts import collect
 from optuna_lora_rl.learning.settings import TrainingSettings
+from optuna_lora_rl.learning.tasks import draw_tasks
 from optuna_lora_rl.learning.training import Trainer
+from optuna_lora_rl.learning.training import _stages
 from optuna_lora_rl.learning.training import train
 from optuna_lora_rl.learning.training_log import read_metrics
 from optuna_lora_rl.learning.validation import bootstrap_interval
@@ -108,13 +110,33 @@ def test_the_weights_are_the_mean_of_the_best_of_both_phases(trainer: Trainer) -
     assert (weights.load(trainer.finish()).last.weight == 0.0).all()
 
 
-def test_the_curriculum_begins_with_small_tasks_and_keeps_constraints_apart(
-    trainer: Trainer,
+def test_the_curriculum_begins_with_small_tasks_and_keeps_constraints_apart() -> None:
+    pool = draw_tasks(40, 5)
+    stages = _stages(pool)
+    first, rest = stages["first"], stages["all"]
+    assert all(len(pool.spaces[row]) <= 3 for row in first.tolist())
+    assert 0 < len(first) < len(rest) < len(pool)
+    assert pool.constrained.any() and not pool.constrained[rest].any()
+
+
+def test_a_running_mean_of_the_weights_is_judged_and_kept(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, rest = trainer.stages["first"], trainer.stages["all"]
-    assert all(len(trainer.pool.spaces[row]) <= 3 for row in first.tolist())
-    assert len(first) < len(rest)
-    assert not trainer.pool.constrained[rest].any()
+    mean = trainer.average.module.last.weight.clone()
+    trainer.step()
+    now = trainer.network.last.weight
+    torch.testing.assert_close(trainer.average.module.last.weight, 0.95 * mean + 0.05 * now)
+    judged: list[object] = []
+
+    def compare(network: object) -> dict[str, float]:
+        judged.append(network)
+        return {"validation_gain": 9.0}
+
+    monkeypatch.setattr(trainer.validation, "compare", compare)
+    trainer.validate()
+    assert judged == [trainer.average.module]
+    kept = trainer.best["ppo"]["network"]["last.weight"]
+    assert torch.equal(kept, trainer.average.module.last.weight)
 
 
 def test_settings_of_the_shipped_file() -> None:
