@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -22,9 +21,6 @@ from torch import Tensor
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.policy import weights as weight_files
-from optuna_lora_rl.policy.candidates import Observed
-from optuna_lora_rl.policy.conditions import Condition
-from optuna_lora_rl.policy.conditions import learn_conditions
 from optuna_lora_rl.policy.conditions import settle
 from optuna_lora_rl.policy.layout import layout_of
 from optuna_lora_rl.policy.proposal import Decision
@@ -34,8 +30,6 @@ from optuna_lora_rl.policy.proposal import draw_parameter
 from optuna_lora_rl.policy.proposal import fit_feasibility
 from optuna_lora_rl.policy.proposal import fit_surrogate
 from optuna_lora_rl.policy.roles import ROLES
-from optuna_lora_rl.policy.scores import scalarise
-from optuna_lora_rl.policy.scores import standardise
 from optuna_lora_rl.samplers import PROPOSAL_KEY
 from optuna_lora_rl.samplers import is_whole
 from optuna_lora_rl.samplers.adaptation import Adaptation
@@ -47,6 +41,12 @@ from optuna_lora_rl.samplers.history import space_of
 from optuna_lora_rl.samplers.memory import Memo
 from optuna_lora_rl.samplers.memory import UnionSpace
 from optuna_lora_rl.samplers.memory import milestone
+from optuna_lora_rl.samplers.observation import conditions_of
+from optuna_lora_rl.samplers.observation import constraints_of
+from optuna_lora_rl.samplers.observation import objective_weights
+from optuna_lora_rl.samplers.observation import observe
+from optuna_lora_rl.samplers.observation import recent_and_best
+from optuna_lora_rl.samplers.observation import units_of
 from optuna_lora_rl.samplers.transfer import EarlierStudies
 
 if TYPE_CHECKING:
@@ -60,15 +60,10 @@ if TYPE_CHECKING:
     from optuna_lora_rl.policy.layout import Layout
     from optuna_lora_rl.policy.network import Scorer
 
-# Trials that the surrogate is conditioned on: the best and the most recent of a long study.
-_MAX_TRIALS = 200
-_MAX_PENDING = 32
 _MAX_GRID = 1024
 # A fit to few trials comes close to its end within a few steps; one to many has to take more, and
 # is seldom made.
 _FEW_TRIALS, _FEW_ITERATIONS, _MANY_ITERATIONS = 20, 20, 60
-# So many failures are no accident.
-_NO_ACCIDENT = 2
 # Thoughts that a proposal may take where other workers keep having the same.
 _ATTEMPTS = 3
 
@@ -282,7 +277,7 @@ class RLSampler(BaseSampler):
 
             network = self._adaptation.network(space, history, rebuild)
         decision = self._decide(space, history, directions, generator, network)
-        return _best(decision, _units(history, decision.observed, directions))
+        return _best(decision, units_of(history, decision.observed, directions))
 
     def _decide(
         self,
@@ -296,7 +291,7 @@ class RLSampler(BaseSampler):
         """The policy's step after a history; ``points`` (k, d) join the candidates."""
         layout = self._layouts.get(space, lambda: layout_of(space))
         default = layout.default[0].numpy()
-        conditions = _conditions(space, history)
+        conditions = conditions_of(space, history)
         history = replace(history, points=settle(history.points, conditions, default))
 
         def snap(x: Tensor) -> Tensor:
@@ -304,10 +299,10 @@ class RLSampler(BaseSampler):
 
         start = self._hyperparameters(layout, space, history)
         settings = self._settings if start is None else replace(self._settings, iterations=0)
-        history = _recent_and_best(history)
-        weights = _objective_weights(len(directions), generator)
-        observed = _observed(history, layout.default, self._n_trials, weights)
-        constraints = torch.from_numpy(_constraints(history.select(~history.running)))[None]
+        history = recent_and_best(history)
+        weights = objective_weights(len(directions), generator)
+        observed = observe(history, layout.default, self._n_trials, weights)
+        constraints = torch.from_numpy(constraints_of(history.select(~history.running)))[None]
         with torch.no_grad():
             return decide(
                 layout,
@@ -331,11 +326,11 @@ class RLSampler(BaseSampler):
         if history.scores.shape[1] > 1 or len(self._earlier):
             return None
         finished = np.flatnonzero(~history.running)
-        told = _recent_and_best(history.select(finished[: milestone(len(finished))]))
+        told = recent_and_best(history.select(finished[: milestone(len(finished))]))
         key = (space, told.points.tobytes(), told.scores.tobytes(), told.violation.tobytes())
 
         def fitted() -> Tensor:
-            observed = _observed(told, layout.default, None, np.ones(1))
+            observed = observe(told, layout.default, None, np.ones(1))
             iterations = _FEW_ITERATIONS if len(told) <= _FEW_TRIALS else _MANY_ITERATIONS
             settings = replace(self._settings, iterations=iterations)
             return fit_surrogate(layout, observed, settings).theta
@@ -361,22 +356,6 @@ def _is_taken(params: dict[str, Any], study: Study, number: int, *, later: bool)
     return any(parameters_of(other) == params for other in others)
 
 
-def _constraints(history: History) -> np.ndarray:
-    """Constraints of finished trials, shape (n, k); failing repeatedly is one more."""
-    failed = history.failed.astype(float)[:, None]
-    told = history.constraints
-    return np.concatenate([told, failed], axis=1) if failed.sum() >= _NO_ACCIDENT else told
-
-
-def _conditions(space: Space, history: History) -> tuple[Condition, ...]:
-    """What completed trials show of which parameters are used when."""
-    told = history.scored & ~history.pruned
-    if history.asked[told].all():
-        return ()
-    discrete = np.array([dimension.n_levels is not None for dimension in space.dimensions])
-    return learn_conditions(history.points[told], history.asked[told], discrete)
-
-
 def _best(
     decision: Decision, units: tuple[float, float] | None
 ) -> tuple[np.ndarray, dict[str, float | str]]:
@@ -388,84 +367,6 @@ def _best(
         why["value"] = offset + scale * float(why["mean"])
         why["value_std"] = abs(scale) * float(why["std"])
     return decision.candidates.x[0, choice].numpy(), why
-
-
-def _units(
-    history: History, observed: Observed, directions: Sequence[StudyDirection]
-) -> tuple[float, float] | None:
-    """Offset and scale from standardised scores to the objective's values.
-
-    The two best different scores tell: it is only the bad ones that standardising draws in.
-    ``None`` with several objectives, or without two different scores.
-    """
-    if len(directions) > 1:
-        return None
-    history = _recent_and_best(history)
-    score = history.scores[~history.running, 0]
-    y = observed.y[0].numpy()
-    order = np.argsort(-np.where(observed.failed[0].numpy(), -math.inf, y), kind="stable")
-    lower = order[(y[order] < y[order[:1]] - 1e-9) & ~observed.failed[0].numpy()[order]]
-    if not len(lower) or not np.isfinite(score[[order[0], lower[0]]]).all():
-        return None
-    best, second = order[0], lower[0]
-    sign = 1.0 if directions[0] == StudyDirection.MAXIMIZE else -1.0
-    scale = float((score[best] - score[second]) / (y[best] - y[second]))
-    return sign * float(score[best] - scale * y[best]), sign * scale
-
-
-def _objective_weights(n_objectives: int, generator: torch.Generator) -> np.ndarray:
-    """Random weights, uniform over the simplex, so that proposals spread over the front."""
-    if n_objectives == 1:
-        return np.ones(1)
-    gamma = -torch.rand(n_objectives, generator=generator, dtype=torch.float64).log()
-    weights: np.ndarray = (gamma / gamma.sum()).numpy()
-    return weights
-
-
-def _observed(
-    history: History, default: Tensor, n_trials: int | None, weights: np.ndarray
-) -> Observed:
-    """The history as the policy takes it: one task, no NaN, one score a trial."""
-    points = np.where(np.isnan(history.points), default.numpy(), history.points)
-    running = np.flatnonzero(history.running)[-_MAX_PENDING:]
-    finished = ~history.running
-    good = history.scored[finished]
-    scores = np.zeros(len(good))
-    if len(weights) == 1:
-        scores[good] = history.scores[finished][good, 0]
-    else:
-        scores[good] = scalarise(history.scores[finished][good], weights)
-    mask = torch.ones((1, len(good)), dtype=torch.bool)
-    failed = torch.from_numpy(~good)[None]
-    return Observed(
-        x=torch.from_numpy(points[finished])[None],
-        y=standardise(torch.from_numpy(scores)[None], ~failed, failed),
-        mask=mask,
-        failed=failed,
-        infeasible=torch.from_numpy(history.violation[finished] > 0)[None],
-        pending=torch.from_numpy(points[running])[None],
-        pending_mask=torch.ones((1, len(running)), dtype=torch.bool),
-        horizon=torch.tensor([n_trials or 0]),
-    )
-
-
-def _recent_and_best(history: History) -> History:
-    """At most ``_MAX_TRIALS`` finished trials: the best (by mean rank) and the most recent.
-
-    Running trials stay; so a proposal's cost does not grow with the study.
-    """
-    finished = np.flatnonzero(~history.running)
-    if len(finished) <= _MAX_TRIALS:
-        return history
-    scores = np.where(np.isnan(history.scores), -math.inf, history.scores)[finished]
-    ranks = scores[:, 0]
-    if scores.shape[1] > 1:
-        ranks = scores.argsort(axis=0).argsort(axis=0).sum(axis=1).astype(float)
-    ranks = np.where(history.violation[finished] > 0, -math.inf, ranks)
-    best = finished[np.argsort(-ranks, kind="stable")[: _MAX_TRIALS * 2 // 3]]
-    recent = finished[-(_MAX_TRIALS // 3) :]
-    kept = np.union1d(np.union1d(best, recent), np.flatnonzero(history.running))
-    return history.select(kept)
 
 
 def _generator(seed: int, number: int, names: Sequence[str]) -> torch.Generator:

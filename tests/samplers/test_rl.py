@@ -24,7 +24,7 @@ from optuna_lora_rl.policy.prior import is_lora
 from optuna_lora_rl.samplers import proposal
 from optuna_lora_rl.samplers.history import read_history
 from optuna_lora_rl.samplers.history import space_of
-from optuna_lora_rl.samplers.rl import _recent_and_best
+from optuna_lora_rl.samplers.observation import recent_and_best
 
 Objective = Callable[[optuna.Trial], float]
 
@@ -205,7 +205,7 @@ def test_a_long_study_is_remembered_by_its_best_and_its_latest() -> None:
                 params={"x": i / 500}, distributions=distributions, value=abs(i - 100.0)
             )
         )
-    history = _recent_and_best(
+    history = recent_and_best(
         read_history(study.trials, space_of(distributions), study.directions)
     )
     assert len(history) <= 200

@@ -1,0 +1,123 @@
+"""A study's history as the policy takes it: few enough trials, one score each, no gaps."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from optuna.study import StudyDirection
+from torch import Tensor
+
+from optuna_lora_rl.policy.candidates import Observed
+from optuna_lora_rl.policy.conditions import Condition
+from optuna_lora_rl.policy.conditions import learn_conditions
+from optuna_lora_rl.policy.scores import scalarise
+from optuna_lora_rl.policy.scores import standardise
+from optuna_lora_rl.samplers.history import History
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from optuna_lora_rl.policy.dimensions import Space
+
+# Trials that the surrogate is conditioned on: the best and the most recent of a long study.
+_MAX_TRIALS = 200
+_MAX_PENDING = 32
+# So many failures are no accident.
+_NO_ACCIDENT = 2
+
+
+def constraints_of(history: History) -> np.ndarray:
+    """Constraints of finished trials, shape (n, k); failing repeatedly is one more."""
+    failed = history.failed.astype(float)[:, None]
+    told = history.constraints
+    return np.concatenate([told, failed], axis=1) if failed.sum() >= _NO_ACCIDENT else told
+
+
+def conditions_of(space: Space, history: History) -> tuple[Condition, ...]:
+    """What completed trials show of which parameters are used when."""
+    told = history.scored & ~history.pruned
+    if history.asked[told].all():
+        return ()
+    discrete = np.array([dimension.n_levels is not None for dimension in space.dimensions])
+    return learn_conditions(history.points[told], history.asked[told], discrete)
+
+
+def units_of(
+    history: History, observed: Observed, directions: Sequence[StudyDirection]
+) -> tuple[float, float] | None:
+    """Offset and scale from standardised scores to the objective's values.
+
+    The two best different scores tell: it is only the bad ones that standardising draws in.
+    ``None`` with several objectives, or without two different scores.
+    """
+    if len(directions) > 1:
+        return None
+    history = recent_and_best(history)
+    score = history.scores[~history.running, 0]
+    y = observed.y[0].numpy()
+    order = np.argsort(-np.where(observed.failed[0].numpy(), -math.inf, y), kind="stable")
+    lower = order[(y[order] < y[order[:1]] - 1e-9) & ~observed.failed[0].numpy()[order]]
+    if not len(lower) or not np.isfinite(score[[order[0], lower[0]]]).all():
+        return None
+    best, second = order[0], lower[0]
+    sign = 1.0 if directions[0] == StudyDirection.MAXIMIZE else -1.0
+    scale = float((score[best] - score[second]) / (y[best] - y[second]))
+    return sign * float(score[best] - scale * y[best]), sign * scale
+
+
+def objective_weights(n_objectives: int, generator: torch.Generator) -> np.ndarray:
+    """Random weights, uniform over the simplex, so that proposals spread over the front."""
+    if n_objectives == 1:
+        return np.ones(1)
+    gamma = -torch.rand(n_objectives, generator=generator, dtype=torch.float64).log()
+    weights: np.ndarray = (gamma / gamma.sum()).numpy()
+    return weights
+
+
+def observe(
+    history: History, default: Tensor, n_trials: int | None, weights: np.ndarray
+) -> Observed:
+    """The history as the policy takes it: one task, no NaN, one score a trial."""
+    points = np.where(np.isnan(history.points), default.numpy(), history.points)
+    running = np.flatnonzero(history.running)[-_MAX_PENDING:]
+    finished = ~history.running
+    good = history.scored[finished]
+    scores = np.zeros(len(good))
+    if len(weights) == 1:
+        scores[good] = history.scores[finished][good, 0]
+    else:
+        scores[good] = scalarise(history.scores[finished][good], weights)
+    mask = torch.ones((1, len(good)), dtype=torch.bool)
+    failed = torch.from_numpy(~good)[None]
+    return Observed(
+        x=torch.from_numpy(points[finished])[None],
+        y=standardise(torch.from_numpy(scores)[None], ~failed, failed),
+        mask=mask,
+        failed=failed,
+        infeasible=torch.from_numpy(history.violation[finished] > 0)[None],
+        pending=torch.from_numpy(points[running])[None],
+        pending_mask=torch.ones((1, len(running)), dtype=torch.bool),
+        horizon=torch.tensor([n_trials or 0]),
+    )
+
+
+def recent_and_best(history: History) -> History:
+    """At most ``_MAX_TRIALS`` finished trials: the best (by mean rank) and the most recent.
+
+    Running trials stay; so a proposal's cost does not grow with the study.
+    """
+    finished = np.flatnonzero(~history.running)
+    if len(finished) <= _MAX_TRIALS:
+        return history
+    scores = np.where(np.isnan(history.scores), -math.inf, history.scores)[finished]
+    ranks = scores[:, 0]
+    if scores.shape[1] > 1:
+        ranks = scores.argsort(axis=0).argsort(axis=0).sum(axis=1).astype(float)
+    ranks = np.where(history.violation[finished] > 0, -math.inf, ranks)
+    best = finished[np.argsort(-ranks, kind="stable")[: _MAX_TRIALS * 2 // 3]]
+    recent = finished[-(_MAX_TRIALS // 3) :]
+    kept = np.union1d(np.union1d(best, recent), np.flatnonzero(history.running))
+    return history.select(kept)
