@@ -24,7 +24,7 @@ def _network() -> Scorer:
     return network.requires_grad_(False)
 
 
-def _steps(count: int, lora: bool = True) -> list[Step]:
+def _steps(count: int) -> list[Step]:
     """Choices among 5 or 6 candidates; the one that has the first feature brings a reward."""
     generator = torch.Generator().manual_seed(1)
     steps = []
@@ -32,7 +32,6 @@ def _steps(count: int, lora: bool = True) -> list[Step]:
         N = 5 + t % 2
         values = torch.randn(1, N, len(CANDIDATE_FEATURES), generator=generator)
         context = torch.zeros(1, len(CONTEXT_FEATURES))
-        context[:, CONTEXT_FEATURES.index("is_lora")] = float(lora)
         valid = torch.ones((1, N), dtype=torch.bool)
         residual = torch.zeros((1, N), dtype=torch.float64)
         valid[0, N - 1], residual[0, N - 1] = False, -torch.inf
@@ -79,7 +78,7 @@ def test_the_change_is_bounded_and_only_the_last_layers(count: int) -> None:
 
 def test_nothing_is_learnt_from_nothing() -> None:
     old = _network()
-    for steps in ([], _steps(1), _steps(8, lora=False)):
+    for steps in ([], _steps(1)):
         new = adapt(old, steps, torch.Generator().manual_seed(0))
         assert torch.equal(new.last.weight, old.last.weight)
 

@@ -139,7 +139,7 @@ def test_a_trial_says_why_it_was_proposed() -> None:
 @pytest.mark.parametrize("direction", ["minimize", "maximize"])
 def test_a_prediction_comes_in_the_units_of_the_objective(direction: str) -> None:
     sign = 1.0 if direction == "minimize" else -1.0
-    study = optuna.create_study(direction=direction, sampler=RLSampler(seed=0))
+    study = optuna.create_study(direction=direction, sampler=RLSampler(seed=0, learned=False))
     study.optimize(lambda t: 500 + sign * 80 * (t.suggest_float("x", 0, 1) - 0.3) ** 2, 12)
     said = [(proposal(trial), trial.value) for trial in study.trials[7:]]
     for why, value in said:
@@ -288,25 +288,26 @@ def test_a_constraint_is_learnt_and_its_limit_is_found() -> None:
 
 def test_a_constraint_that_only_says_kept_or_broken_is_mostly_kept() -> None:
     """Ranks and batches that pay take memory; whoever proposes by what pays breaks the limit."""
-    study = optuna.create_study(sampler=RLSampler(seed=0))
     space = {
         "learning_rate": FloatDistribution(1e-5, 1e-2, log=True),
         "lora_rank": optuna.distributions.IntDistribution(2, 256, log=True),
         "batch_size": optuna.distributions.CategoricalDistribution([4, 8, 16, 32, 64]),
     }
-    broken, kept = [], []
-    for _ in range(20):
-        trial = study.ask(space)
-        rank, batch = trial.params["lora_rank"], trial.params["batch_size"]
-        off = math.log10(trial.params["learning_rate"]) + 3.2
-        value = off**2 - 0.1 * math.log2(rank) - 0.1 * math.log2(batch)
-        broken.append(rank / 64 + batch / 16 > 1.6)
-        kept += [] if broken[-1] else [value]
-        trial.set_constraint("memory", float(broken[-1]))
-        study.tell(trial, value)
-    assert sum(broken) <= 10
-    assert sum(broken[10:]) <= 5
-    assert min(kept) < -0.85
+    late = []
+    for seed in range(3):
+        study, kept = optuna.create_study(sampler=RLSampler(seed=seed)), []
+        for number in range(20):
+            trial = study.ask(space)
+            rank, batch = trial.params["lora_rank"], trial.params["batch_size"]
+            off = math.log10(trial.params["learning_rate"]) + 3.2
+            value = off**2 - 0.1 * math.log2(rank) - 0.1 * math.log2(batch)
+            broken = rank / 64 + batch / 16 > 1.6
+            kept += [] if broken else [value]
+            late += [broken] if number >= 10 else []
+            trial.set_constraint("memory", float(broken))
+            study.tell(trial, value)
+        assert min(kept) < -0.85
+    assert sum(late) <= len(late) / 2
 
 
 def test_neither_a_failed_trial_nor_its_close_neighbours_are_proposed_again() -> None:
