@@ -302,19 +302,13 @@ def _naive(job: measuring.Job, tuner: FineTuner) -> Callable[[], measuring.Resul
 
 def scores(tuner: FineTuner) -> Callable[[Mapping[str, Any], float], float]:
     """Return the package's score as a function of a configuration and its validation loss."""
-    from optuna_lora_rl.finetuning.configuration import Configuration
     from optuna_lora_rl.finetuning.evaluation import quality
-    from optuna_lora_rl.finetuning.preparation import prepare as prepared
-    from optuna_lora_rl.finetuning.price import Price
 
-    objective, training = tuner.objective, tuner.training
-    made = prepared(tuner.model, tuner.data, training, objective)
-    price = Price(made, tuner.model.dtype, training, objective, {})
     untuned = tuner.baseline()
 
     def score(configuration: Mapping[str, Any], loss: float) -> float:
-        cost = price.estimated(price.estimate(Configuration.of(configuration)))["total"]
-        return quality("loss", {"loss": loss}, untuned) - objective.cost_weight * cost
+        cost = tuner.estimate(configuration)[1]["total"]
+        return quality("loss", {"loss": loss}, untuned) - tuner.objective.cost_weight * cost
 
     return score
 
