@@ -10,10 +10,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-# In two runs, so that no process holds the leftovers of everything. A worker that dies ends its
-# run: to start another one may wait for ever.
+# A worker that dies ends the run: to start another one may wait for ever.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 --cov
-TRIALS := tests/finetuning tests/rank tests/samplers
 
 .PHONY: study test lint types docs clean
 
@@ -21,8 +19,7 @@ study: $(VENV)/.installed
 	$(BIN)/optuna-lora-rl run studies/quickstart.yaml
 
 test: $(VENV)/.installed-test lint types
-	$(PYTEST) --cov-report= $(TRIALS)
-	$(PYTEST) --cov-append --cov-report term:skip-covered $(addprefix --ignore=,$(TRIALS))
+	$(PYTEST) --cov-report term:skip-covered
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
