@@ -15,7 +15,7 @@ import pytest
 from optuna_lora_rl.space import LoraSpace
 
 STUDIES = Path(__file__).resolve().parents[1] / "studies"
-SMALL = ["--steps", "2", "--evaluations", "2", "--threads", "1", "--naive-threads", "1"]
+SMALL = ["--steps", "2", "--evaluations", "2", "--threads", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,19 @@ def test_the_naive_arm_tunes_the_same_space(studies: Any) -> None:
 def test_throughput_measures_equal_work(
     studies: Any, launched: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    command = [*SMALL, "--trials", "2", "--validation", "8", "--repeats", "1", "--sets", "mixed"]
+    command = [
+        *SMALL,
+        "--naive-threads",
+        "1",
+        "--trials",
+        "2",
+        "--validation",
+        "8",
+        "--repeats",
+        "1",
+        "--sets",
+        "mixed",
+    ]
     command += ["--sizes", "2", "--pairs", "2", "--device", "cpu", "--output", str(tmp_path)]
     command += ["--records", str(tmp_path / "records.jsonl")]
     studies("throughput").main(command)
