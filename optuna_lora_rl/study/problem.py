@@ -21,6 +21,11 @@ from optuna.distributions import json_to_distribution
 
 from optuna_lora_rl import tiny
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.finetuning.options import DataOptions
+from optuna_lora_rl.finetuning.options import ModelOptions
+from optuna_lora_rl.finetuning.options import ObjectiveOptions
+from optuna_lora_rl.finetuning.options import TrainingOptions
+from optuna_lora_rl.vocabulary import DEFAULTS
 
 if TYPE_CHECKING:
     import optuna
@@ -37,15 +42,16 @@ _CHUNK_BYTES = 1 << 20
 
 def describe(spec: StudySpec) -> dict[str, Any]:
     """The problem as flat keys, such as ``objective.cost_weight``, with JSON values."""
-    sections = {
-        "model": spec.model.model_dump(mode="json"),
-        "data": spec.data.model_dump(mode="json"),
-        "training": spec.training.model_dump(mode="json"),
-        "objective": spec.objective.model_dump(mode="json"),
-        "target_sets": spec.target_sets,
-        "space": spec.lora_space().fixed(),
-    }
-    flat = {key: value for key, value in _flatten(sections) if key not in _IRRELEVANT}
+    flat = _flat(
+        {
+            "model": spec.model.model_dump(mode="json"),
+            "data": spec.data.model_dump(mode="json"),
+            "training": spec.training.model_dump(mode="json"),
+            "objective": spec.objective.model_dump(mode="json"),
+            "target_sets": spec.target_sets,
+            "space": spec.lora_space().fixed(),
+        }
+    )
     for key in ("model.name", "data.train", "data.validation", "data.test"):
         said = flat.get(key)
         # Another version of the package may have other weights in its built-in models.
@@ -53,7 +59,21 @@ def describe(spec: StudySpec) -> dict[str, Any]:
         content = _content(built_in / "model.safetensors" if built_in else said)
         if content:
             flat[f"{key} (content)"] = content
-    return dict(json.loads(json.dumps(flat)))
+    return flat
+
+
+def _defaults() -> dict[str, Any]:
+    """The problem's keys at what each means where it is not said."""
+    return _flat(
+        {
+            "model": ModelOptions().model_dump(mode="json"),
+            "data": DataOptions(train="left out").model_dump(mode="json", exclude={"train"}),
+            "training": TrainingOptions().model_dump(mode="json"),
+            "objective": ObjectiveOptions().model_dump(mode="json"),
+            "target_sets": {},
+            "space": DEFAULTS,
+        }
+    )
 
 
 def adopt(study: optuna.Study, spec: StudySpec) -> None:
@@ -92,9 +112,12 @@ def adopt(study: optuna.Study, spec: StudySpec) -> None:
 def _differences(
     old: Mapping[str, Any], new: Mapping[str, Any], *, tuned: set[str], formerly_tuned: set[str]
 ) -> Iterator[str]:
+    defaults = _defaults()
+    # A version that had no such key did what the key's default does.
+    old = {**_without(defaults, formerly_tuned), **old}
+    new = {**_without(defaults, tuned), **new}
     for key in sorted(old.keys() | new.keys()):
         before, now = old.get(key), new.get(key)
-        parameter = key.removeprefix("space.")
         if before == now:
             continue
         if key.endswith("(content)"):
@@ -102,15 +125,24 @@ def _differences(
             yield f"the content of {new.get(section)} ({section}) has changed"
         elif key in old and key in new:
             yield f"{key} was {before!r} and is now {now!r}"
-        elif parameter in formerly_tuned or f"{parameter}_ratio" in formerly_tuned:
+        elif _is_tuned(key, formerly_tuned):
             yield f"{key} was tuned and is now fixed at {now!r}"
-        elif parameter in tuned or f"{parameter}_ratio" in tuned:
+        elif _is_tuned(key, tuned):
             yield f"{key} was fixed at {before!r} and is now tuned"
         elif key in old:
             # Also a key of an older version of the package that no longer exists.
             yield f"{key} was {before!r} and is now gone"
         else:
             yield f"{key} was not set and is now {now!r}"
+
+
+def _without(defaults: Mapping[str, Any], tuned: set[str]) -> dict[str, Any]:
+    return {key: value for key, value in defaults.items() if not _is_tuned(key, tuned)}
+
+
+def _is_tuned(key: str, tuned: set[str]) -> bool:
+    parameter = key.removeprefix("space.")
+    return parameter in tuned or f"{parameter}_ratio" in tuned
 
 
 def _changed_choices(old: Mapping[str, str], new: Mapping[str, str]) -> Iterator[str]:
@@ -133,6 +165,12 @@ def _words(distribution: Any) -> str:
     scale = "a log" if distribution.log else "a linear"
     kind = type(distribution).__name__.removesuffix("Distribution").lower()
     return f"{scale} {kind} range"
+
+
+def _flat(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat keys and their values as JSON gives them back, without what is irrelevant."""
+    flat = {key: value for key, value in _flatten(sections) if key not in _IRRELEVANT}
+    return dict(json.loads(json.dumps(flat)))
 
 
 def _flatten(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.study import runner
+from optuna_lora_rl.study.problem import PROBLEM
 from tests.study.conftest import MakeSpec
 from tests.study.conftest import PaperTuner
 
@@ -67,6 +69,56 @@ def test_what_may_change(make_spec: MakeSpec, changes: dict[str, Any]) -> None:
     assert len(runner.run(make_spec(changes)).study.trials) == 2
 
 
+def forget(study: optuna.Study, *keys: str) -> None:
+    """Leaves the stored problem as a version that had no such keys would have left it."""
+    stored = study.user_attrs[PROBLEM]
+    study.set_user_attr(PROBLEM, {key: stored[key] for key in stored.keys() - set(keys)})
+
+
+def test_a_study_begun_before_a_key_existed_goes_on_while_the_key_has_its_default(
+    make_spec: MakeSpec,
+) -> None:
+    study = runner.run(make_spec({"budget": 1})).study
+    keys = ("training.rank_change.patience", "space.truncate_energy", "target_sets")
+    forget(study, *keys)
+    assert len(runner.run(make_spec({"budget": 2})).study.trials) == 2
+    assert study.user_attrs[PROBLEM].keys() >= set(keys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"training.first_evaluation": 0.5},
+            "training.first_evaluation was 1.0 and is now 0.5",
+        ),
+        ({"space.truncate_energy": 0.9}, "space.truncate_energy was 1.0 and is now 0.9"),
+        (
+            {"space.truncate_energy": {"low": 0.5, "high": 1.0}},
+            "space.truncate_energy was fixed at 1.0 and is now tuned",
+        ),
+    ],
+)
+def test_a_study_begun_before_a_key_existed_is_refused_where_the_key_now_says_something(
+    make_spec: MakeSpec, changes: dict[str, Any], sentence: str
+) -> None:
+    study = runner.run(make_spec({"budget": 1})).study
+    forget(study, "training.first_evaluation", "space.truncate_energy")
+    with pytest.raises(UserError) as refused:
+        runner.run(make_spec(changes))
+    assert sentence in str(refused.value)
+
+
+def test_an_empty_section_that_now_says_something_is_no_vanished_key(
+    make_spec: MakeSpec,
+) -> None:
+    runner.run(make_spec({"budget": 1}))
+    with pytest.raises(UserError) as refused:
+        runner.run(make_spec({"data.columns": {"prompt": "q"}}))
+    assert "data.columns.prompt was not set and is now 'q'" in str(refused.value)
+    assert "data.columns was" not in str(refused.value)
+
+
 def test_before_the_first_trial_anything_may_change(
     make_spec: MakeSpec, paper: type[PaperTuner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,8 +146,6 @@ def test_a_data_file_that_changed_is_refused(
 
 
 def test_a_study_of_another_program_is_refused(make_spec: MakeSpec, tmp_path: Path) -> None:
-    import optuna
-
     url = f"sqlite:///{tmp_path / 'other.db'}"
     optuna.create_study(study_name="small", storage=url, direction="maximize").ask()
     with pytest.raises(UserError, match="begun by another program"):
