@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from types import TracebackType
 
 import psutil
 import torch
@@ -40,12 +39,7 @@ class Meter:
         self._start = time.perf_counter()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.seconds = time.perf_counter() - self._start
         if self._thread is None:
             self.peak_bytes = torch.cuda.max_memory_allocated(self._device)

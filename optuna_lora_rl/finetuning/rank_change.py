@@ -24,35 +24,19 @@ def callback(
         options: Its thresholds.
         seed: Of the rows that a growing layer gets.
     """
-    steps = Steps(
-        grow=options.grow,
-        shrink=options.shrink,
-        minimum=options.minimum,
-        maximum=options.maximum,
-        patience=options.patience,
-    )
+    # What is not said here is a threshold, and bears the decider's own name for it.
+    steps = Steps(**options.model_dump(exclude={"loss", "gradient"}))
     if kind == "loss":
         loss = options.loss
-        curve = LossCurve(
-            window=loss.window,
-            plateau=loss.plateau,
-            calm=loss.calm,
-            oscillation=loss.oscillation,
-            steps=steps,
-        )
+        curve = LossCurve(**loss.model_dump(exclude={"source", "every"}), steps=steps)
         return LossRankCallback(curve, source=loss.source, seed=seed)
     if kind == "gradient":
         gradient = options.gradient
-        decider = GradientSpectrum(
-            energy=gradient.energy,
-            consistent=gradient.consistent,
-            fading=gradient.fading,
-            slack=gradient.slack,
-            window=gradient.window,
-            steps=steps,
+        spectrum = GradientSpectrum(
+            **gradient.model_dump(exclude={"every", "columns"}), steps=steps
         )
         return GradientRankCallback(
-            decider, every=gradient.every, columns=gradient.columns, seed=seed
+            spectrum, every=gradient.every, columns=gradient.columns, seed=seed
         )
     return None
 

@@ -22,8 +22,6 @@ from optuna_lora_rl.rank.deciders import GradientSpectrum
 from optuna_lora_rl.rank.deciders import LossCurve
 from optuna_lora_rl.rank.monitor import Monitor
 from optuna_lora_rl.rank.probe import GradientSketches
-from optuna_lora_rl.rank.resizing import NewMoments
-from optuna_lora_rl.rank.resizing import NewRows
 
 
 @dataclass(frozen=True)
@@ -54,20 +52,9 @@ class _RankCallback(TrainerCallback):
         changes: What changed, in order.
     """
 
-    def __init__(
-        self,
-        decider: LossCurve | GradientSpectrum,
-        *,
-        adapter: str,
-        new_rows: NewRows,
-        new_moments: NewMoments,
-        seed: int,
-    ) -> None:
+    def __init__(self, decider: LossCurve | GradientSpectrum, *, seed: int) -> None:
         self.changes: list[RankChange] = []
         self._decider = decider
-        self._adapter = adapter
-        self._new_rows: NewRows = new_rows
-        self._new_moments: NewMoments = new_moments
         self._generator = torch.Generator().manual_seed(seed)
 
     def on_train_begin(
@@ -79,11 +66,7 @@ class _RankCallback(TrainerCallback):
                 "buffers of fixed shapes"
             )
         # Refuses here rather than at the first change.
-        self._ranks(kwargs["model"])
-
-    def _ranks(self, model: nn.Module) -> dict[str, int]:
-        found = layers.lora_layers(model, self._adapter)
-        return {name: layer.r[self._adapter] for name, layer in found.items()}
+        _ranks(kwargs["model"])
 
     def _take(self, observed: Any, state: TrainerState, kwargs: Mapping[str, Any]) -> None:
         """Shows the decider what it judges by, and does what it says."""
@@ -93,11 +76,8 @@ class _RankCallback(TrainerCallback):
         model = kwargs["model"]
         for one in resizing.resize(
             model,
-            self._decider.update(observed, self._ranks(model)),
-            adapter=self._adapter,
+            self._decider.update(observed, _ranks(model)),
             optimizer=kwargs.get("optimizer"),
-            new_rows=self._new_rows,
-            new_moments=self._new_moments,
             generator=self._generator,
         ):
             reason = self._decider.reasons[one.name]
@@ -112,9 +92,6 @@ class LossRankCallback(_RankCallback):
     Args:
         decider: The judge.
         source: Whose loss: ``eval``, at each evaluation, or ``train``, at each log.
-        adapter: Name of the adapter.
-        new_rows: See :func:`.resizing.resize`.
-        new_moments: The same.
         seed: Of new rows.
     """
 
@@ -123,14 +100,9 @@ class LossRankCallback(_RankCallback):
         decider: LossCurve,
         *,
         source: Literal["eval", "train"] = "eval",
-        adapter: str = "default",
-        new_rows: NewRows = "kaiming",
-        new_moments: NewMoments = "zero",
         seed: int = 0,
     ) -> None:
-        super().__init__(
-            decider, adapter=adapter, new_rows=new_rows, new_moments=new_moments, seed=seed
-        )
+        super().__init__(decider, seed=seed)
         self._source = source
 
     def on_evaluate(
@@ -154,26 +126,13 @@ class GradientRankCallback(_RankCallback):
         every: Optimizer steps from one look at the gradients to the next; a look costs about as
             much as LoRA layers of rank ``columns``.
         columns: Width of the gradients' sketches; at least the decider's largest rank.
-        adapter: Name of the adapter.
-        new_rows: See :func:`.resizing.resize`.
-        new_moments: The same.
         seed: Of new rows.
     """
 
     def __init__(
-        self,
-        decider: GradientSpectrum,
-        *,
-        every: int = 10,
-        columns: int = 128,
-        adapter: str = "default",
-        new_rows: NewRows = "kaiming",
-        new_moments: NewMoments = "zero",
-        seed: int = 0,
+        self, decider: GradientSpectrum, *, every: int = 10, columns: int = 128, seed: int = 0
     ) -> None:
-        super().__init__(
-            decider, adapter=adapter, new_rows=new_rows, new_moments=new_moments, seed=seed
-        )
+        super().__init__(decider, seed=seed)
         if every < 1 or columns < 1:
             raise UserError(f"every and columns are at least 1, not {every} and {columns}")
         self._every = every
@@ -184,7 +143,7 @@ class GradientRankCallback(_RankCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step % self._every == 0:
-            found = layers.lora_layers(kwargs["model"], self._adapter)
+            found = layers.lora_layers(kwargs["model"])
             self._sketches = GradientSketches(found, self._columns)
             self._sketches.start()
 
@@ -210,18 +169,20 @@ class MonitorCallback(TrainerCallback):
     Args:
         gathered: Where they go.
         every: Optimizer steps from one reading to the next.
-        adapter: Name of the adapter.
     """
 
-    def __init__(self, gathered: Monitor, *, every: int = 10, adapter: str = "default") -> None:
+    def __init__(self, gathered: Monitor, *, every: int = 10) -> None:
         if every < 1:
             raise UserError(f"every is at least 1, not {every}")
         self._gathered = gathered
         self._every = every
-        self._adapter = adapter
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step % self._every == 0:
-            self._gathered.record(monitor.read(kwargs["model"], state.global_step, self._adapter))
+            self._gathered.record(monitor.read(kwargs["model"], state.global_step))
+
+
+def _ranks(model: nn.Module) -> dict[str, int]:
+    return {name: layer.r["default"] for name, layer in layers.lora_layers(model).items()}

@@ -21,8 +21,10 @@ from optuna_lora_rl.policy.bandit import Bandit
 from optuna_lora_rl.policy.bandit import rank_rewards
 from optuna_lora_rl.policy.bandit import scalarise
 from optuna_lora_rl.policy.levels import make_grid
-from optuna_lora_rl.policy.roles import ROLES
 from optuna_lora_rl.samplers import PROPOSAL_KEY
+from optuna_lora_rl.samplers.arguments import checked_roles
+from optuna_lora_rl.samplers.arguments import checked_seed
+from optuna_lora_rl.samplers.arguments import fresh_seed
 from optuna_lora_rl.samplers.history import publish
 from optuna_lora_rl.samplers.history import read_history
 from optuna_lora_rl.samplers.history import space_of
@@ -83,28 +85,21 @@ class BanditSampler(BaseSampler):
         exploration: float = 1.0,
         roles: Mapping[str, str] | None = None,
     ) -> None:
-        if seed is not None and not (isinstance(seed, int) and seed >= 0):
-            raise UserError(f"seed is {seed!r}, but must be a whole number, at least 0")
         if algorithm not in ("thompson", "ucb"):
             raise UserError(f"algorithm is {algorithm!r}, but must be 'thompson' or 'ucb'")
         if not (math.isfinite(exploration) and exploration >= 0):
             raise UserError(f"exploration is {exploration!r}, but must be a number, at least 0")
-        for name, role in (roles or {}).items():
-            if role not in (*ROLES, "none"):
-                raise UserError(
-                    f"roles: {name} is {role!r}, but must be one of {', '.join(ROLES)}, none"
-                )
         _check_levels(levels)
-        self._seed = _fresh_seed() if seed is None else seed
+        self._seed = checked_seed(seed)
         self._algorithm: Literal["thompson", "ucb"] = algorithm
         self._contextual = contextual
         self._levels = levels
         self._exploration = exploration
-        self._roles = dict(roles or {})
+        self._roles = checked_roles(roles)
 
     def reseed_rng(self) -> None:
         """Take a new seed. Optuna calls this where copies of the sampler work in parallel."""
-        self._seed = _fresh_seed()
+        self._seed = fresh_seed()
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
@@ -223,10 +218,6 @@ def _common(spaces: Iterable[dict[str, BaseDistribution]]) -> dict[str, BaseDist
         for name, distribution in (known[0] if known else {}).items()
         if all(space.get(name) == distribution for space in known)
     }
-
-
-def _fresh_seed() -> int:
-    return int(np.random.SeedSequence().generate_state(1)[0])
 
 
 def _check_levels(levels: Any) -> None:

@@ -29,10 +29,12 @@ from optuna_lora_rl.policy.proposal import decide
 from optuna_lora_rl.policy.proposal import draw_parameter
 from optuna_lora_rl.policy.proposal import fit_feasibility
 from optuna_lora_rl.policy.proposal import fit_surrogate
-from optuna_lora_rl.policy.roles import ROLES
 from optuna_lora_rl.samplers import PROPOSAL_KEY
 from optuna_lora_rl.samplers import is_whole
 from optuna_lora_rl.samplers.adaptation import Adaptation
+from optuna_lora_rl.samplers.arguments import checked_roles
+from optuna_lora_rl.samplers.arguments import checked_seed
+from optuna_lora_rl.samplers.arguments import fresh_seed
 from optuna_lora_rl.samplers.history import History
 from optuna_lora_rl.samplers.history import Ledger
 from optuna_lora_rl.samplers.history import parameters_of
@@ -135,22 +137,15 @@ class RLSampler(BaseSampler):
             raise UserError(f"adapt is {adapt!r}, but must be True or False")
         if adapt and not learned:
             raise UserError("adapt is True, but learned is False, so that there is no policy")
-        if seed is not None and not (is_whole(seed) and seed >= 0):
-            raise UserError(f"seed is {seed!r}, but must be a whole number, at least 0")
         if n_trials is not None and not (is_whole(n_trials) and n_trials >= 1):
             raise UserError(f"n_trials is {n_trials!r}, but must be a whole number, at least 1")
         if not (is_whole(n_candidates) and n_candidates >= 16):
             raise UserError(
                 f"n_candidates is {n_candidates!r}, but must be a whole number, at least 16"
             )
-        for name, role in (roles or {}).items():
-            if role not in (*ROLES, "none"):
-                raise UserError(
-                    f"roles: {name} is {role!r}, but must be one of {', '.join(ROLES)}, none"
-                )
-        self._seed = _fresh_seed() if seed is None else int(seed)
+        self._seed = checked_seed(seed)
         self._n_trials = n_trials
-        self._roles = dict(roles or {})
+        self._roles = checked_roles(roles)
         self._network = weight_files.load(weights) if learned else None
         self._settings = Settings(candidates=n_candidates)
         self._earlier = EarlierStudies(source_studies, self._roles)
@@ -180,7 +175,7 @@ class RLSampler(BaseSampler):
     def reseed_rng(self) -> None:
         """Take a new seed. Optuna calls this where copies of the sampler work in parallel."""
         with self._lock:
-            self._seed = _fresh_seed()
+            self._seed = fresh_seed()
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
@@ -379,7 +374,3 @@ def _on_cpu() -> AbstractContextManager[object]:
     """Keeps the sampler's tensors on the CPU where the objective's program defaults elsewhere."""
     device = torch.device("cpu")
     return nullcontext() if torch.get_default_device() == device else device
-
-
-def _fresh_seed() -> int:
-    return int(np.random.SeedSequence().generate_state(1)[0])

@@ -50,6 +50,17 @@ def counts(trial: FrozenTrial) -> bool:
     return trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
 
 
+def counts_in_words(trials: Iterable[FrozenTrial]) -> list[str]:
+    """How many trials of those that count ended how, such as ``["9 completed", "3 pruned"]``."""
+    states = [trial.state for trial in trials if counts(trial)]
+    words = {
+        TrialState.COMPLETE: "completed",
+        TrialState.PRUNED: "pruned",
+        TrialState.FAIL: "failed",
+    }
+    return [f"{states.count(state)} {words[state]}" for state in words if state in states]
+
+
 def final_score(trial: FrozenTrial) -> float | None:
     """The score of a finished trial; a Pareto study's trials have one too."""
     if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):

@@ -115,16 +115,7 @@ def write(study: optuna.Study, spec: StudySpec) -> Path:
 
 
 def _opening(spec: StudySpec, trials: Sequence[FrozenTrial]) -> str:
-    states = [trial.state for trial in trials if outcome.counts(trial)]
-    counts = [
-        f"{states.count(state)} {word}"
-        for state, word in (
-            (TrialState.COMPLETE, "completed"),
-            (TrialState.PRUNED, "pruned"),
-            (TrialState.FAIL, "failed"),
-        )
-        if state in states
-    ]
+    counts = outcome.counts_in_words(trials)
     packed = outcome.side_by_side(trials)
     return (
         f"<h1>{html.escape(spec.name)}</h1><p class=quiet><b>{html.escape(spec.model.name)}</b> "

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from typing import Any
 
 import optuna
-from optuna.trial import TrialState
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -54,16 +53,7 @@ def standing(console: Console, study: optuna.Study, spec: StudySpec) -> None:
 def progress(trials: Sequence[FrozenTrial], spec: StudySpec) -> str:
     """The budget's use in words, such as ``12 of 20 trials (9 completed, 3 pruned)``."""
     usage, budget = Usage.of(trials), spec.budget
-    counted = [trial.state for trial in trials if outcome.counts(trial)]
-    states = [
-        f"{counted.count(state)} {word}"
-        for state, word in (
-            (TrialState.COMPLETE, "completed"),
-            (TrialState.PRUNED, "pruned"),
-            (TrialState.FAIL, "failed"),
-        )
-        if state in counted
-    ]
+    states = outcome.counts_in_words(trials)
     if usage.running:
         states.append(f"{usage.running} running")
     parts = [

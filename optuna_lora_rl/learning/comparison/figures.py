@@ -116,7 +116,6 @@ def _grid_of(names: Sequence[str], found: Mapping[str, Curves]) -> go.Figure:
 def _regrets(
     found: Mapping[str, Curves], reference: str, styles: Mapping[str, dict[str, Any]]
 ) -> go.Figure:
-    import plotly.graph_objects as go
 
     figure = _grid_of(list(found), found)
     for k, (_, curves) in enumerate(found.items()):
@@ -138,23 +137,30 @@ def _regrets(
             **place,
         )
         for label in _last(reference, curves.regret):
-            figure.add_trace(
-                go.Scatter(
-                    x=trials,
-                    y=_shown(curves.regret[label].mean((0, 1))),
-                    name=label,
-                    legendgroup=label,
-                    legendrank=1 if label == reference else 1000,
-                    showlegend=k == 0,
-                    mode="lines",
-                    line=styles[label],
-                    hovertemplate="%{y:.3f}",
-                ),
+            figure.add_scatter(
+                x=trials,
+                y=_shown(curves.regret[label].mean((0, 1))),
+                hovertemplate="%{y:.3f}",
+                **_line(label, reference, styles, legend=k == 0),
                 **place,
             )
     figure.update_yaxes(type="log", tickformat="~g", dtick="D2")
     figure.update_yaxes(title_text="regret", col=1)
     return figure
+
+
+def _line(
+    label: str, reference: str, styles: Mapping[str, dict[str, Any]], *, legend: bool
+) -> dict[str, Any]:
+    """How a sampler's line looks, the same in every panel, and whether the legend has it."""
+    return {
+        "name": label,
+        "legendgroup": label,
+        "legendrank": 1 if label == reference else 1000,
+        "showlegend": legend,
+        "mode": "lines",
+        "line": styles[label],
+    }
 
 
 def _last(reference: str, labels: Iterable[str]) -> list[str]:
@@ -170,25 +176,17 @@ def _shown(regret: np.ndarray) -> np.ndarray:
 def _ranks(
     found: Mapping[str, Curves], reference: str, styles: Mapping[str, dict[str, Any]]
 ) -> go.Figure:
-    import plotly.graph_objects as go
 
     figure = _grid_of(list(found), found)
     for k, curves in enumerate(found.values()):
         ranks = statistics.ranks(curves.regret)
         for label in _last(reference, ranks):
             rank = ranks[label]
-            figure.add_trace(
-                go.Scatter(
-                    x=np.arange(1, rank.shape[2] + 1),
-                    y=rank.mean((0, 1)),
-                    name=label,
-                    legendgroup=label,
-                    legendrank=1 if label == reference else 1000,
-                    showlegend=k == 0,
-                    mode="lines",
-                    line=styles[label],
-                    hovertemplate="%{y:.1f}",
-                ),
+            figure.add_scatter(
+                x=np.arange(1, rank.shape[2] + 1),
+                y=rank.mean((0, 1)),
+                hovertemplate="%{y:.1f}",
+                **_line(label, reference, styles, legend=k == 0),
                 row=k // _COLUMNS + 1,
                 col=k % _COLUMNS + 1,
             )
