@@ -37,24 +37,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import os
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
 
 import measuring
-import numpy as np
+from compute_to_target_tables import markdown
+from compute_to_target_tables import summarise
+from search_to_target import Search
 
 if TYPE_CHECKING:
     import optuna
@@ -75,7 +72,6 @@ SPACE: dict[str, Any] = {
     "learning_rate": {"low": 1e-4, "high": 3e-2, "log": True},
     "batch_size": [4, 8, 16],
 }
-TOLERANCE = 1e-3
 _MEDIAN = "Optuna's MedianPruner"
 
 
@@ -112,111 +108,6 @@ ARMS = (
 
 class _Reached(Exception):
     """Ends a pack when a trial has reached the target."""
-
-
-class Search:
-    """One study until its target is reached, and what it took.
-
-    Args:
-        study: An Optuna study that maximises.
-        suggest: Gives a trial its configuration.
-        job: ``trials`` at most, ``target`` or None, ``evaluations`` of a trial.
-        tokens: Counts while the study runs.
-
-    Attributes:
-        reached: Whether a finished trial has reached the target.
-    """
-
-    def __init__(
-        self,
-        study: optuna.Study,
-        suggest: Callable[[optuna.Trial], Mapping[str, Any]],
-        job: measuring.Job,
-        tokens: measuring.Tokens,
-    ) -> None:
-        self.reached = False
-        self._study = study
-        self._suggest = suggest
-        self._job = job
-        self._tokens = tokens
-        self._clock = time.monotonic if measuring.on_gpu(job["device"]) else time.process_time
-        self._began = self._clock()
-        self._asked = 0
-        self._seconds = {"sampler": 0.0, "pruner": 0.0}
-        self._ended: list[dict[str, Any]] = []
-
-    def ask(self) -> tuple[optuna.Trial, Mapping[str, Any]] | None:
-        """Return the next trial, or None when there are no more."""
-        if self.reached or self._asked == self._job["trials"]:
-            return None
-        self._asked += 1
-        began = self._clock()
-        trial = self._study.ask()
-        configuration = self._suggest(trial)
-        self._took("sampler", began)
-        return trial, configuration
-
-    def report(self, trial: optuna.Trial) -> Callable[[float], None]:
-        """Return a function that takes the trial's scores and may raise ``TrialPruned``."""
-        import optuna
-
-        evaluation = 0
-
-        def report(score: float) -> None:
-            nonlocal evaluation
-            evaluation += 1
-            began = self._clock()
-            trial.report(score, evaluation)
-            prune = evaluation < self._job["evaluations"] and trial.should_prune()
-            self._took("pruner", began)
-            if prune:
-                raise optuna.TrialPruned
-
-        return report
-
-    def tell(self, trial: optuna.Trial, outcome: float | Exception) -> None:
-        """Take a trial's score, or what ended it."""
-        import optuna
-
-        began = self._clock()
-        score = None
-        if isinstance(outcome, optuna.TrialPruned):
-            state = optuna.trial.TrialState.PRUNED
-        elif isinstance(outcome, Exception) or not math.isfinite(outcome):
-            state = optuna.trial.TrialState.FAIL
-        else:
-            state, score = optuna.trial.TrialState.COMPLETE, float(outcome)
-        self._study.tell(trial, score, state)
-        self._took("sampler", began)
-        self._ended.append({"trial": trial.number, "state": state.name, "score": score})
-        self._ended[-1] |= self._spent()
-        target = self._job["target"]
-        if score is not None and target is not None and score >= target - TOLERANCE:
-            self.reached = True
-
-    def result(self) -> measuring.Result:
-        scores = [end["score"] for end in self._ended if end["score"] is not None]
-        return {
-            **self._spent(),
-            "reached": self.reached,
-            "best": max(scores, default=None),
-            "trials": len(self._ended),
-            "begun": self._asked,
-            "sampler_seconds": round(self._seconds["sampler"], 3),
-            "pruner_seconds": round(self._seconds["pruner"], 3),
-            "ended": self._ended,
-        }
-
-    def _spent(self) -> dict[str, Any]:
-        return {
-            "seconds": round(self._clock() - self._began, 3),
-            "tokens": self._tokens.trained,
-            "padded_tokens": self._tokens.padded,
-            "evaluated_tokens": self._tokens.evaluated,
-        }
-
-    def _took(self, part: str, began: float) -> None:
-        self._seconds[part] += self._clock() - began
 
 
 def prepare(job: measuring.Job) -> Callable[[], measuring.Result]:
@@ -433,177 +324,17 @@ def _job(
     }
 
 
-def first_hit(naive: measuring.Result) -> dict[str, Any]:
-    """Return what the naive arm had spent when it first reached its own target."""
-    target = naive["best"] - TOLERANCE
-    return dict(
-        next(end for end in naive["ended"] if end["score"] is not None and end["score"] >= target)
-    )
-
-
-def spent(result: measuring.Result, measure: str) -> float:
-    """Return an arm's compute to target; twice what it spent where it did not get there."""
-    return float(result[measure]) * (1 if result["reached"] else 2)
-
-
-def summarise(
-    found: Mapping[tuple[str, int], Mapping[str, measuring.Result]], names: Sequence[str]
-) -> dict[str, Any]:
-    """Ratios, intervals, and each part's share.
-
-    Args:
-        found: Results by (task, seed) and by arm.
-        names: The arms in the order of their parts, ``naive`` first.
-    """
-    pairs = [{name: results[name] for name in names} for results in found.values()]
-    hits = [first_hit(results["naive"]) for results in pairs]
-    rows: dict[str, Any] = {}
-    for name in names:
-        own = [results[name] for results in pairs]
-        rows[name] = row = {
-            "reached": sum(result["reached"] for result in own),
-            "median_trials": float(np.median([result["trials"] for result in own])),
-            "sampler_seconds_share": _share(own, "sampler_seconds"),
-            "pruner_seconds_share": _share(own, "pruner_seconds"),
-        }
-        if name == "naive":
-            row["reached"] = len(pairs)
-            row["median_trials_to_first_hit"] = float(np.median([h["trial"] + 1 for h in hits]))
-            continue
-        for measure in ("tokens", "seconds"):
-            compute = [spent(result, measure) for result in own]
-            whole = [results["naive"][measure] for results in pairs]
-            row[f"{measure}_to_50_trials"] = _ratio(whole, compute)
-            row[f"{measure}_to_first_hit"] = _ratio([hit[measure] for hit in hits], compute)
-    return {"pairs": len(pairs), "arms": rows, "parts": _parts(pairs, hits, names)}
-
-
-def _parts(
-    pairs: Sequence[Mapping[str, measuring.Result]],
-    hits: Sequence[Mapping[str, Any]],
-    names: Sequence[str],
-) -> dict[str, Any]:
-    """Each part's factor: compute to target without it over that with it."""
-    parts: dict[str, Any] = {}
-    for measure in ("tokens", "seconds"):
-        compute = {name: [spent(results[name], measure) for results in pairs] for name in names}
-        compute["naive"] = [hit[measure] for hit in hits]
-        total = np.log(_ratio(compute["naive"], compute[names[-1]])[0])
-        for before, name in pairwise(names):
-            factor = _ratio(compute[before], compute[name])
-            verdict = "pays" if factor[1] > 1 else "costs" if factor[2] < 1 else "not shown"
-            share = float(np.log(factor[0]) / total) if total else 0.0
-            parts.setdefault(name, {})[measure] = {
-                "factor": factor,
-                "share": share,
-                "verdict": verdict,
-            }
-    return parts
-
-
-def _ratio(naive: Sequence[float], own: Sequence[float]) -> list[float]:
-    pairs = np.stack([np.array(naive, dtype=float), np.array(own, dtype=float)], axis=1)
-    return measuring.interval(pairs, measuring.geometric_mean_ratio)
-
-
-def _share(results: Sequence[measuring.Result], part: str) -> float:
-    return float(sum(r[part] for r in results) / sum(r["seconds"] for r in results))
-
-
-def markdown(entries: dict[str, Any]) -> str:
-    """All entries as a page."""
-    lines = [
-        "# Compute to target",
-        "",
-        "What it takes to reach the score that the naive arm (`studies/naive.py`) has after 50 "
-        "trials; `studies/compute_to_target.py` says what is measured. Ratios are geometric means "
-        "over (task, seed) of the naive arm's compute over the arm's, with 95% bootstrap "
-        "intervals, paired by task and seed: against all of the naive arm's trials, and, "
-        "stricter, against what it had spent when it first had its final score, which nobody "
-        "knows at that time. Arms that did not reach the target after twice the trials count "
-        "with twice what they spent.",
-        "",
-    ]
-    for name, entry in sorted(entries.items()):
-        lines += [f"## {name}", "", *measuring.provenance(entry), *_tables(entry)]
-    return "\n".join(lines)
-
-
-def _tables(entry: Mapping[str, Any]) -> list[str]:
-    found = entry["summary"]
-    s = entry["settings"]
-    trials = s["trials"]
-    lines = [
-        f"{found['pairs']} pairs of task ({', '.join(s['tasks'])}) and seed; {s['steps']} steps, "
-        f"{s['evaluations']} evaluations a trial; packs of {s['size']}, pruner `{s['pruner']}`"
-        + (f", options {s['training']}" if s["training"] else "")
-        + ".",
-        "",
-        f"| with | reached | median trials | tokens, x of {trials} trials | seconds, x of "
-        f"{trials} trials | tokens, x of first hit | seconds, x of first hit "
-        "| sampler's, pruner's share of time |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for arm, row in found["arms"].items():
-        ratios = [
-            measuring.shown(row[f"{measure}_to_{base}"]) if arm != "naive" else "–"
-            for base in ("50_trials", "first_hit")
-            for measure in ("tokens", "seconds")
-        ]
-        number = f"{row['median_trials']:.0f}"
-        if arm == "naive":
-            number += f" (first hit {row['median_trials_to_first_hit']:.0f})"
-        shares = f"{row['sampler_seconds_share']:.1%}, {row['pruner_seconds_share']:.1%}"
-        cells = [arm, f"{row['reached']}/{found['pairs']}", number, *ratios, shares]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
-        "Each part's factor, as it is added to those above it, and its share of the whole ratio "
-        "to the first hit (in logarithms):",
-        "",
-        "| part | tokens [95%] | share | | seconds [95%] | share | |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for part, row in found["parts"].items():
-        cells = [part]
-        for measure in ("tokens", "seconds"):
-            one = row[measure]
-            cells += [measuring.shown(one["factor"]), f"{one['share']:.0%}", one["verdict"]]
-        lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, "", _unpaid(found["parts"]), ""]
-
-
-def _unpaid(parts: Mapping[str, Any]) -> str:
-    unpaid = [
-        f"{name} in {measure}"
-        for name, row in parts.items()
-        for measure in ("tokens", "seconds")
-        if row[measure]["verdict"] != "pays"
-    ]
-    if not unpaid:
-        return "Every part paid, in tokens and in seconds."
-    return f"Not shown to pay (the interval reaches down to 1): {', '.join(unpaid)}."
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str]) -> None:
     """The command line of this file."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if list(arguments) == ["--worker"]:
-        measuring.serve(prepare)
-        return
     given = _options(arguments)
-    if not Path(given.model).is_dir() and "/" not in given.model:
-        os.environ["HF_HUB_OFFLINE"] = "1"
+    measuring.stay_offline(given.model)
     records = measuring.Records(given.records)
     found = measure(given, records)
     settings = {
         name: value for name, value in vars(given).items() if name not in ("records", "output")
     }
     entry = {
-        "command": measuring.command(FILE, arguments),
-        "versions": measuring.versions(),
-        "machine": measuring.machine(),
-        "revisions": sorted(records.revisions),
+        **measuring.circumstances(FILE, arguments, records.revisions),
         "settings": settings,
         "summary": summarise(found, [arm.name for arm in arms(given)]),
     }
@@ -640,4 +371,4 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    measuring.program(main, prepare)

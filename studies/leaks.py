@@ -14,11 +14,11 @@ from __future__ import annotations
 import argparse
 import gc
 import hashlib
-import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -206,7 +206,7 @@ def _table(result: measuring.Result) -> list[str]:
     return rows
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Run both arms and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="tiny")
@@ -219,22 +219,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=8, help="trials side by side")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--stem", type=Path, default=STEM, help="results file, without a suffix")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
-    if given.worker:
-        measuring.serve(prepare)
-        return
-    hidden = ("stem", "worker")
-    settings = {name: value for name, value in vars(given).items() if name not in hidden}
+    settings = {name: value for name, value in vars(given).items() if name != "stem"}
     results = {}
     for arm, size in (("alone", 1), (f"packed {given.size}", given.size)):
         (results[arm],) = measuring.launch(FILE, [{**settings, "size": size}])
         print(f"{arm}: {results[arm]['seconds']:.0f} s", flush=True)
     entry = {
-        "command": measuring.command(FILE, sys.argv[1:]),
-        "machine": measuring.machine(),
-        "versions": measuring.versions(),
-        "revisions": [measuring._revision()],
+        **measuring.circumstances(FILE, arguments),
         "settings": settings,
         "arms": results,
     }
@@ -242,4 +234,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    measuring.program(main, prepare)

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -286,6 +287,22 @@ def _revision() -> str:
     return found.stdout.strip() or "unknown"
 
 
+def program(
+    main: Callable[[Sequence[str]], None], prepare: Callable[[Job], Callable[[], Result]]
+) -> None:
+    """What a benchmark's file does when it is run: benchmark, or work for ``launch``."""
+    if sys.argv[1:] == ["--worker"]:
+        serve(prepare)
+    else:
+        main(sys.argv[1:])
+
+
+def stay_offline(model: str) -> None:
+    """Ask no hub where the model is built in."""
+    if not Path(model).is_dir() and "/" not in model:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
 def machine() -> dict[str, Any]:
     """Where a benchmark runs."""
     found: dict[str, Any] = {"processor": _processor(), "cores": len(os.sched_getaffinity(0))}
@@ -315,6 +332,24 @@ def versions() -> dict[str, str]:
 
 def command(file: str, arguments: Sequence[str]) -> str:
     return shlex.join(["python", f"studies/{Path(file).name}", *arguments])
+
+
+def circumstances(
+    file: str, arguments: Sequence[str], revisions: Iterable[str] | None = None
+) -> dict[str, Any]:
+    """Returns the facts that ``provenance`` writes out.
+
+    Args:
+        file: The benchmark's file.
+        arguments: Its command line.
+        revisions: Of the code that the measurements were made by; the present one by default.
+    """
+    return {
+        "command": command(file, arguments),
+        "versions": versions(),
+        "machine": machine(),
+        "revisions": [_revision()] if revisions is None else sorted(revisions),
+    }
 
 
 def provenance(facts: Mapping[str, Any]) -> list[str]:

@@ -50,12 +50,8 @@ _STD = 0.02
 _ROWS = 256
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str]) -> None:
     """The command line of this file."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if list(arguments) == ["--worker"]:
-        measuring.serve(prepare)
-        return
     given = _options(arguments)
     records = measuring.Records(given.records)
     layers = {
@@ -63,10 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for shape, kind in product(given.shapes, given.kinds)
     }
     entry = {
-        "command": measuring.command(FILE, arguments),
-        "versions": measuring.versions(),
-        "machine": measuring.machine(),
-        "revisions": sorted(records.revisions),
+        **measuring.circumstances(FILE, arguments, records.revisions),
         "threads": given.threads,
         "note": given.note,
         "layers": layers,
@@ -222,4 +215,4 @@ def _words(text: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    measuring.program(main, prepare)

@@ -24,19 +24,19 @@ them when the code has changed; the results name the revisions that they are of.
 from __future__ import annotations
 
 import argparse
-import os
 import random
-import sys
 import tempfile
 from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import measuring
-import numpy as np
+from throughput_tables import markdown
+from throughput_tables import summarise
 
 FILE = str(Path(__file__).resolve())
 ROOT = measuring.FOLDER.parent
@@ -314,96 +314,17 @@ def _joined(results: Sequence[measuring.Result]) -> measuring.Result:
     }
 
 
-def summarise(found: dict[str, list[measuring.Result]]) -> dict[str, Any]:
-    """Compare the arms of one set with the naive ones."""
-    seconds = {name: np.array([r["seconds"] for r in runs]) for name, runs in found.items()}
-    naive = [name for name in found if name.startswith("naive")]
-    best = min(naive, key=lambda name: float(np.median(seconds[name])))
-    expected = np.array(found["naive"][0]["losses"])
-    rows: dict[str, Any] = {}
-    for name, runs in found.items():
-        trials = len(expected)
-        took = float(np.median(seconds[name]))
-        whole = float(np.median([r["seconds"] + r["once_seconds"] for r in runs]))
-        differences = np.abs(np.array([r["losses"] for r in runs]) - expected)
-        rows[name] = {
-            "seconds": seconds[name].tolist(),
-            "cpu_seconds": [r["cpu_seconds"] for r in runs],
-            "trials_an_hour": 3600 * trials / took,
-            "trials_an_hour_with_preparation": 3600 * trials / whole,
-            "preparation_seconds": float(np.median([r["once_seconds"] for r in runs])),
-            "ratio": _ratio(seconds["naive"], seconds[name]),
-            "ratio_to_fastest_naive": _ratio(seconds[best], seconds[name]),
-            "peak_bytes": max(r.get("peak_cuda_bytes") or r["peak_rss_bytes"] for r in runs),
-            "largest_loss_difference": float(differences.max()),
-            "notes": sorted({note for r in runs for note in r["notes"]}),
-        }
-    return {"fastest_naive": best, "arms": rows}
-
-
-def _ratio(naive: np.ndarray, own: np.ndarray) -> list[float]:
-    return measuring.interval(np.stack([naive, own], axis=1), measuring.ratio_of_medians)
-
-
-def markdown(entries: dict[str, Any]) -> str:
-    """All entries as a page."""
-    lines = [
-        "# Trials an hour at equal work",
-        "",
-        "The same fixed configurations in every arm, no pruning, no sampler; `studies/naive.py` "
-        "is the naive arm, `studies/throughput.py` says what is measured. Ratios are those of "
-        "median times to the naive arm's and to that of the fastest naive variant, with 95% "
-        "bootstrap intervals over repeats. Memory is the processes' peak resident size, on a GPU "
-        "what torch allocated. The last column is the largest difference of any trial's final "
-        "validation loss from the naive arm's.",
-        "",
-    ]
-    for name, entry in sorted(entries.items()):
-        s = entry["settings"]
-        lines += [f"## {name}", ""]
-        lines += measuring.provenance(entry)
-        for kind, found in entry["sets"].items():
-            lines += [
-                f"{s['trials']} {kind} configurations of {s['steps']} steps of {BATCH} sequences "
-                f"(`{s['data']}`), {s['evaluations']} evaluations on {s['validation']} examples, "
-                f"{entry['repeats']} repeats; the fastest naive variant is "
-                f"'{found['fastest_naive']}'.",
-                "",
-                "| arm | trials/hour | with preparation | x naive [95%] | x fastest naive [95%] "
-                "| peak memory, MB | loss difference |",
-                "|---|---|---|---|---|---|---|",
-            ]
-            for arm, row in found["arms"].items():
-                lines.append(
-                    f"| {arm} | {row['trials_an_hour']:.0f} "
-                    f"| {row['trials_an_hour_with_preparation']:.0f} "
-                    f"| {measuring.shown(row['ratio'])} "
-                    f"| {measuring.shown(row['ratio_to_fastest_naive'])} "
-                    f"| {row['peak_bytes'] / 1e6:.0f} | {row['largest_loss_difference']:.1e} |"
-                )
-            lines.append("")
-    return "\n".join(lines)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str]) -> None:
     """The command line of this file."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if list(arguments) == ["--worker"]:
-        measuring.serve(prepare)
-        return
     given = _options(arguments)
-    if not Path(given.model).is_dir() and "/" not in given.model:
-        os.environ["HF_HUB_OFFLINE"] = "1"
+    measuring.stay_offline(given.model)
     if given.model == "30m" and not (MADE / "config.json").exists():
         job = {"kind": "make", "threads": None, "model": str(MADE)}
         print(measuring.launch(FILE, [job])[0], flush=True)
     records = measuring.Records(given.records)
     found = measure(given, records)
     entry = {
-        "command": measuring.command(FILE, arguments),
-        "versions": measuring.versions(),
-        "machine": measuring.machine(),
-        "revisions": sorted(records.revisions),
+        **measuring.circumstances(FILE, arguments, records.revisions),
         "settings": _settings(given),
         "repeats": given.repeats,
         "sets": {kind: summarise(arms) for kind, arms in found.items()},
@@ -412,7 +333,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name = f"{Path(given.model).name} on {on}"
     if given.threads is not None:
         name += f", threads: {given.threads}"
-    print(measuring.publish(given.output / "throughput", name, entry, markdown))
+    page = partial(markdown, batch=BATCH)
+    print(measuring.publish(given.output / "throughput", name, entry, page))
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -446,4 +368,4 @@ def _numbers(text: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    main()
+    measuring.program(main, prepare)

@@ -113,7 +113,7 @@ def test_compute_to_target_adds_one_part_after_another(
     naive, shared = results["naive"], results["shared base"]
     # The same sampler gets the same scores for the same configurations, and so goes the same way.
     assert shared["reached"]
-    assert shared["tokens"] == studies("compute_to_target").first_hit(naive)["tokens"]
+    assert shared["tokens"] == studies("compute_to_target_tables").first_hit(naive)["tokens"]
     assert shared["best"] == pytest.approx(naive["best"], abs=1e-4)
     assert all(0 < result["tokens"] <= result["padded_tokens"] for result in results.values())
     page = (tmp_path / "compute_to_target.md").read_text()
@@ -137,7 +137,7 @@ def test_ratios_and_shares(studies: Any) -> None:
         (task, 0): {"naive": result(spent), "shared base": result(40), "sampler": result(10)}
         for task, spent in (("a", 80), ("b", 160))
     }
-    benchmark = studies("compute_to_target")
+    benchmark = studies("compute_to_target_tables")
     names = ("naive", "shared base", "sampler")
     summary = benchmark.summarise(found, names)
     sampler = summary["arms"]["sampler"]

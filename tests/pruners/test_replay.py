@@ -15,11 +15,11 @@ STUDIES = Path(__file__).parents[2] / "studies"
 @pytest.fixture
 def replaying(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(STUDIES))
-    for name in ("curves", "pruner_replay"):
+    for name in ("curves", "replaying"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    import pruner_replay  # type: ignore[import-not-found]
+    import replaying  # type: ignore[import-not-found]
 
-    return pruner_replay
+    return replaying
 
 
 def task(replaying: Any, runs: int = 16) -> Any:
@@ -60,8 +60,10 @@ def test_the_hypervolume_is_an_area(replaying: Any) -> None:
 
 
 def test_what_was_recorded_can_be_read_and_replayed(replaying: Any) -> None:
-    recorded = replaying.read(STUDIES / "curves.jsonl")
-    tasks = replaying.tasks_of(recorded, (*replaying.VALIDATION, *replaying.TEST))
+    import curves  # type: ignore[import-not-found]
+
+    recorded = curves.read(STUDIES / "curves.jsonl")
+    tasks = replaying.tasks_of(recorded, (*curves.VALIDATION, *curves.TEST))
     assert len(tasks) == 8
     for each in tasks:
         assert each.quality.shape == (len(each.cost), 8)
