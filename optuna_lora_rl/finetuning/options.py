@@ -6,7 +6,6 @@ documentation: the docs page and ``optuna-lora-rl init`` are generated from them
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from typing import Any
 from typing import Literal
 
@@ -17,6 +16,7 @@ from pydantic import PositiveInt
 from pydantic import field_validator
 from pydantic import model_validator
 
+from optuna_lora_rl.finetuning.extra import check_extra
 from optuna_lora_rl.finetuning.rank_options import RankChangeOptions
 from optuna_lora_rl.finetuning.section import Section
 
@@ -24,52 +24,6 @@ COLUMN_ROLES = ("text", "prompt", "completion", "messages")
 GENERATED_METRICS = ("exact_match", "accuracy", "f1")
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 FLASH_ATTENTION = ("flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2")
-
-# What a trial sets itself, and where the user says it instead.
-_TUNED = {
-    "learning_rate": "learning_rate",
-    "lr_scheduler_type": "lr_scheduler_type",
-    "max_grad_norm": "max_grad_norm",
-    "max_steps": "max_steps",
-    "num_train_epochs": "num_train_epochs",
-    "optim": "optim",
-    "per_device_train_batch_size": "batch_size",
-    "gradient_accumulation_steps": "batch_size",
-    "warmup_ratio": "warmup_ratio",
-    "warmup_steps": "warmup_ratio",
-    "weight_decay": "weight_decay",
-}
-_OPTIONS = {
-    "attn_implementation": "model.attn_implementation",
-    "bf16": "training.precision",
-    "fp16": "training.precision",
-    "data_seed": "training.seed",
-    "eval_steps": "training.evaluations",
-    "eval_strategy": "training.evaluations",
-    "gradient_checkpointing": "training.gradient_checkpointing",
-    "max_length": "data.max_length",
-    "packing": "training.packing",
-    "per_device_eval_batch_size": "training.eval_batch_size",
-    "report_to": "training.report_to",
-    "seed": "training.seed",
-    "trust_remote_code": "model.trust_remote_code",
-    "use_cpu": "training.use_cpu",
-}
-_OWN = (
-    "dataset_kwargs",
-    "disable_tqdm",
-    "do_eval",
-    "do_predict",
-    "do_train",
-    "load_best_model_at_end",
-    "model_init_kwargs",
-    "output_dir",
-    "push_to_hub",
-    "resume_from_checkpoint",
-    "run_name",
-    "save_steps",
-    "save_strategy",
-)
 
 
 class ModelOptions(Section):
@@ -304,7 +258,7 @@ class TrainingOptions(Section):
     @classmethod
     def _known_arguments(cls, extra: dict[str, Any]) -> dict[str, Any]:
         if extra:
-            _check_extra(extra)
+            check_extra(extra)
         return extra
 
     @model_validator(mode="after")
@@ -395,25 +349,3 @@ class ObjectiveOptions(Section):
         if objectives not in (("score",), ("quality", "cost")):
             raise ValueError(f"objectives is {list(objectives)}; it is [score] or [quality, cost]")
         return objectives
-
-
-def _check_extra(extra: dict[str, Any]) -> None:
-    # TRL takes seconds to import: only who passes arguments through pays for the check.
-    from dataclasses import fields
-
-    from trl import SFTConfig
-
-    known = {field.name for field in fields(SFTConfig) if field.init}
-    for name in extra:
-        if name in _TUNED:
-            raise ValueError(
-                f"extra.{name} is set by each trial; fix it with {_TUNED[name]!r} in the space"
-            )
-        if name in _OPTIONS:
-            raise ValueError(f"extra.{name} is said by {_OPTIONS[name]}")
-        if name in _OWN:
-            raise ValueError(f"extra.{name} is kept by the study and cannot be changed")
-        if name not in known:
-            close = get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"extra.{name} is no argument of TRL's SFTConfig{hint}")

@@ -23,74 +23,25 @@ from contextlib import contextmanager
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
-from typing import Protocol
 
 import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optuna_lora_rl.finetuning.coroutine import Coroutine
 from optuna_lora_rl.finetuning.coroutine import Globals
 from optuna_lora_rl.finetuning.isolation import is_out_of_memory
 from optuna_lora_rl.finetuning.isolation import let_go
-from optuna_lora_rl.finetuning.member import Backward
 from optuna_lora_rl.finetuning.member import Call
 from optuna_lora_rl.finetuning.member import Forward
-from optuna_lora_rl.finetuning.member import Member
 from optuna_lora_rl.finetuning.packed_lora import PackedBatch
 from optuna_lora_rl.finetuning.packed_lora import Share
 from optuna_lora_rl.finetuning.price import Measured
+from optuna_lora_rl.finetuning.seat import Job
+from optuna_lora_rl.finetuning.seat import Seat
 
 # On a CPU, products of more rows than this are no faster, and activations fall out of the cache.
 _CPU_SEQUENCES = 64
-
-
-class Job(Protocol):
-    """One run for a pack."""
-
-    def work(self, member: Member) -> None:
-        """The run itself, called in a coroutine."""
-
-    def done(self, error: Exception | None, took: Measured) -> None:
-        """Called in the thread of the pack when ``work`` has ended."""
-
-
-class _Seat:
-    """One run in the pack, seen from outside.
-
-    Attributes:
-        job: The run.
-        member: Its own side.
-        coroutine: Where it runs.
-        batch: The batch that it gave last.
-        took: Its seconds so far, and the peak of memory while it was there.
-    """
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.coroutine: Coroutine[None] = Coroutine(lambda: job.work(self.member))
-        self.member = Member(self.coroutine.ask)
-        self.batch: Forward | None = None
-        self.seconds = 0.0
-        self.peak_bytes = 0
-
-    def takes(self) -> Forward:
-        """The batch that it waits with, or waited with before its backward pass."""
-        request = self.coroutine.request
-        if isinstance(request, Forward):
-            self.batch = request
-        assert self.batch is not None
-        return self.batch
-
-    def waits_to_go_back(self) -> bool:
-        return isinstance(self.coroutine.request, Backward)
-
-    def order(self) -> tuple[Any, ...]:
-        """Places runs side by side whose updates can be computed together."""
-        trained = self.member.trained
-        ranks = [factors.a.shape[0] for factors in trained.values()]
-        return len(self.takes().input_ids), sorted(trained), max(ranks, default=0)
 
 
 @dataclass(eq=False)
@@ -105,7 +56,7 @@ class _Pass:
         before: The seats' global state before the pass.
     """
 
-    seats: list[_Seat]
+    seats: list[Seat]
     shares: list[Share]
     together: PackedBatch
     output: Tensor
@@ -141,7 +92,7 @@ class Pack:
         self._most = size
         self._checkpointing = checkpointing
         self._says = says
-        self._seats: list[_Seat] = []
+        self._seats: list[Seat] = []
         self._asks = True
         self._process = psutil.Process()
 
@@ -175,13 +126,13 @@ class Pack:
             if job is None:
                 self._asks = False
                 break
-            seat = _Seat(job)
+            seat = Seat(job)
             self._seats.append(seat)
             self._advance(seat)
         return bool(self._seats)
 
     def _advance(
-        self, seat: _Seat, answer: Any = None, *, error: BaseException | None = None
+        self, seat: Seat, answer: Any = None, *, error: BaseException | None = None
     ) -> None:
         """Lets a run go on until it waits for a pass, or ends."""
         while True:
@@ -199,7 +150,7 @@ class Pack:
             except Exception as raised:
                 error = raised
 
-    def _ends(self, seat: _Seat) -> None:
+    def _ends(self, seat: Seat) -> None:
         self._seats.remove(seat)
         self._asks = True
         error = seat.coroutine.error
@@ -210,15 +161,15 @@ class Pack:
         # A trainer is a knot of references, and the collector rarely comes by itself.
         gc.collect()
 
-    def _serve(self, seats: Sequence[_Seat]) -> None:
+    def _serve(self, seats: Sequence[Seat]) -> None:
         """Takes the runs' batches through the base model and their gradients back."""
-        for together in self._cut(sorted(seats, key=_Seat.order)):
+        for together in self._cut(sorted(seats, key=Seat.order)):
             for passed in self._forward(together):
                 self._answer(passed)
 
-    def _cut(self, seats: list[_Seat]) -> Iterator[list[_Seat]]:
+    def _cut(self, seats: list[Seat]) -> Iterator[list[Seat]]:
         """Cuts runs into passes: what memory allows and, on a CPU, the cache likes."""
-        together: list[_Seat] = []
+        together: list[Seat] = []
         for seat in seats:
             rows = sum(len(other.takes().input_ids) for other in (*together, seat))
             crowded = self._device.type == "cpu" and rows > _CPU_SEQUENCES
@@ -239,7 +190,7 @@ class Pack:
                 seat.member.hidden = None
                 self._advance(seat)
 
-    def _forward(self, seats: list[_Seat]) -> Iterator[_Pass]:
+    def _forward(self, seats: list[Seat]) -> Iterator[_Pass]:
         """Computes the hidden states, in as many passes as memory needs.
 
         Each pass has to be over, its way back included, before the next is asked for.
@@ -265,7 +216,7 @@ class Pack:
         for half in self._halves(seats):
             yield from self._forward(half)
 
-    def _passed(self, seats: list[_Seat], before: list[Globals]) -> _Pass:
+    def _passed(self, seats: list[Seat], before: list[Globals]) -> _Pass:
         batches = [seat.takes() for seat in seats]
         first = batches[0]
         length = max(batch.input_ids.shape[1] for batch in batches)
@@ -287,7 +238,7 @@ class Pack:
                 seat.coroutine.globals = seat.coroutine.globals.drawn(share.generator)
         return _Pass(seats, shares, together, output, before)
 
-    def _shares(self, seats: list[_Seat], batches: list[Forward]) -> Iterator[Share]:
+    def _shares(self, seats: list[Seat], batches: list[Forward]) -> Iterator[Share]:
         start = 0
         for seat, batch in zip(seats, batches, strict=True):
             rows, length = batch.input_ids.shape
@@ -328,7 +279,7 @@ class Pack:
             for again in self._forward(half):
                 self._backward(again)
 
-    def _go_back(self, passed: _Pass, waiting: list[_Seat]) -> None:
+    def _go_back(self, passed: _Pass, waiting: list[Seat]) -> None:
         arriving = torch.zeros_like(passed.output)
         for seat, share in zip(passed.seats, passed.shares, strict=True):
             if seat in waiting and seat.member.hidden is not None:
@@ -342,7 +293,7 @@ class Pack:
         for weight, gradient in zip(weights, gradients, strict=True):
             weight.grad = gradient if weight.grad is None else weight.grad + gradient
 
-    def _halves(self, seats: list[_Seat]) -> tuple[list[_Seat], list[_Seat]]:
+    def _halves(self, seats: list[Seat]) -> tuple[list[Seat], list[Seat]]:
         middle = (len(seats) + 1) // 2
         if middle < self._most:
             self._most = middle
@@ -365,7 +316,7 @@ class Pack:
                 yield
 
     @contextmanager
-    def _charged(self, seats: Sequence[_Seat]) -> Iterator[None]:
+    def _charged(self, seats: Sequence[Seat]) -> Iterator[None]:
         """Counts the time of the block, in equal parts, and looks at the memory after it."""
         started = time.perf_counter()
         yield
@@ -399,9 +350,9 @@ def _recomputed(base: PreTrainedModel) -> Iterator[None]:
             del base.__dict__[name]
 
 
-def _alike(seats: Iterable[_Seat]) -> list[list[_Seat]]:
+def _alike(seats: Iterable[Seat]) -> list[list[Seat]]:
     """Groups runs whose batches can share a pass."""
-    groups: dict[tuple[Any, ...], list[_Seat]] = {}
+    groups: dict[tuple[Any, ...], list[Seat]] = {}
     for seat in seats:
         batch = seat.takes()
         groups.setdefault((batch.trains, batch.drops, batch.autocast), []).append(seat)

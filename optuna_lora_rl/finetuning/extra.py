@@ -1,0 +1,75 @@
+"""What `training.extra` may hand on to TRL: what a trial sets itself is said elsewhere."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Any
+
+# What a trial sets itself, and where the user says it instead.
+_TUNED = {
+    "learning_rate": "learning_rate",
+    "lr_scheduler_type": "lr_scheduler_type",
+    "max_grad_norm": "max_grad_norm",
+    "max_steps": "max_steps",
+    "num_train_epochs": "num_train_epochs",
+    "optim": "optim",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "batch_size",
+    "warmup_ratio": "warmup_ratio",
+    "warmup_steps": "warmup_ratio",
+    "weight_decay": "weight_decay",
+}
+_OPTIONS = {
+    "attn_implementation": "model.attn_implementation",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
+    "data_seed": "training.seed",
+    "eval_steps": "training.evaluations",
+    "eval_strategy": "training.evaluations",
+    "gradient_checkpointing": "training.gradient_checkpointing",
+    "max_length": "data.max_length",
+    "packing": "training.packing",
+    "per_device_eval_batch_size": "training.eval_batch_size",
+    "report_to": "training.report_to",
+    "seed": "training.seed",
+    "trust_remote_code": "model.trust_remote_code",
+    "use_cpu": "training.use_cpu",
+}
+_OWN = (
+    "dataset_kwargs",
+    "disable_tqdm",
+    "do_eval",
+    "do_predict",
+    "do_train",
+    "load_best_model_at_end",
+    "model_init_kwargs",
+    "output_dir",
+    "push_to_hub",
+    "resume_from_checkpoint",
+    "run_name",
+    "save_steps",
+    "save_strategy",
+)
+
+
+def check_extra(extra: dict[str, Any]) -> None:
+    """Raises ``ValueError`` for an argument that is not TRL's, or is said elsewhere."""
+    # TRL takes seconds to import: only who passes arguments through pays for the check.
+    from dataclasses import fields
+
+    from trl import SFTConfig
+
+    known = {field.name for field in fields(SFTConfig) if field.init}
+    for name in extra:
+        if name in _TUNED:
+            raise ValueError(
+                f"extra.{name} is set by each trial; fix it with {_TUNED[name]!r} in the space"
+            )
+        if name in _OPTIONS:
+            raise ValueError(f"extra.{name} is said by {_OPTIONS[name]}")
+        if name in _OWN:
+            raise ValueError(f"extra.{name} is kept by the study and cannot be changed")
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"extra.{name} is no argument of TRL's SFTConfig{hint}")
