@@ -139,6 +139,67 @@ def test_merge_writes_a_model(
     assert merged.mlp.up_proj.weight.equal(base.mlp.up_proj.weight)
 
 
+@pytest.fixture(scope="module")
+def experts(random_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model whose experts lie in one parameter, and an adapter on them and on a layer."""
+    from peft import LoraConfig
+    from peft import get_peft_model
+    from transformers import AutoTokenizer
+    from transformers import MixtralConfig
+    from transformers import MixtralForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(random_llama)
+    config = MixtralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=2,
+    )
+    base, adapter = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("experts")
+    MixtralForCausalLM(config).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=4,
+        target_modules=["q_proj"],
+        target_parameters=["mlp.experts.gate_up_proj"],
+        init_lora_weights=False,
+    )
+    peft: Any = get_peft_model(MixtralForCausalLM.from_pretrained(base), lora)
+    peft.save_pretrained(adapter)
+    return base, adapter
+
+
+def test_experts_are_no_layer_of_high_rank(
+    said: Said, experts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    base, adapter = experts
+    shown = " ".join(said("analyze", "--model", base).split())
+    assert "Left out are 3 weights" in shown and "model.layers.0.mlp.gate.weight" in shown
+    assert "mlp." not in said("analyze", "--adapter", adapter)
+    said("truncate", adapter, "--rank", 2, "--output", tmp_path)
+    before, after = (load_file(f / "adapter_model.safetensors") for f in (adapter, tmp_path))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("q_proj" in name for name in changed)
+
+
+def test_an_adapter_of_another_model_is_refused(
+    fails: Fails, adapter: Path, experts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, _ = experts
+    another = f"the adapter is of another model: {base} has no layer model.layers.0.mlp.down_proj"
+    assert another in fails("analyze", "--adapter", adapter, "--model", base)
+    assert "is for a weight of" in fails("merge", adapter, "--model", "tiny", "-o", tmp_path)
+    # PEFT would have merged what fits, and left the rest out in silence.
+    assert another in fails("merge", adapter, "--model", base, "-o", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

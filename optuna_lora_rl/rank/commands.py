@@ -75,7 +75,7 @@ def analyze(
     Raises:
         UserError: When neither is given, one cannot be read, or a file cannot be written.
     """
-    files = files or Files()
+    files, left_out = files or Files(), {}
     for page in (files.figure, files.capacity):
         tables.check_page(page)
     if adapter is not None:
@@ -88,11 +88,12 @@ def analyze(
         with console.status(f"decomposing {len(names)} weights"):
             up_to = 1 << 40 if exact else spectrum.EXACT_UP_TO
             found = spectrum.of_weights(base, names, exact_up_to=up_to)
+        left_out = layers.others_of(base) if modules is None else {}
     else:
         raise UserError("analyze needs a --model, an --adapter or both")
     console.print(f"[bold]{escape(title)}[/]", highlight=False)
     console.print(tables.spectra(found, more))
-    _say(console, _LEGEND + _estimated(found))
+    _say(console, _LEGEND + _estimated(found) + _left_out(left_out))
     _write(console, title, found, more, files)
 
 
@@ -268,20 +269,16 @@ def _updates(
     modules: Sequence[str] | None,
     dtype: str,
 ) -> tuple[dict[str, Spectrum], dict[str, dict[str, float]]]:
-    factors = saved.read(adapter).factors
-    factors = {name: factors[name] for name in places.chosen(factors, modules)}
+    own = saved.read(adapter)
+    factors = {name: own.factors[name] for name in places.chosen(own.factors, modules)}
     found = spectrum.of_all(factors)
     more: dict[str, dict[str, float]] = {"r": {name: one.rank for name, one in factors.items()}}
     if model is not None:
-        base = layers.linear_modules(_load(console, model, dtype))
-        for name in layers.chosen(base, factors):
-            weight = layers.weight_of(base[name], name)
-            if weight.shape != found[name].shape:
-                raise UserError(
-                    f"the adapter's {name} is for a weight of {found[name].shape}, and that of "
-                    f"{model} has {tuple(weight.shape)}"
-                )
-            norm = float(weight.float().norm()) or 1.0
+        loaded = _load(console, model, dtype)
+        own.check_fits(layers.shapes_of(loaded, with_head=True), model)
+        base = layers.linear_modules(loaded, with_head=True)
+        for name in factors:
+            norm = float(layers.weight_of(base[name], name).float().norm()) or 1.0
             more.setdefault("dW/W", {})[name] = found[name].frobenius_norm / norm
     return found, more
 
@@ -317,6 +314,16 @@ def _estimated(found: Mapping[str, Spectrum]) -> str:
         f" Of {len(rough)} large weights the first {rough[0].computed} values are computed, to "
         f"{max(one.error for one in rough):.1%} of the largest, and the rest estimated; --exact "
         "computes all."
+    )
+
+
+def _left_out(others: Mapping[str, int]) -> str:
+    if not others:
+        return ""
+    first = next(iter(others))
+    return (
+        f" Left out are {len(others)} weights, of {sum(others.values()):,} parameters, that lie in "
+        f"no linear layer, such as {first}."
     )
 
 

@@ -56,13 +56,17 @@ class Factors:
         return Factors(a=a, b=b, scaling=self.scaling)
 
 
-def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns the linear modules of the base model by name, all but the output head.
+def linear_modules(model: nn.Module, *, with_head: bool = False) -> dict[str, nn.Module]:
+    """Returns the linear modules of the base model by name.
+
+    Args:
+        model: The model, with or without an adapter.
+        with_head: Whether the output head is one of them.
 
     Raises:
         UserError: When there is none.
     """
-    head = _head(model)
+    head = None if with_head else _head(model)
     found = {
         name: module
         for name, module in _base_modules(model, "")
@@ -76,15 +80,19 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
 def lora_layers(model: nn.Module, adapter: str = "default") -> dict[str, LoraLayer]:
     """Returns the linear LoRA layers of one adapter by the names of what they adapt.
 
+    Experts that lie in one parameter are left out: their factors are many side by side.
+
     Raises:
         UserError: When there is none.
     """
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
 
     found = {
         name.removeprefix(PREFIX): module
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer)
+        and not isinstance(module, ParamWrapper)
         and adapter in module.lora_A
         and module.lora_A[adapter].weight.ndim == 2
     }
@@ -138,16 +146,30 @@ def outputs_first(tensor: Tensor, module: nn.Module) -> Tensor:
     return tensor.T if _is_transposed(module) else tensor
 
 
-def shapes_of(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Returns (d, k) of each linear module."""
+def shapes_of(model: nn.Module, *, with_head: bool = False) -> dict[str, tuple[int, int]]:
+    """Returns (d, k) of each linear module; arguments as for :func:`linear_modules`."""
     shapes = {}
-    for name, module in linear_modules(model).items():
+    for name, module in linear_modules(model, with_head=with_head).items():
         if _is_transposed(module):
             k, d = module.weight.shape  # type: ignore[misc]
         else:
             d, k = module.out_features, module.in_features
         shapes[name] = (int(d), int(k))
     return shapes
+
+
+def others_of(model: nn.Module) -> dict[str, int]:
+    """Returns the sizes of the matrices that are neither in a linear layer nor in an embedding.
+
+    Such as experts that lie together in one parameter.
+    """
+    known = {id(module.weight) for module in linear_modules(model, with_head=True).values()}
+    known |= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    return {
+        name: parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.ndim >= 2 and id(parameter) not in known
+    }
 
 
 def depths_of(names: Mapping[str, Any]) -> dict[str, float]:

@@ -39,6 +39,27 @@ class SavedAdapter:
     def parameters(self) -> int:
         return sum(tensor.numel() for tensor in self.tensors.values())
 
+    def check_fits(self, shapes: Mapping[str, tuple[int, int]], base: str) -> None:
+        """Checks that a model has the layers that the adapter is for.
+
+        PEFT leaves out, in silence, what it finds no layer for.
+
+        Args:
+            shapes: (d, k) of the model's layers.
+            base: Its name, for the message.
+
+        Raises:
+            UserError: When the model has not a layer, or one of another shape.
+        """
+        for name, one in self.factors.items():
+            if name not in shapes:
+                raise UserError(f"the adapter is of another model: {base} has no layer {name}")
+            if shapes[name] != one.shape:
+                raise UserError(
+                    f"the adapter's {name} is for a weight of {one.shape}, and that of {base} has "
+                    f"{shapes[name]}"
+                )
+
 
 def read(folder: str | Path) -> SavedAdapter:
     """Reads a saved adapter.
@@ -141,16 +162,24 @@ def _is_other(key: str, factors: Mapping[str, Factors]) -> bool:
     return key.endswith(_A) and key.removesuffix(_A).removeprefix(layers.PREFIX) not in factors
 
 
+def _is_expert(name: str, experts: Iterable[str]) -> bool:
+    # Of several parameters of one module all but one lie under ``base_layer``.
+    own = name.removesuffix(".base_layer")
+    return any(f".{own}".endswith(f".{path}") for path in experts if path)
+
+
 def _factors(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
     from peft.utils.other import get_pattern_key
 
     alphas = config.get("alpha_pattern") or {}
+    # Experts that lie in one parameter: their factors are many side by side, not one of high rank.
+    experts = [path.rpartition(".")[0] for path in config.get("target_parameters") or ()]
     found = {}
     for key, a in tensors.items():
         b = tensors.get(key.removesuffix(_A) + _B)
-        if not key.endswith(_A) or b is None or a.ndim != 2:
-            continue
         name = key.removesuffix(_A).removeprefix(layers.PREFIX)
+        if not key.endswith(_A) or b is None or a.ndim != 2 or _is_expert(name, experts):
+            continue
         # The rank is that of the tensors; alpha has no other place than the configuration.
         alpha = alphas.get(get_pattern_key(alphas.keys(), name), config["lora_alpha"])
         scaling = layers.scaling_of(alpha, a.shape[0], bool(config.get("use_rslora")))

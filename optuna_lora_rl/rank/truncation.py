@@ -160,19 +160,22 @@ def merge(base: str | Path, adapter: str | Path, target: str | Path) -> int:
         The bytes of the folder.
 
     Raises:
-        UserError: When one of them cannot be read or written.
+        UserError: When one of them cannot be read or written, or the adapter is of another model.
     """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
     from transformers import AutoTokenizer
 
-    saved.read(adapter)
+    own = saved.read(adapter)
     target = Path(target)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(str(base))
+        own.check_fits(layers.shapes_of(model, with_head=True), str(base))
         merged: Any = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
         merged.save_pretrained(str(target))
         AutoTokenizer.from_pretrained(str(base)).save_pretrained(str(target))
+    except UserError:
+        raise
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
