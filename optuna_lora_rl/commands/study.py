@@ -118,6 +118,29 @@ def best(
 
 
 @app.command()
+def report(
+    file: StudyFile,
+    trial: TrialNumber = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Show what became of a trial's layers, and write the study's report.
+
+    Ranks and how they changed, trends, a table layer by layer, and what they suggest.
+
+    Example: [bold]optuna-lora-rl report studies/quickstart.yaml --trial 3[/]
+    """
+    from optuna_lora_rl.study import export as exporting
+    from optuna_lora_rl.study import opening
+    from optuna_lora_rl.study import rank_report
+    from optuna_lora_rl.study import report as reporting
+
+    spec = load(file, overrides)
+    study = opening.load_study(spec)
+    rank_report.show(console(), exporting.chosen_trial(study, trial), spec)
+    console().print(f"wrote {reporting.write(study, spec)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def ask(
     file: StudyFile,
     overrides: Overrides = [],  # noqa: B006

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from dataclasses import replace
 from pathlib import Path
+
+from transformers import TrainerCallback
 
 from optuna_lora_rl.finetuning import evaluation
 from optuna_lora_rl.finetuning import rank_change
@@ -30,6 +33,8 @@ from optuna_lora_rl.finetuning.run import Run
 from optuna_lora_rl.finetuning.run import TrialResult
 from optuna_lora_rl.finetuning.shared import Shared
 from optuna_lora_rl.rank import truncation
+from optuna_lora_rl.rank.callback import MonitorCallback
+from optuna_lora_rl.rank.monitor import Monitor
 
 _log = logging.getLogger(__name__)
 
@@ -80,6 +85,7 @@ class Course:
         self.start = OwnStart.of(self.wanted, self.seed)
         self._plan = sft.Plan.of(self.wanted, training, len(prepared.lengths))
         self._stages = shared.stages.of(self._plan.evaluated)
+        self._monitor = Monitor()
         total = shared.price.estimated(shared.price.estimate(self.wanted))["total"]
         self.progress = Progress(
             metric=shared.objective.metric,
@@ -135,7 +141,7 @@ class Course:
             run_name=run.trackers_name,
             on_evaluation=self.progress.evaluated,
             after_backward=after_backward,
-            callbacks=[] if self._changing is None else [self._changing],
+            callbacks=self._callbacks(),
             log_every=shared.training.rank_change.loss.every
             if wanted.rank_change == "loss"
             else None,
@@ -151,6 +157,15 @@ class Course:
             self._truncate(adapter)
         if run.folder is not None:
             adapter.save(run.folder)
+
+    def _callbacks(self) -> list[TrainerCallback]:
+        found: list[TrainerCallback] = [] if self._changing is None else [self._changing]
+        training = self._shared.training
+        # Of a sharded model no process has a whole layer.
+        if training.monitor and not {"deepspeed", "fsdp"} & set(training.extra):
+            every = math.ceil(self._plan.steps / training.monitor)
+            found.append(MonitorCallback(self._monitor, every=every))
+        return found
 
     def _truncate(self, adapter: Adapter) -> None:
         """Cuts the trained adapter, and evaluates what is left on the whole validation set."""
@@ -218,6 +233,7 @@ class Course:
             ranks=self._ranks,
             rank_changes=[asdict(change) for change in changes],
             truncation=self._truncation,
+            monitor=self._monitor.summary() if self._monitor.history else {},
         )
 
     def _spells(self) -> list[tuple[int, dict[str, int]]]:

@@ -229,6 +229,12 @@ class TrainingOptions(Section):
         description="Thresholds of ranks that change in training.",
         examples=[{"patience": 2}],
     )
+    monitor: NonNegativeInt = Field(
+        default=8,
+        description="How often in a run every layer's rank, update and gradient are looked at, "
+        "evenly spaced, for `optuna-lora-rl report`; 0 for never. Not with deepspeed or fsdp.",
+        examples=[8],
+    )
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
         default=(),
         description="Trackers that follow each run, through transformers' own integrations.",

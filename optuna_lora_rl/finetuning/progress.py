@@ -72,9 +72,10 @@ class Progress:
         quality = evaluation.quality(self._metric, values, self._baselines[step])
         score = quality - self._charge
         self.values = values
-        self.curve.append(
-            {"step": step, "epoch": epoch, **values, "quality": quality, "score": score}
-        )
+        row = {"step": step, "epoch": epoch, **values, "quality": quality, "score": score}
+        if "train_loss" in metrics:
+            row["train_loss"] = float(metrics["train_loss"])
+        self.curve.append(row)
         if self._report is not None:
             try:
                 self._report(step, score, {**values, "quality": quality})

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import field
 from pathlib import Path
+from typing import Any
 
 from optuna_lora_rl.finetuning.progress import Report
 from optuna_lora_rl.vocabulary import Value
@@ -23,8 +24,9 @@ class TrialResult:
         cost_parts: ``"estimated"`` and, where the reference was measured, ``"measured"``: each
             has the relative ``time``, ``memory`` and ``parameters`` and their weighted ``total``.
         metrics: The last evaluation, by name.
-        curve: Every evaluation: step, epoch, metrics, quality and the score as reported, which
-            charges the counted cost of the whole run.
+        curve: Every evaluation: step, epoch, metrics, quality, the score as reported, which
+            charges the counted cost of the whole run, and ``train_loss``, the mean training loss
+            since the evaluation before.
         steps: Optimizer steps done.
         seconds: Wall time of the run.
         peak_memory_bytes: Measured peak: CUDA's allocation, or the process's resident memory.
@@ -39,6 +41,9 @@ class TrialResult:
         truncation: Where the adapter was cut after training: ``quality`` and ``parameters`` of
             its factors, each ``_before`` and ``_after``, the ``largest_rank`` that is left and
             the ``largest_error``, of a layer's update in Frobenius norm, relative to the update.
+        monitor: What was read of the layers in training: ``course``, a row a reading, ``layers``,
+            a row a layer, and ``suggestions``; empty where nothing was read. See
+            :meth:`optuna_lora_rl.rank.monitor.Monitor.summary`.
     """
 
     quality: float
@@ -57,6 +62,7 @@ class TrialResult:
     ranks: dict[str, int] = field(default_factory=dict)
     rank_changes: list[dict[str, int | float | str]] = field(default_factory=list)
     truncation: dict[str, float] = field(default_factory=dict)
+    monitor: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

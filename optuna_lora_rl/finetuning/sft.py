@@ -37,7 +37,8 @@ from optuna_lora_rl.finetuning.learnt import learnt_only
 from optuna_lora_rl.finetuning.options import TrainingOptions
 from optuna_lora_rl.finetuning.quiet import quiet
 
-# Called after each evaluation with step, epoch and TRL's metrics; True ends the run.
+# Called after each evaluation with step, epoch and TRL's metrics, and `train_loss`, the mean
+# training loss of the steps since the evaluation before; True ends the run.
 OnEvaluation = Callable[[int, float, dict[str, float]], bool]
 
 
@@ -173,6 +174,7 @@ def train(
         datasets = (dataset, validation[plan.steps])
         trainer = _trainer(model, tokenizer, datasets, settings, [callback, *callbacks])
         trainer.stages = validation
+        trainer.evaluations = callback
         trainer.optimizer = _optimizer(trainer, model, configuration)
         trainer.after_backward = after_backward
     except (ValueError, TypeError, ImportError) as error:
@@ -204,6 +206,7 @@ def evaluate(
 class _Trainer(SFTTrainer):
     after_backward: Callable[[], None] | None = None
     stages: Mapping[int, Dataset] | None = None
+    evaluations: _Evaluations | None = None
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         if self.stages is not None:
@@ -225,6 +228,8 @@ class _Trainer(SFTTrainer):
             raise FineTuningError(
                 "diverged", f"the training loss was {loss.item()} at step {self.state.global_step}"
             )
+        if self.evaluations is not None:
+            self.evaluations.losses += float(loss)
         if self.after_backward is not None:
             self.after_backward()
         return loss
@@ -235,8 +240,18 @@ class _Trainer(SFTTrainer):
 
 
 class _Evaluations(TrainerCallback):
+    """Has the model evaluated after certain steps, and hands the metrics on.
+
+    Attributes:
+        raised: What the caller's function raised.
+        losses: Sum of the training losses since the last evaluation, of which each forward pass
+            adds its part of its step's.
+    """
+
     def __init__(self, steps: frozenset[int], on_evaluation: OnEvaluation) -> None:
         self.raised: BaseException | None = None
+        self.losses = 0.0
+        self._since = 0
         self._steps = steps
         self._on_evaluation = on_evaluation
 
@@ -246,9 +261,13 @@ class _Evaluations(TrainerCallback):
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
     ) -> None:
+        step = state.global_step
+        if step > self._since:
+            metrics = {**metrics, "train_loss": self.losses / (step - self._since)}
+        self.losses, self._since = 0.0, step
         # A pruned run ends through the trainer's own door, so that trackers close.
         try:
-            stop = self._on_evaluation(state.global_step, float(state.epoch or 0.0), metrics)
+            stop = self._on_evaluation(step, float(state.epoch or 0.0), metrics)
         except Exception as error:
             self.raised, stop = error, True
         control.should_training_stop = control.should_training_stop or stop

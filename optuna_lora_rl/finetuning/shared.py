@@ -147,11 +147,12 @@ class Shared:
     def facts(self, dataset: Dataset, asked: Questions | None) -> dict[str, Any]:
         """Returns all that an evaluation of the untuned model depends on."""
         prepared = self.prepared
+        irrelevant = {"monitor", "report_to", "seed"}
         return {
             "model": prepared.base.fingerprint,
             "device": prepared.device.type,
             "versions": [torch.__version__, transformers.__version__],
-            "training": self.training.model_dump(mode="json", exclude={"report_to", "seed"}),
+            "training": self.training.model_dump(mode="json", exclude=irrelevant),
             "validation": content_of(dataset),
             "asked": None if asked is None else [asdict(asked), self.objective.max_new_tokens],
         }

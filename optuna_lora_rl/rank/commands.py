@@ -322,8 +322,8 @@ def _left_out(others: Mapping[str, int]) -> str:
         return ""
     first = next(iter(others))
     return (
-        f" Left out are {len(others)} weights, of {sum(others.values()):,} parameters, that lie in "
-        f"no linear layer, such as {first}."
+        f" Left out are {len(others)} weights, of {sum(others.values()):,} parameters, that lie "
+        f"in no linear layer, such as {first}."
     )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from collections.abc import Sequence
+from dataclasses import asdict
 from dataclasses import dataclass
+from typing import Any
 from typing import Literal
 
 import numpy as np
@@ -125,6 +127,29 @@ class Monitor:
             )
         return rows
 
+    def course(self) -> list[dict[str, float]]:
+        """Returns a row a reading: medians over the layers, and all their parameters."""
+        rows = []
+        for readings in zip(*self.history.values(), strict=True):
+            gradients = [one.gradient_norm for one in readings if math.isfinite(one.gradient_norm)]
+            rows.append(
+                {
+                    "step": readings[0].step,
+                    "weight_norm": float(np.median([one.weight_norm for one in readings])),
+                    "gradient_norm": float(np.median(gradients)) if gradients else math.nan,
+                    "parameters": sum(one.parameters for one in readings),
+                }
+            )
+        return rows
+
+    def summary(self) -> dict[str, Any]:
+        """Returns course, table and suggestions as JSON values, of four digits."""
+        return {
+            "course": [_rounded(row) for row in self.course()],
+            "layers": [_rounded(row) for row in self.table()],
+            "suggestions": [asdict(one) for one in self.suggestions()],
+        }
+
     def suggestions(self) -> list[Suggestion]:
         """Returns what the readings so far suggest, layer by layer."""
         norms = [readings[-1].gradient_norm for readings in self.history.values()]
@@ -237,6 +262,10 @@ def trend(values: Sequence[float]) -> float:
         return 0.0
     slope = np.polyfit(np.arange(len(known)), np.log(known), 1)[0]
     return float(np.expm1(slope))
+
+
+def _rounded(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
 
 
 def _norm(factors: layers.Factors) -> float:

@@ -44,7 +44,7 @@ def spectra(found: Mapping[str, Spectrum], more: Mapping[str, Mapping[str, float
         found: The spectra.
         more: Further columns: their headings, and the number of each layer.
     """
-    start = _shared_start(found)
+    start = shared_start(found)
     table = _table("layer" + (f"\n{start}…" if start else ""), "shape", *more)
     for _, _, heading in _MEASURES:
         table.add_column(heading, justify="right", no_wrap=True)
@@ -208,7 +208,7 @@ def sizes(found: Iterable[Size]) -> Table:
 
 def truncation(found: Truncation) -> Table:
     """Ranks before and after, and what each layer lost."""
-    start = _shared_start(found.before)
+    start = shared_start(found.before)
     table = _table("layer" + (f"\n{start}…" if start else ""))
     for heading in ("rank\nbefore", "rank\nnow", "lost of\nthe update"):
         table.add_column(heading, justify="right")
@@ -224,6 +224,17 @@ def size(count: float) -> str:
         if count >= unit:
             return f"{count / unit:.3g} {name}"
     return f"{count:.0f} bytes"
+
+
+def shared_start(names: Iterable[str]) -> str:
+    """Returns the modules in which all layers lie, with a dot at the end."""
+    parts = [name.split(".") for name in names]
+    start = ""
+    for words in zip(*parts, strict=False):
+        if len(set(words)) > 1:
+            return start
+        start += f"{words[0]}."
+    return ""
 
 
 def _table(*headings: str) -> Table:
@@ -283,16 +294,6 @@ def _lay_out(figure: Figure, title: str, cells: tuple[int, int], shown: int) -> 
 
 def _described(found: Mapping[str, Spectrum], name: str | None) -> str:
     return "" if name is None else "{} ({}x{})".format(name, *found[name].shape)
-
-
-def _shared_start(names: Iterable[str]) -> str:
-    parts = [name.split(".") for name in names]
-    start = ""
-    for words in zip(*parts, strict=False):
-        if len(set(words)) > 1:
-            return start
-        start += f"{words[0]}."
-    return ""
 
 
 def _span(first: int | None, last: int | None) -> str:

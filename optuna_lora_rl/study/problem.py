@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 PROBLEM = "problem"
 TUNED = "tuned"
 # What changes neither a trial's training nor its score.
-_IRRELEVANT = {"training.report_to", "objective.objectives"}
+_IRRELEVANT = {"training.monitor", "training.report_to", "objective.objectives"}
 _ANOTHER = "choose another study name or storage"
 _CHUNK_BYTES = 1 << 20
 

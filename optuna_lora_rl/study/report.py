@@ -15,6 +15,7 @@ from optuna.trial import TrialState
 
 from optuna_lora_rl.study import charts
 from optuna_lora_rl.study import outcome
+from optuna_lora_rl.study import rank_report
 from optuna_lora_rl.study import wording
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 FILE = "report.html"
 UNTUNED = "untuned"
 TEST = "test"
-# Attributes of a trial about its adapter's ranks.
-_OF_RANKS = ("ranks", "rank_changes", "truncation")
 # Attributes of a trial that say how it went, rather than how well.
 _BOOKKEEPING = {
     "host",
@@ -34,7 +33,8 @@ _BOOKKEEPING = {
     "process_started",
     "configuration",
     "curve",
-    *_OF_RANKS,
+    *rank_report.ATTRIBUTES,
+    rank_report.MONITOR,
     "source",
     outcome.RETRY_OF,
     outcome.PACKED,
@@ -57,7 +57,7 @@ def best_facts(study: optuna.Study, spec: StudySpec) -> dict[str, Any] | None:
         "params": best.params,
         "source": best.user_attrs.get("source"),
         "metrics": {k: v for k, v in best.user_attrs.items() if k not in _BOOKKEEPING},
-        **{k: v for k, v in best.user_attrs.items() if k in _OF_RANKS},
+        **{k: v for k, v in best.user_attrs.items() if k in rank_report.ATTRIBUTES},
         UNTUNED: study.user_attrs.get(UNTUNED, {}),
     }
     test = study.user_attrs.get(TEST, {})
@@ -98,14 +98,15 @@ def write(study: optuna.Study, spec: StudySpec) -> Path:
     facts = best_facts(study, spec)
     parts = [_opening(spec, trials)]
     if facts is not None:
-        parts += [_cards(facts), _best(facts, spec), _ranks(facts.get("ranks", {}))]
-        parts.append(_rank_changes(facts.get("rank_changes", [])))
         parts += [
+            _cards(facts),
+            _best(facts, spec),
+            rank_report.section(trials[facts["trial"]], spec),
             _figures(trials, facts["trial"], spec),
             _importances(study),
             explaining.section(study, spec),
             _table(trials, spec),
-            _truncations(trials),
+            rank_report.truncations(top(trials, len(trials))),
         ]
     parts.append(_failures(trials))
     path = spec.folder / FILE
@@ -155,32 +156,6 @@ def _best(facts: dict[str, Any], spec: StudySpec) -> str:
         f"<h2>The best configuration</h2><table>{rows}</table>"
         f"<p class=quiet>Its adapter is in PEFT format:</p><pre>{html.escape(code)}</pre>"
     )
-
-
-def _ranks(ranks: dict[str, int]) -> str:
-    """The best adapter's ranks, a bar for each layer."""
-    if not ranks:
-        return ""
-    most = max(ranks.values())
-    rows = "".join(
-        f"<tr><td>{html.escape(name)}</td><td><div class=bar style='width:{100 * r / most:.0f}%'>"
-        f"</div></td><td>{r}</td></tr>"
-        for name, r in ranks.items()
-    )
-    return f"<h2>Its ranks, layer by layer</h2><table class=wide>{rows}</table>"
-
-
-def _rank_changes(changes: list[dict[str, Any]]) -> str:
-    """What changed the best adapter's ranks, step by step."""
-    rows = ""
-    for change in changes:
-        ranks = f"{change['before']} → {change['after']}"
-        cells = (str(change["step"]), change["layer"], ranks, change["reason"])
-        rows += "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
-    if not rows:
-        return ""
-    heads = "<th>after step</th><th>layer</th><th>rank</th><th>because</th>"
-    return f"<h2>How they changed in training</h2><table class=wide><tr>{heads}</tr>{rows}</table>"
 
 
 def _figures(trials: Sequence[FrozenTrial], best: int, spec: StudySpec) -> str:
@@ -270,32 +245,6 @@ def _table(trials: Sequence[FrozenTrial], spec: StudySpec) -> str:
         cells.append(outcome.configuration(trial))
         rows += "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
     return f"<h2>The best trials</h2><table class=wide><tr>{heads}<th></th></tr>{rows}</table>"
-
-
-def _truncations(trials: Sequence[FrozenTrial]) -> str:
-    rows = ""
-    for trial in top(trials, len(trials)):
-        cut = trial.user_attrs.get("truncation")
-        if cut is None:
-            continue
-        cells = [
-            str(trial.number),
-            f"{cut['quality_before']:.4f}",
-            f"{cut['quality_after']:.4f}",
-            wording.count(cut["parameters_before"]),
-            wording.count(cut["parameters_after"]),
-            str(cut["largest_rank"]),
-            outcome.configuration(trial),
-        ]
-        rows += "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
-    if not rows:
-        return ""
-    heads = ("trial", "quality before", "after", "parameters before", "after", "largest rank", "")
-    titles = "".join(f"<th>{head}</th>" for head in heads)
-    return (
-        "<h2>Cut after training</h2><p class=quiet>Scores are those of the adapters as they were "
-        f"cut.</p><table class=wide><tr>{titles}</tr>{rows}</table>"
-    )
 
 
 def _failures(trials: Sequence[FrozenTrial]) -> str:

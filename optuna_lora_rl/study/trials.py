@@ -275,6 +275,7 @@ def _attributes(result: TrialResult) -> dict[str, Any]:
         **({"ranks": result.ranks} if result.ranks else {}),
         **({"rank_changes": result.rank_changes} if result.rank_changes else {}),
         **({"truncation": result.truncation} if result.truncation else {}),
+        **({"monitor": result.monitor} if result.monitor else {}),
     }
 
 

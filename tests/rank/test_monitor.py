@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,6 +91,15 @@ def test_the_table_shows_trends() -> None:
     assert row["layer"] == "a" and row["gradient_norm"] == 1.0
     assert row["gradient_trend"] == pytest.approx(-0.5)
     assert row["weight_trend"] == pytest.approx(0)
+
+
+def test_a_summary_is_json_with_medians_over_the_layers() -> None:
+    found = recorded({"a": [1.0, 4.0], "b": [3.0, 6.0], "c": [float("nan"), 8.12345]})
+    summary = json.loads(json.dumps(found.summary()))
+    assert [row["gradient_norm"] for row in summary["course"]] == [2.0, 6.0]
+    assert [row["parameters"] for row in summary["course"]] == [30, 30]
+    assert summary["layers"][2]["gradient_norm"] == 8.123
+    assert summary["suggestions"] == []
 
 
 def test_a_run_is_monitored(
