@@ -18,7 +18,7 @@ from optuna_lora_rl.policy.layout import Layout
 from optuna_lora_rl.policy.surrogate import Surrogate
 
 # The first step, as a share of the lengthscale, and the longest lengthscale that counts.
-_FIRST_STEP, _LONGEST = 0.15, 0.7
+FIRST_STEP, LONGEST = 0.15, 0.7
 
 
 def climb(x: Tensor, layout: Layout, surrogate: Surrogate, best: Tensor, steps: int) -> Tensor:
@@ -31,7 +31,7 @@ def climb(x: Tensor, layout: Layout, surrogate: Surrogate, best: Tensor, steps: 
         best: score to improve on, shape (B,).
         steps: evaluations of the gradient.
     """
-    first = _FIRST_STEP * surrogate.log_l.exp().clamp_max(_LONGEST)[:, None]
+    first = FIRST_STEP * surrogate.log_l.exp().clamp_max(LONGEST)[:, None]
     step = first.expand_as(x)
     top, top_value = x, torch.full(x.shape[:2], -torch.inf, dtype=x.dtype)
     previous = torch.zeros_like(x)

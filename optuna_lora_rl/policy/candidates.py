@@ -40,11 +40,11 @@ SOURCES = (
 )
 _LEARNING_RATE = ROLES.index("learning_rate")
 
-_SAME = 1e-7
+SAME = 1e-7
 # What is no farther than this from a running trial, in every coordinate, would tell much the same;
 # and what is so close to a failed one would fail as well, once failing is no accident.
-_NEAR = 0.03
-_NO_ACCIDENT = 2
+NEAR = 0.03
+NO_ACCIDENT = 2
 
 # Maps points (B, N, D) to what is to be maximised, (B, N).
 Acquisition = Callable[[Tensor], Tensor]
@@ -101,7 +101,7 @@ class Candidates:
 
 
 @cache
-def _sobol(count: int, dimensions: int) -> Tensor:
+def sobol(count: int, dimensions: int) -> Tensor:
     engine = torch.quasirandom.SobolEngine(dimensions)
     return engine.draw(count + 1, dtype=torch.float64)[1:]
 
@@ -110,7 +110,7 @@ def uniform_points(layout: Layout, count: int, generator: torch.Generator) -> Te
     """A randomly shifted Sobol net, shape (B, count, D) (Cranley & Patterson 1976)."""
     B, D = layout.real.shape
     shift = torch.rand(B, 1, D, generator=generator, dtype=torch.float64)
-    return (_sobol(count, D)[None] + shift) % 1.0
+    return (sobol(count, D)[None] + shift) % 1.0
 
 
 def prior_points(layout: Layout, count: int, generator: torch.Generator) -> Tensor:
@@ -216,7 +216,7 @@ def improve(
         x = x.gather(1, order[:, :, None].expand(-1, -1, x.shape[2]))
         if turn == rounds:
             break
-        climbers = snap(climb(x[:, _spread(x.shape[1], max(keep // 4, 2))]))
+        climbers = snap(climb(x[:, spread_places(x.shape[1], max(keep // 4, 2))]))
         parents = torch.cat([climbers, x], 1)
         scale = 0.15 * 0.3**turn
         probability = torch.full((1, 1, 1), max(0.34, 2.0 / x.shape[2]))
@@ -228,13 +228,13 @@ def improve(
 
 
 @cache
-def _spread(n: int, count: int) -> Tensor:
+def spread_places(n: int, count: int) -> Tensor:
     """``count`` places among n, dense at the beginning."""
     places = (torch.linspace(0.0, 1.0, min(count, n)) ** 1.7 * (n - 1)).long()
     return torch.maximum(places, torch.arange(len(places)))
 
 
-def is_repeat(x: Tensor, others: Tensor, mask: Tensor, within: float = _SAME) -> Tensor:
+def is_repeat(x: Tensor, others: Tensor, mask: Tensor, within: float = SAME) -> Tensor:
     """Which of x (B, N, D) lie within so much of a masked other (B, n, D), shape (B, N)."""
     if not others.shape[1]:
         return torch.zeros(x.shape[:2], dtype=torch.bool)
@@ -304,10 +304,10 @@ def propose_candidates(
 
 def _near(x: Tensor, observed: Observed) -> Tensor:
     """Close to a running trial, or to a failed one where several have failed, shape (B, N)."""
-    near = is_repeat(x, observed.pending, observed.pending_mask, _NEAR)
+    near = is_repeat(x, observed.pending, observed.pending_mask, NEAR)
     failed = observed.failed & observed.mask
-    doomed = failed & (failed.sum(1, keepdim=True) >= _NO_ACCIDENT)
-    return near | is_repeat(x, observed.x, doomed, _NEAR) if bool(doomed.any()) else near
+    doomed = failed & (failed.sum(1, keepdim=True) >= NO_ACCIDENT)
+    return near | is_repeat(x, observed.x, doomed, NEAR) if bool(doomed.any()) else near
 
 
 def _blocked_acquisition(acquisition: Acquisition, observed: Observed) -> Acquisition:

@@ -27,7 +27,7 @@ from optuna_lora_rl.policy.surrogate import Surrogate
 from optuna_lora_rl.policy.surrogate import log_expected_improvement
 
 # Centre and scale that bring each role's natural value to about [-2, 2].
-_SCALES = {
+SCALES = {
     "learning_rate": (GUIDE_LR, 1.0),
     "rank": (4.5, 1.5),
     "alpha": (5.5, 1.5),
@@ -129,8 +129,8 @@ def _distance(x: Tensor, others: Tensor, mask: Tensor, layout: Layout) -> Tensor
 
 
 def _scaled_roles(layout: Layout, x: Tensor) -> Tensor:
-    centre = torch.tensor([_SCALES[role][0] for role in ROLES], dtype=x.dtype)
-    scale = torch.tensor([_SCALES[role][1] for role in ROLES], dtype=x.dtype)
+    centre = torch.tensor([SCALES[role][0] for role in ROLES], dtype=x.dtype)
+    scale = torch.tensor([SCALES[role][1] for role in ROLES], dtype=x.dtype)
     values = (layout.role_values(x) - centre) / scale
     return (values * layout.has_role[:, None, :]).clamp(-4.0, 4.0)
 

@@ -46,7 +46,7 @@ _FARTHEST = 3.0
 # A constraint that only says kept or broken is taken as +1 or -1. Its limit may lie anywhere
 # between the two, and improvement lures beyond it: a point has to look more like what was kept
 # by so much, and that counts so many times.
-_ALIKE, _CARE = 0.5, 8.0
+ALIKE, CARE = 0.5, 8.0
 # Earlier studies that are trusted less are not asked.
 _LEAST_TRUST = 0.05
 Feasibility = Callable[[Tensor], Tensor]
@@ -54,7 +54,7 @@ Feasibility = Callable[[Tensor], Tensor]
 
 # In nats. The first trial is the default, whatever the network says: a define-by-run study's first
 # trial has no joint proposal anyway. The space-filling start is a bias that it may overrule.
-_FIRST, _SPREAD = 60.0, 3.0
+FIRST, SPREAD = 60.0, 3.0
 # More rounds of the local search where it has no gradient to go by.
 _BLIND_ROUNDS = 3
 
@@ -177,7 +177,7 @@ def _opening(source: Tensor, layout: Layout, observed: Observed, default_at: int
     start = (layout.real.sum(1)[:, None] + 2).clamp_max(8)
     default = (source == SOURCES.index("default"))[None] & (n == default_at)
     spread = (source == SOURCES.index("uniform"))[None] & (n > 0) & (n < start)
-    return _FIRST * default + _SPREAD * (spread & ~layout.is_lora[:, None])
+    return FIRST * default + SPREAD * (spread & ~layout.is_lora[:, None])
 
 
 def decide(
@@ -306,7 +306,7 @@ def fit_feasibility(layout: Layout, observed: Observed, constraints: Tensor) -> 
         known = observed.mask & ~values.isnan()
         if not bool(known.any()):
             continue
-        y = _room(values, known)
+        y = room(values, known)
         x = layout.model_coordinates(observed.x)
         flag = ~(known & (values < 0)).any(1, keepdim=True)
         models.append(
@@ -317,14 +317,14 @@ def fit_feasibility(layout: Layout, observed: Observed, constraints: Tensor) -> 
         total = torch.zeros(x.shape[:2], dtype=torch.float64)
         for flag, model in models:
             mean, deviation = model.posterior(layout.model_coordinates(x))
-            log_kept = torch.special.log_ndtr((mean - _ALIKE * flag) / deviation)
-            total = total + torch.where(flag, _CARE * log_kept, log_kept)
+            log_kept = torch.special.log_ndtr((mean - ALIKE * flag) / deviation)
+            total = total + torch.where(flag, CARE * log_kept, log_kept)
         return total.clamp_min(-50.0)
 
     return log_feasible if models else None
 
 
-def _room(values: Tensor, known: Tensor) -> Tensor:
+def room(values: Tensor, known: Tensor) -> Tensor:
     """How much room constraints leave, about 1 in size, 0 at the limit, shape (B, n).
 
     The unit is the root mean square, not the median: trials gather at the limit, and in a unit

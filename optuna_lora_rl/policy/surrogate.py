@@ -29,8 +29,8 @@ from torch import Tensor
 LOG_V_MIN = math.log(1e-6)
 _SQRT5 = math.sqrt(5.0)
 # Log-normal priors of the variances, for scores with variance 1.
-_LOG_S_PRIOR = (0.0, 1.0)
-_LOG_V_PRIOR = (math.log(3e-3), 1.5)
+LOG_S_PRIOR = (0.0, 1.0)
+LOG_V_PRIOR = (math.log(3e-3), 1.5)
 
 
 @dataclass
@@ -141,7 +141,7 @@ def _squared_differences(X: Tensor, unordered: Tensor) -> Tensor:
     return sqd.flatten(1, 2)
 
 
-def _factor(K: Tensor) -> Tensor:
+def factor(K: Tensor) -> Tensor:
     """Cholesky with a growing jitter where K is numerically singular."""
     L, info = torch.linalg.cholesky_ex(K)
     jitter = 1e-8 if K.dtype == torch.float64 else 1e-5
@@ -186,7 +186,7 @@ def negative_log_posterior(
     B, n = mask.shape
     both = (mask[:, :, None] & mask[:, None, :]).to(y.dtype)
     K, slope = _kernel(sqd, both, mask, theta, extra)
-    L = _factor(K)
+    L = factor(K)
     K_inv = torch.cholesky_inverse(L)
     alpha = (K_inv @ y[:, :, None])[:, :, 0]
     value = 0.5 * (y * alpha).sum(1) + L.diagonal(dim1=1, dim2=2).log().sum(1)
@@ -200,10 +200,10 @@ def negative_log_posterior(
     grad_s = 0.5 * ((K * W * both).sum((1, 2)) + on_diagonal.sum(1))
     gradient = torch.cat([grad_l, grad_s[:, None], grad_v[:, None]], 1)
     mean = torch.cat(
-        [prior.mean, theta.new_tensor([_LOG_S_PRIOR[0], _LOG_V_PRIOR[0]]).expand(B, 2)], 1
+        [prior.mean, theta.new_tensor([LOG_S_PRIOR[0], LOG_V_PRIOR[0]]).expand(B, 2)], 1
     )
     deviation = torch.cat(
-        [prior.deviation, theta.new_tensor([_LOG_S_PRIOR[1], _LOG_V_PRIOR[1]]).expand(B, 2)], 1
+        [prior.deviation, theta.new_tensor([LOG_S_PRIOR[1], LOG_V_PRIOR[1]]).expand(B, 2)], 1
     )
     z = (theta - mean) / deviation
     return value + 0.5 * (z * z).sum(1), gradient + z / deviation
@@ -266,7 +266,7 @@ def fit(
     y = torch.where(mask, y, torch.zeros_like(y))
     extra = torch.zeros_like(y) if extra is None else extra
     centre = torch.cat(
-        [prior.mean, y.new_tensor([_LOG_S_PRIOR[0], _LOG_V_PRIOR[0]]).expand(len(y), 2)], 1
+        [prior.mean, y.new_tensor([LOG_S_PRIOR[0], LOG_V_PRIOR[0]]).expand(len(y), 2)], 1
     )
     theta = centre if start is None else start
     if iterations and X.shape[1]:
@@ -300,7 +300,7 @@ def condition(
     # The diagonal of the distances is 0 up to rounding; set it exactly.
     K = K - torch.diag_embed(K.diagonal(dim1=1, dim2=2))
     K = K + torch.diag_embed(log_s.exp()[:, None] * mask + noise)
-    L = _factor(K)
+    L = factor(K)
     y = torch.where(mask, y, torch.zeros_like(y))
     alpha = torch.cholesky_solve(y[:, :, None], L)[:, :, 0]
     return Surrogate(X, mask, unordered, log_l, log_s, log_v, L, alpha)

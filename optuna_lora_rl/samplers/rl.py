@@ -17,7 +17,6 @@ import torch
 from optuna.samplers import BaseSampler
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
-from torch import Tensor
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.policy import weights as weight_files
@@ -25,10 +24,14 @@ from optuna_lora_rl.policy.conditions import settle
 from optuna_lora_rl.policy.layout import layout_of
 from optuna_lora_rl.policy.proposal import Decision
 from optuna_lora_rl.policy.proposal import Settings
-from optuna_lora_rl.policy.proposal import decide
+from optuna_lora_rl.policy.proposal import decide as decide_with_sources
 from optuna_lora_rl.policy.proposal import draw_parameter
-from optuna_lora_rl.policy.proposal import fit_feasibility
-from optuna_lora_rl.policy.proposal import fit_surrogate
+from optuna_lora_rl.policy.proposal import fit_feasibility as fit_batch_feasibility
+from optuna_lora_rl.policy.single.candidates import Trials
+from optuna_lora_rl.policy.single.decision import decide
+from optuna_lora_rl.policy.single.decision import fit_feasibility
+from optuna_lora_rl.policy.single.decision import fit_hyperparameters
+from optuna_lora_rl.policy.single.tables import Tables
 from optuna_lora_rl.samplers import PROPOSAL_KEY
 from optuna_lora_rl.samplers import is_whole
 from optuna_lora_rl.samplers.adaptation import Adaptation
@@ -59,7 +62,6 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from optuna_lora_rl.policy.dimensions import Space
-    from optuna_lora_rl.policy.layout import Layout
     from optuna_lora_rl.policy.network import Scorer
 
 _MAX_GRID = 1024
@@ -159,12 +161,12 @@ class RLSampler(BaseSampler):
         self._union = UnionSpace()
         self._ledger = Ledger()
         self._spaces: Memo[Space] = Memo()
-        self._layouts: Memo[Layout] = Memo()
-        self._fits: Memo[Tensor] = Memo()
+        self._tables: Memo[Tables] = Memo()
+        self._fits: Memo[np.ndarray] = Memo()
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("_lock", "_union", "_ledger", "_spaces", "_layouts", "_fits"):
+        for name in ("_lock", "_union", "_ledger", "_spaces", "_tables", "_fits"):
             del state[name]
         return state
 
@@ -284,36 +286,53 @@ class RLSampler(BaseSampler):
         points: np.ndarray | None = None,
     ) -> Decision:
         """The policy's step after a history; ``points`` (k, d) join the candidates."""
-        layout = self._layouts.get(space, lambda: layout_of(space))
-        default = layout.default[0].numpy()
+        tables = self._tables.get(space, lambda: Tables(layout_of(space)))
+        layout, default = tables.layout, tables.default
         conditions = conditions_of(space, history)
         history = replace(history, points=settle(history.points, conditions, default))
 
-        def snap(x: Tensor) -> Tensor:
-            return torch.from_numpy(settle(space.snap(x.numpy()), conditions, default))
+        def snap(x: np.ndarray) -> np.ndarray:
+            return settle(space.snap(x), conditions, default)
 
-        start = self._hyperparameters(layout, space, history)
-        settings = self._settings if start is None else replace(self._settings, iterations=0)
+        theta = self._hyperparameters(tables, space, history)
         history = recent_and_best(history)
         weights = objective_weights(len(directions), generator)
         observed = observe(history, layout.default, self._n_trials, weights)
-        constraints = torch.from_numpy(constraints_of(history.select(~history.running)))[None]
+        constraints = constraints_of(history.select(~history.running))
+        grid = _grid(space, default, points)
+        sources = self._earlier.models(space, layout, directions, weights)
         with torch.no_grad():
+            if sources:
+                return decide_with_sources(
+                    layout,
+                    observed,
+                    network,
+                    lambda x: torch.from_numpy(snap(x.numpy())),
+                    generator,
+                    self._settings,
+                    grid=None if grid is None else torch.from_numpy(grid)[None],
+                    feasibility=fit_batch_feasibility(
+                        layout, observed, torch.from_numpy(constraints)[None]
+                    ),
+                    sources=sources,
+                )
+            trials = Trials(observed)
             return decide(
-                layout,
-                observed,
+                tables,
+                trials,
                 network,
                 snap,
                 generator,
-                settings,
-                grid=_grid(space, default, points),
-                feasibility=fit_feasibility(layout, observed, constraints),
-                start=start,
-                sources=self._earlier.models(space, layout, directions, weights),
+                self._settings,
+                grid=grid,
+                feasibility=fit_feasibility(tables, trials, constraints),
+                theta=theta,
             )
 
-    def _hyperparameters(self, layout: Layout, space: Space, history: History) -> Tensor | None:
-        """The surrogate's, fitted to the study as it was at its last milestone, shape (1, D + 2).
+    def _hyperparameters(
+        self, tables: Tables, space: Space, history: History
+    ) -> np.ndarray | None:
+        """The surrogate's, fitted to the study as it was at its last milestone, shape (D + 2,).
 
         ``None`` with several objectives or earlier studies: then every proposal has scores of its
         own to fit.
@@ -324,24 +343,25 @@ class RLSampler(BaseSampler):
         told = recent_and_best(history.select(finished[: milestone(len(finished))]))
         key = (space, told.points.tobytes(), told.scores.tobytes(), told.violation.tobytes())
 
-        def fitted() -> Tensor:
-            observed = observe(told, layout.default, None, np.ones(1))
+        def fitted() -> np.ndarray:
+            observed = observe(told, tables.layout.default, None, np.ones(1))
             iterations = _FEW_ITERATIONS if len(told) <= _FEW_TRIALS else _MANY_ITERATIONS
             settings = replace(self._settings, iterations=iterations)
-            return fit_surrogate(layout, observed, settings).theta
+            return fit_hyperparameters(tables, Trials(observed), settings)
 
         return self._fits.get(key, fitted)
 
 
-def _grid(space: Space, default: np.ndarray, points: np.ndarray | None) -> Tensor | None:
-    """All configurations of a small space, and further points, shape (1, k, d)."""
+def _grid(space: Space, default: np.ndarray, points: np.ndarray | None) -> np.ndarray | None:
+    """All configurations of a small space, and further points, shape (k, d)."""
     sets = []
     if space.n_configurations <= _MAX_GRID:
-        axes = [torch.from_numpy(dimension.grid(_MAX_GRID)) for dimension in space.dimensions]
-        sets.append(torch.cartesian_prod(*axes).reshape(1, -1, len(space)))
+        axes = [dimension.grid(_MAX_GRID) for dimension in space.dimensions]
+        mesh = np.meshgrid(*axes, indexing="ij")
+        sets.append(np.stack(mesh, axis=-1).reshape(-1, len(space)))
     if points is not None and len(points):
-        sets.append(torch.from_numpy(np.where(np.isnan(points), default, points))[None])
-    return torch.cat(sets, 1) if sets else None
+        sets.append(np.where(np.isnan(points), default, points))
+    return np.concatenate(sets) if sets else None
 
 
 def _is_taken(params: dict[str, Any], study: Study, number: int, *, later: bool) -> bool:

@@ -1,0 +1,278 @@
+"""Where proposals come from; the twin of :mod:`~optuna_lora_rl.policy.candidates`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from optuna_lora_rl.policy.ascent import FIRST_STEP
+from optuna_lora_rl.policy.ascent import LONGEST
+from optuna_lora_rl.policy.candidates import NEAR
+from optuna_lora_rl.policy.candidates import NO_ACCIDENT
+from optuna_lora_rl.policy.candidates import SAME
+from optuna_lora_rl.policy.candidates import SOURCES
+from optuna_lora_rl.policy.candidates import Observed
+from optuna_lora_rl.policy.candidates import sobol
+from optuna_lora_rl.policy.candidates import spread_places
+from optuna_lora_rl.policy.prior import GUIDE_RATIO
+from optuna_lora_rl.policy.prior import GUIDE_RATIO_SPREAD
+from optuna_lora_rl.policy.roles import ROLES
+from optuna_lora_rl.policy.single.process import Process
+from optuna_lora_rl.policy.single.tables import Tables
+from optuna_lora_rl.policy.single.tables import rand
+from optuna_lora_rl.policy.single.tables import randn
+
+_LEARNING_RATE, _RANK = ROLES.index("learning_rate"), ROLES.index("rank")
+
+# Moves points (N, D) onto configurations that exist.
+Snap = Callable[[np.ndarray], np.ndarray]
+
+
+class Trials:
+    """The trials of one study; see :class:`~optuna_lora_rl.policy.candidates.Observed`.
+
+    Args:
+        observed: a batch of one, without padding.
+    """
+
+    def __init__(self, observed: Observed) -> None:
+        self.observed = observed
+        self.x = observed.x[0].numpy()
+        self.y = observed.y[0].numpy()
+        self.failed = observed.failed[0].numpy()
+        self.pending = observed.pending[0].numpy()
+        self.good = ~(self.failed | observed.infeasible[0].numpy())
+        self.horizon = int(observed.horizon[0])
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def best(self, count: int, default: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The best trials, shape (count, D), the default where there is none, and which are real.
+
+        One row, the default, where nothing is finished.
+        """
+        if not len(self.x):
+            return default[None], np.zeros(1, dtype=bool)
+        order = np.argsort(np.where(self.good, -self.y, np.inf), kind="stable")[:count]
+        real = self.good[order]
+        return np.where(real[:, None], self.x[order], default), real
+
+    @cached_property
+    def doomed(self) -> np.ndarray:
+        """Failed trials that nothing should come near: all, where failing is no accident."""
+        return self.x[self.failed] if self.failed.sum() >= NO_ACCIDENT else self.x[:0]
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """How points (N, D) stand to the trials, each of shape (N,).
+
+    Args:
+        repeat: the same as a finished trial.
+        near: too close to a running trial, or to the failed ones.
+    """
+
+    repeat: np.ndarray
+    near: np.ndarray
+
+    @property
+    def blocked(self) -> np.ndarray:
+        """Points that are not worth proposing."""
+        return self.repeat | self.near
+
+    def with_(self, other: Closeness) -> Closeness:
+        return Closeness(
+            np.concatenate([self.repeat, other.repeat]), np.concatenate([self.near, other.near])
+        )
+
+    def __getitem__(self, rows: np.ndarray) -> Closeness:
+        return Closeness(self.repeat[rows], self.near[rows])
+
+
+def closeness(x: np.ndarray, trials: Trials) -> Closeness:
+    """How points x stand to the trials."""
+    near = within(x, trials.pending, NEAR) | within(x, trials.doomed, NEAR)
+    return Closeness(same(x, trials.x), near)
+
+
+def within(x: np.ndarray, others: np.ndarray, distance: float) -> np.ndarray:
+    """Which of x (N, D) lie so close to one of the others (k, D) in every column, shape (N,)."""
+    if not len(others):
+        return np.zeros(len(x), dtype=bool)
+    gap = torch.cdist(torch.from_numpy(x), torch.from_numpy(others), p=torch.inf).numpy()
+    return np.asarray(gap.min(1) < distance)
+
+
+def same(x: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """``within`` a distance of ``SAME``, for many others: by their places along one direction."""
+    found = np.zeros(len(x), dtype=bool)
+    if not len(others):
+        return found
+    direction = _direction(x.shape[1])
+    line = others @ direction
+    order = np.argsort(line)
+    line, at = line[order], x @ direction
+    # Whatever is the same in every column lies no farther apart along the direction.
+    reach = SAME * direction.sum() + 1e-12
+    first, last = np.searchsorted(line, at - reach), np.searchsorted(line, at + reach, "right")
+    for i in np.flatnonzero(last > first):
+        there = others[order[first[i] : last[i]]]
+        found[i] = (np.abs(there - x[i]).max(1) < SAME).any()
+    return found
+
+
+@cache
+def _direction(dimensions: int) -> np.ndarray:
+    return np.random.default_rng(0).uniform(0.5, 1.5, dimensions)
+
+
+@cache
+def _net(count: int, dimensions: int) -> np.ndarray:
+    net: np.ndarray = sobol(count, dimensions).numpy()
+    return net
+
+
+@cache
+def _single(*values: float) -> np.ndarray:
+    """Values in torch's default precision, in which the batched form keeps its constants."""
+    return np.array(values, dtype=np.float32).astype(float)
+
+
+def _prior_points(tables: Tables, count: int, generator: torch.Generator) -> np.ndarray:
+    cumulative, D = tables.prior_cells, len(tables)
+    cells = cumulative.shape[-1]
+    draw = torch.rand(D, count, generator=generator, dtype=torch.float64)
+    cell = torch.searchsorted(cumulative, draw).clamp_max(cells - 1).numpy()
+    x = np.ascontiguousarray(((cell + rand(D, count, generator=generator)) / cells).T)
+    draw_ratio = randn(count, generator=generator)
+    if tables.turns and tables.is_lora:
+        place = tables.points(x)
+        wished = place.roles[:, _RANK] + GUIDE_RATIO + GUIDE_RATIO_SPREAD * draw_ratio
+        x[:, tables.alpha] = tables.nearest_alpha(wished)
+    return x
+
+
+def perturb(
+    x: np.ndarray,
+    unordered: np.ndarray,
+    scale: np.ndarray,
+    probability: float,
+    generator: torch.Generator,
+) -> np.ndarray:
+    """Points moved in a random subset of columns; ``scale`` is broadcastable to x (N, D)."""
+    chance = rand(*x.shape, generator=generator)
+    moves = (chance < probability) | (chance == chance.min(1, keepdims=True))
+    step = randn(*x.shape, generator=generator) * scale
+    jump = rand(*x.shape, generator=generator)
+    moved = np.abs(np.where(unordered, jump, x + step))
+    moved = 1.0 - np.abs(1.0 - moved)
+    return np.minimum(np.maximum(np.where(moves, moved, x), 0.0), 1.0)
+
+
+def _axis_points(
+    anchors: np.ndarray, tables: Tables, count: int, generator: torch.Generator
+) -> np.ndarray:
+    rows = np.arange(count)
+    x = anchors[rows % len(anchors)]
+    moved = perturb(x, tables.unordered, _single(0.3), 0.0, generator)
+    size = 0.33 * 1.6 ** (4.0 * rand(count, generator=generator))
+    up = rand(count, generator=generator) < 0.5
+    column = tables.column[_LEARNING_RATE]
+    if column >= 0:
+        table = tables.natural[_LEARNING_RATE]
+        step = np.where(up, size, -size) / max(float(table[-1] - table[0]), 0.3)
+        use = rows // len(anchors) % 2 == 0
+        along = x[use]
+        along[:, column] = np.minimum(np.maximum(along[:, column] + step[use], 0.0), 1.0)
+        moved[use] = along
+    return moved
+
+
+def proposals(
+    tables: Tables,
+    trials: Trials,
+    snap: Snap,
+    generator: torch.Generator,
+    count: int,
+    grid: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Candidates of every source but the local search: points (N, D) and their sources (N,)."""
+    share = max(count // 16, 2)
+    anchors, _ = trials.best(5, tables.default)
+    D = len(tables)
+    sets = [
+        ("default", tables.default[None]),
+        ("sweep", tables.sweep),
+        ("prior", _prior_points(tables, 3 * share, generator)),
+        ("uniform", (_net(4 * share, D) + rand(1, D, generator=generator)) % 1.0),
+        ("axis", _axis_points(anchors, tables, 3 * share, generator)),
+    ]
+    parents = anchors[np.arange(3 * share) % len(anchors)]
+    scale = np.tile(_single(0.03, 0.1, 0.3), share)[:, None]
+    chance = float(_single(max(0.25, 1.5 / D))[0])
+    sets.append(("mutation", perturb(parents, tables.unordered, scale, chance, generator)))
+    if grid is not None:
+        sets.append(("uniform", grid))
+    source = np.repeat([SOURCES.index(name) for name, _ in sets], [len(x) for _, x in sets])
+    return snap(np.concatenate([points for _, points in sets])), source
+
+
+def children(
+    x: np.ndarray,
+    climb: Callable[[np.ndarray], np.ndarray],
+    tables: Tables,
+    snap: Snap,
+    generator: torch.Generator,
+    turn: int,
+) -> np.ndarray:
+    """A round of the local search: what climbs from the best points x, and changes of both."""
+    climbers = snap(climb(x[_dense(len(x), max(len(x) // 4, 2))]))
+    parents = np.concatenate([climbers, x])
+    scale = 0.15 * 0.3**turn
+    widths = np.resize(_single(scale, 0.3 * scale), len(parents))[:, None]
+    chance = float(_single(max(0.34, 2.0 / x.shape[1]))[0])
+    moved = perturb(parents, tables.unordered, widths, chance, generator)
+    return np.concatenate([climbers, snap(moved)])
+
+
+@cache
+def _dense(n: int, count: int) -> np.ndarray:
+    places: np.ndarray = spread_places(n, count).numpy()
+    return places
+
+
+def climb(x: np.ndarray, tables: Tables, process: Process, best: float, steps: int) -> np.ndarray:
+    """The highest points met on the way up from x (K, D); the twin of ``ascent.climb``."""
+    first = FIRST_STEP * np.minimum(np.exp(process.theta[:-2]), LONGEST)
+    step = np.broadcast_to(first, x.shape)
+    top, top_value = x.copy(), np.full(len(x), -np.inf)
+    previous = np.zeros(x.shape)
+    for turn in range(steps):
+        coordinates, place = tables.model_coordinates(x)
+        value, gradient = process.slope(coordinates, best)
+        better = value > top_value
+        top[better], top_value[better] = x[better], value[better]
+        if turn == steps - 1:
+            break
+        sign = np.sign(tables.pull_back(gradient, place))
+        agreement = sign * previous
+        step = step * (1.0 + 0.3 * np.maximum(agreement, 0.0) + 0.5 * np.minimum(agreement, 0.0))
+        previous = sign * (agreement >= 0)
+        x = np.minimum(np.maximum(x + previous * step, 0.0), 1.0)
+    return top
+
+
+def allowed(x: np.ndarray, close: Closeness, trials: Trials) -> np.ndarray:
+    """What may be proposed, shape (N,); the twin of ``candidates._allowed``."""
+    valid = ~close.blocked
+    if not valid.any():
+        valid = ~(close.repeat | within(x, trials.pending, SAME))
+    if not valid.any():
+        valid = ~within(x, trials.x[trials.failed], SAME)
+    return valid if valid.any() else np.ones(len(x), dtype=bool)

@@ -1,0 +1,207 @@
+"""What the network sees of a candidate; the twin of :mod:`~optuna_lora_rl.policy.features`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from dataclasses import fields
+
+import numpy as np
+import torch
+
+from optuna_lora_rl.policy.features import CANDIDATE_FEATURES
+from optuna_lora_rl.policy.features import SCALES
+from optuna_lora_rl.policy.prior import GUIDE_LR
+from optuna_lora_rl.policy.roles import ROLES
+from optuna_lora_rl.policy.single.candidates import Trials
+from optuna_lora_rl.policy.single.process import Process
+from optuna_lora_rl.policy.single.tables import Points
+from optuna_lora_rl.policy.single.tables import Tables
+
+_LR, _RANK, _ALPHA, _RATIO = (
+    ROLES.index(role) for role in ("learning_rate", "rank", "alpha", "alpha_ratio")
+)
+_CENTRE = np.array([SCALES[role][0] for role in ROLES])
+_SCALE = np.array([SCALES[role][1] for role in ROLES])
+_ROLES_AT = CANDIDATE_FEATURES.index(f"role_{ROLES[0]}")
+_FROM_AT = CANDIDATE_FEATURES.index(f"from_best_{ROLES[0]}")
+_PLACE_AT = CANDIDATE_FEATURES.index("place_in_learning_rate_range")
+_SOURCE_AT = _PLACE_AT + 1
+
+
+@dataclass(frozen=True)
+class View:
+    """The surrogate's and the prior's judgement of points, each of shape (N,)."""
+
+    mean: np.ndarray
+    deviation: np.ndarray
+    log_ei: np.ndarray
+    log_prior: np.ndarray
+    log_feasible: np.ndarray
+
+    def __getitem__(self, rows: np.ndarray) -> View:
+        return View(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    def with_(self, other: View) -> View:
+        """These, then those."""
+        return View(
+            *(
+                np.concatenate([getattr(self, field.name), getattr(other, field.name)])
+                for field in fields(self)
+            )
+        )
+
+
+def values(
+    points: Points,
+    source: np.ndarray,
+    valid: np.ndarray,
+    view: View,
+    tables: Tables,
+    trials: Trials,
+    best: float,
+    top: Points,
+    known: bool,
+) -> np.ndarray:
+    """The features of candidates, shape (N, len(CANDIDATE_FEATURES)); see ``features.features``.
+
+    Args:
+        points: the candidates.
+        source: theirs, shape (N,).
+        valid: which may be proposed, shape (N,).
+        view: of the candidates.
+        tables: of the space.
+        trials: of the study.
+        best: the incumbent's score.
+        top: the best trial, or the default.
+        known: whether it is a trial.
+    """
+    x, N = points.x, len(points)
+    table = np.zeros((N, len(CANDIDATE_FEATURES)), dtype=np.float32)
+    lead = view.mean - best
+    z = torch.from_numpy(lead / view.deviation)
+    roles, top_roles = scaled_roles(points, tables), scaled_roles(top, tables)
+    columns = [
+        lead,
+        view.deviation,
+        np.maximum(view.log_ei - _peak(view.log_ei, valid), -10.0) / 3.0,
+        _rank(view.log_ei),
+        torch.special.ndtr(z).numpy(),
+        np.maximum(view.log_prior - _peak(view.log_prior, valid), -10.0) / 3.0,
+        _distance(x, trials.x[trials.good]),
+        _distance(x, top.x if known else top.x[:0]),
+        _distance(x, trials.x[trials.failed]),
+        _distance(x, trials.pending),
+        np.maximum(view.log_feasible, -6.0) / 3.0,
+    ]
+    for at, column in enumerate(columns):
+        table[:, at] = column
+    ratio = _ratio(points, tables)
+    if ratio is not None:
+        table[:, len(columns)] = ratio
+        table[:, len(columns) + 1] = 1.0
+    table[:, _ROLES_AT:_FROM_AT] = roles
+    table[:, _FROM_AT:_PLACE_AT] = roles - top_roles
+    if tables.column[_LR] >= 0:
+        table[:, _PLACE_AT] = (x[:, tables.column[_LR]] - 0.5) * 2.0
+    table[np.arange(N), _SOURCE_AT + source] = 1.0
+    return np.minimum(np.maximum(table, -8.0), 8.0)
+
+
+def scaled_roles(points: Points, tables: Tables) -> np.ndarray:
+    """Natural values of the roles, scaled to about [-2, 2], shape (N, R); 0 where absent."""
+    scaled = np.zeros_like(points.roles)
+    present = tables.present
+    own = (points.roles[:, present] - _CENTRE[present]) / _SCALE[present]
+    scaled[:, present] = np.minimum(np.maximum(own, -4.0), 4.0)
+    return scaled
+
+
+def _ratio(points: Points, tables: Tables) -> np.ndarray | None:
+    """log2(alpha / rank), scaled; ``None`` where it is not known."""
+    if tables.turns:
+        ratio = points.roles[:, _ALPHA] - points.roles[:, _RANK]
+    elif tables.column[_RATIO] >= 0:
+        ratio = points.roles[:, _RATIO]
+    else:
+        return None
+    return np.minimum(np.maximum(ratio - 1.0, -6.0), 6.0) / 2.0
+
+
+def _peak(column: np.ndarray, valid: np.ndarray) -> float:
+    return float(column[valid].max())
+
+
+def _rank(column: np.ndarray) -> np.ndarray:
+    ranks = np.empty(len(column))
+    ranks[np.argsort(column, kind="stable")] = np.arange(len(column))
+    return ranks / max(len(column) - 1, 1)
+
+
+def _distance(x: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Distance to the nearest of the others (k, D), scaled to 1 across the cube; 1 without any."""
+    if not len(others):
+        return np.ones(len(x))
+    r2 = x @ (-2.0 * others.T)
+    r2 += (others * others).sum(1)
+    nearest = r2.min(1) + (x * x).sum(1)
+    return np.minimum(np.sqrt(np.maximum(nearest, 0.0) / max(x.shape[1], 1)), 1.0)
+
+
+def context(
+    tables: Tables, trials: Trials, process: Process, top_roles: np.ndarray, known: bool
+) -> np.ndarray:
+    """The study's features, shape (len(CONTEXT_FEATURES),); see ``features._context``."""
+    n, horizon = len(trials), trials.horizon
+    recency, gain = _progress(trials)
+    row = [
+        float(tables.is_lora),
+        len(tables) / 10.0,
+        math.log(n + 1.0) / 3.0,
+        float(n == 0),
+        float(n == 1),
+        float(n == 2),
+        math.log(max(horizon - n, 0) + 1.0) / 3.0 if horizon else 0.0,
+        min(n / max(horizon, 1), 1.0) if horizon else 0.0,
+        float(horizon > 0),
+        float(trials.failed.sum()) / max(n, 1),
+        len(trials.pending) / 4.0,
+        _agreement(tables, trials),
+        gain,
+        recency,
+        float(process.theta[-1]) / 5.0,
+    ]
+    if tables.column[_LR] >= 0:
+        low, high = float(tables.natural[_LR, 0]), float(tables.natural[_LR, -1])
+        width, value = max(high - low, 1e-3), float(top_roles[_LR]) * known
+        row += [
+            float(process.theta[tables.column[_LR]]),
+            min(max((GUIDE_LR - low) / width - 0.5, -2.0), 2.0),
+            min(max(0.5 * (low + high) - GUIDE_LR, -4.0), 4.0) / 2.0,
+            min(width, 8.0) / 4.0,
+            value,
+            min(max((value + GUIDE_LR - low) / width - 0.5, -2.0), 2.0) * known,
+        ]
+    else:
+        row += [0.0] * 6
+    row += [float(column >= 0) for column in tables.column]
+    return np.minimum(np.maximum(row, -8.0), 8.0)
+
+
+def _agreement(tables: Tables, trials: Trials) -> float:
+    if not len(trials):
+        return 0.0
+    p = tables.points(trials.x).log_prior
+    p, y = p - p.mean(), trials.y - trials.y.mean()
+    scale = math.sqrt(float((p * p).sum() * (y * y).sum()))
+    return float((p * y).sum()) / scale if scale > 1e-9 else 0.0
+
+
+def _progress(trials: Trials) -> tuple[float, float]:
+    """Trials since the best one (log scale) and its lead over the first trial."""
+    if not trials.good.any():
+        return 0.0, 0.0
+    best = int(np.argmax(np.where(trials.good, trials.y, -np.inf)))
+    gain = float(trials.y[best] - trials.y[0])
+    since = len(trials) - 1 - best
+    return math.log(since + 1.0) / 3.0, min(max(gain, -4.0), 4.0) / 2.0
