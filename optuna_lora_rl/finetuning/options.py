@@ -22,7 +22,6 @@ from optuna_lora_rl.finetuning.section import Section
 
 COLUMN_ROLES = ("text", "prompt", "completion", "messages")
 GENERATED_METRICS = ("exact_match", "accuracy", "f1")
-TRACKERS = ("tensorboard", "wandb", "mlflow")
 FLASH_ATTENTION = ("flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2")
 
 

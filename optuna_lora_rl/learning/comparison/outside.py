@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
+from abc import ABC
+from abc import abstractmethod
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 
-class _AskAndTell(BaseSampler):
+class _AskAndTell(BaseSampler, ABC):
     """An optimiser that asks for whole configurations of a space that it knows beforehand.
 
     A failed run costs as much as the worst so far; before there is one it is not told.
@@ -72,12 +74,13 @@ class _AskAndTell(BaseSampler):
         elif self._costs:
             self.tell(max(self._costs))
 
+    @abstractmethod
     def ask(self) -> dict[str, Any]:
-        raise NotImplementedError
+        """Return the next configuration."""
 
+    @abstractmethod
     def tell(self, cost: float) -> None:
         """Take the cost of what was asked for last."""
-        raise NotImplementedError
 
 
 class SmacSampler(_AskAndTell):
