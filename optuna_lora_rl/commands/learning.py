@@ -124,7 +124,9 @@ def learn(
         Path, typer.Option("--output", "-o", metavar="FILE", help="The weights to write.")
     ] = Path("weights.safetensors"),
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same weights.")] = 0,
-    updates: Annotated[int, typer.Option(min=1, help="How many PPO updates.")] = 24,
+    updates: Annotated[
+        int, typer.Option(min=1, help="How many updates, imitation first, then PPO.")
+    ] = 24,
     weights: Annotated[
         Path | None, typer.Option(help="Weights to start from; by default the shipped ones.")
     ] = None,

@@ -9,6 +9,7 @@ that chose nothing.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -136,6 +137,13 @@ def learn(
     settings = settings or LearningSettings()
     if output.suffix != ".safetensors":
         raise UserError(f"output is {str(output)!r}, but must end in .safetensors")
+    try:
+        # Said now rather than after all the learning.
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output is {str(output)!r}, but cannot be written: {error}") from None
+    if output.is_dir() or not os.access(output.parent, os.W_OK):
+        raise UserError(f"output is {str(output)!r}, but cannot be written there")
     network = weights.load(start)
     surfaces = [
         surface

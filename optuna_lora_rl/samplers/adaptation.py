@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from optuna_lora_rl.policy.adaptation import Step
 from optuna_lora_rl.policy.adaptation import adapt
 from optuna_lora_rl.policy.adaptation import rewards
 from optuna_lora_rl.policy.scores import scalarise
+from optuna_lora_rl.samplers.memory import Memo
 
 if TYPE_CHECKING:
     from optuna_lora_rl.policy.dimensions import Space
@@ -48,10 +49,7 @@ class Adaptation:
     def __init__(self, network: Scorer, seed: int) -> None:
         self.seed = seed
         self._start = network
-        self._known: dict[bytes, Scorer] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_known": {}}
+        self._known: Memo[Scorer] = Memo(_KEPT)
 
     def network(self, space: Space, history: History, rebuild: Rebuild) -> Scorer:
         """The policy after a history.
@@ -68,12 +66,8 @@ class Adaptation:
             if len(finished) < count:
                 break
             told = finished.select(np.arange(count))
-            key = _digest(space, told)
-            if key not in self._known:
-                if len(self._known) >= _KEPT:
-                    self._known.clear()
-                self._known[key] = self._learn(network, told, begin, rebuild)
-            network, begin = self._known[key], count
+            learn = partial(self._learn, network, told, begin, rebuild)
+            network, begin = self._known.get(_digest(space, told), learn), count
         return network
 
     def _learn(self, network: Scorer, told: History, begin: int, rebuild: Rebuild) -> Scorer:

@@ -256,9 +256,12 @@ class _Model:
             fit_rows=100,
         )
         sign = 1.0 if direction == StudyDirection.MAXIMIZE else -1.0
-        top = finished[good][int(np.argmax(scores[good]))]
-        offset, unit = _scale(scores[good], y[0].numpy()[good])
         kept = finished[good]
+        # As Optuna's best trial: of those that keep the constraints, where any does.
+        allowed = history.violation[kept] <= 0
+        eligible = np.where(allowed | ~allowed.any(), scores[good], -np.inf)
+        top = kept[int(np.argmax(eligible))]
+        offset, unit = _scale(scores[good], y[0].numpy()[good])
         return cls(
             space=space,
             layout=layout,

@@ -147,7 +147,8 @@ def parameters_of(trial: FrozenTrial, *, unused: bool = False) -> dict[str, Any]
         chunks.append(chunk)
     fixed = trial.system_attrs.get("fixed_params", {})
     try:
-        proposed = json.loads("".join(chunks)) if chunks else {}
+        # A second, shorter proposal leaves chunks of the first behind it.
+        proposed = json.JSONDecoder().raw_decode("".join(chunks))[0] if chunks else {}
     except json.JSONDecodeError:
         # Another process is between two chunks; what the trial has suggested so far must do.
         proposed = {}

@@ -37,6 +37,10 @@ class Memo(Generic[T]):
         self._size, self._kept = size, OrderedDict[Hashable, T]()
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[type[Memo[T]], tuple[int]]:
+        # Locks do not travel, and what is kept only saves time.
+        return type(self), (self._size,)
+
     def get(self, key: Hashable, compute: Callable[[], T]) -> T:
         """What ``compute`` returned for this key, now or before."""
         with self._lock:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from optuna_lora_rl.policy.transfer import SourceStudy
 from optuna_lora_rl.policy.transfer import fit_source
 from optuna_lora_rl.samplers.history import read_history
 from optuna_lora_rl.samplers.history import space_of
+from optuna_lora_rl.samplers.memory import Memo
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -69,10 +69,7 @@ class EarlierStudies:
             )
         self._told = [_read(position, study) for position, study in enumerate(studies)]
         self._roles = dict(roles)
-        self._fits: dict[tuple[Space, bytes], list[SourceModel]] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_fits": {}}
+        self._fits: Memo[list[SourceModel]] = Memo(_KEPT)
 
     def __len__(self) -> int:
         return len(self._told)
@@ -92,13 +89,12 @@ class EarlierStudies:
             directions: of the new study.
             weights: of its objectives in this proposal, shape (m,).
         """
-        key = (space, weights.tobytes())
-        if key not in self._fits:
-            if len(self._fits) >= _KEPT:
-                self._fits.clear()
-            fits = [fit_source(layout, space, s, weights) for s in self._sources(directions)]
-            self._fits[key] = [fit for fit in fits if fit is not None]
-        return self._fits[key]
+
+        def fitted() -> list[SourceModel]:
+            fits = (fit_source(layout, space, s, weights) for s in self._sources(directions))
+            return [fit for fit in fits if fit is not None]
+
+        return self._fits.get((space, tuple(directions), weights.tobytes()), fitted)
 
     def opening(
         self, space: Space, column: int, directions: Sequence[StudyDirection]

@@ -114,3 +114,14 @@ def test_the_command_names_what_is_missing(
             cli.main(["learn", *arguments])
         assert ended.value.code == 2
         assert sentence in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_learnt(
+    tmp_path: Path,
+) -> None:
+    folder, file = tmp_path / "is-a-folder.safetensors", tmp_path / "file"
+    folder.mkdir()
+    file.touch()
+    for output in (folder, file / "weights.safetensors"):
+        with pytest.raises(UserError, match="cannot be written"):
+            fine_tuning.learn([], output)

@@ -29,7 +29,7 @@ def _run(sampler: RLSampler, trials: int) -> optuna.Study:
 
 def _learnt(sampler: RLSampler) -> list[torch.Tensor]:
     assert sampler._adaptation is not None
-    return [network.last.weight for network in sampler._adaptation._known.values()]
+    return [network.last.weight for network in sampler._adaptation._known._kept.values()]
 
 
 @pytest.fixture(scope="module")

@@ -54,6 +54,20 @@ def test_what_matters_comes_first_and_is_predicted_in_the_objectives_units(
     assert rate.prior is not None and rate.prior.max() == 1.0
 
 
+def test_the_best_trial_keeps_the_constraints_where_any_does() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        rate = trial.suggest_float("learning_rate", 1e-5, 1e-1, log=True)
+        trial.set_constraint("memory", rate - 1e-3)
+        return rate
+
+    study = optuna.create_study(
+        direction="maximize", sampler=optuna.samplers.RandomSampler(seed=0)
+    )
+    study.optimize(objective, n_trials=12)
+    (rate,) = explain(study).parameters
+    assert rate.best == study.best_params["learning_rate"] <= 1e-3
+
+
 def test_the_band_holds_what_was_not_measured() -> None:
     study = studied("minimize", trials=15)
     found = explain(study)

@@ -56,6 +56,14 @@ def test_a_proposal_is_seen_before_the_objective_suggests_it() -> None:
     assert len(read_history([running], space_of(X), study.directions, current=0)) == 0
 
 
+def test_a_second_shorter_proposal_replaces_the_first() -> None:
+    study = optuna.create_study(storage="sqlite://")
+    trial = study.ask()
+    for name, x in (("y" * 3000, 0.5), ("y", 0.25)):
+        publish(study._storage, trial._trial_id, {"x": x, name: 1})
+    assert parameters_of(study.trials[0]) == {"x": 0.25, "y": 1}
+
+
 def test_half_written_proposals_are_ignored() -> None:
     study = optuna.create_study()
     trial = study.ask()

@@ -3,12 +3,20 @@ from __future__ import annotations
 import math
 import pickle
 
+import numpy as np
 import optuna
 import pytest
+from optuna.distributions import FloatDistribution
+from optuna.study import StudyDirection
 
 from optuna_lora_rl import RLSampler
 from optuna_lora_rl import samplers
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.policy.layout import layout_of
+from optuna_lora_rl.samplers.history import space_of
+from optuna_lora_rl.samplers.transfer import EarlierStudies
+
+X = {"lr": FloatDistribution(1e-5, 0.3, log=True)}
 
 
 def _objective(trial: optuna.Trial) -> float:
@@ -54,6 +62,17 @@ def test_proposals_are_a_function_of_the_sources_and_the_history() -> None:
     resumed.add_trials(study.trials[:4])
     resumed.optimize(_objective, n_trials=2)
     assert [t.params for t in resumed.trials[4:]] == [t.params for t in study.trials[4:]]
+
+
+def test_a_list_of_trials_is_read_anew_for_another_direction() -> None:
+    trials, space = _source().trials, space_of(X)
+    layout, weights = layout_of(space), np.ones(1)
+    earlier = EarlierStudies([trials], {})
+    best = {
+        direction: earlier.models(space, layout, [direction], weights)[0].best[0].tolist()
+        for direction in (StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE)
+    }
+    assert best[StudyDirection.MAXIMIZE] != best[StudyDirection.MINIMIZE]
 
 
 def test_a_list_of_trials_has_the_directions_of_the_new_study() -> None:
