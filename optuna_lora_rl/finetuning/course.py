@@ -152,7 +152,7 @@ class Course:
         if self._changing is not None and self._changing.changes:
             self._ranks = self._spells()[-1][1]
             for change in self._changing.changes:
-                _log.info("trial %d: %s", run.number, change)
+                _log.info("trial %d, %s", run.number, change)
         if wanted.truncates:
             self._truncate(adapter)
         if run.folder is not None:

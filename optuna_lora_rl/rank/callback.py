@@ -44,6 +44,12 @@ class RankChange:
     reason: str
     error: float
 
+    def __str__(self) -> str:
+        return (
+            f"after step {self.step}: {self.layer} from rank {self.before} to {self.after}, "
+            f"because {self.reason}"
+        )
+
 
 class _RankCallback(TrainerCallback):
     """Applies a decider's ranks.

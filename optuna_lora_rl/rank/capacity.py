@@ -96,7 +96,7 @@ def over_ranks(shapes: Mapping[str, tuple[int, int]], ranks: Iterable[int]) -> l
     return counted
 
 
-def figure(capacities: Iterable[Capacity]) -> Figure:
+def figure(capacities: Iterable[Capacity], title: str | None = None) -> Figure:
     """Draws parameters, compression and coverage over rank."""
     from plotly.subplots import make_subplots
 
@@ -104,8 +104,8 @@ def figure(capacities: Iterable[Capacity]) -> Figure:
     ranks = [one.rank for one in known]
     panels = {
         "Adapter parameters": [one.parameters for one in known],
-        "Compression (times fewer than the weights)": [one.compression for one in known],
-        "Expressible rank (share of the largest)": [one.coverage for one in known],
+        "Times fewer than the weights": [one.compression for one in known],
+        "Expressible share of the rank": [one.coverage for one in known],
     }
     drawn = make_subplots(rows=1, cols=len(panels), subplot_titles=list(panels))
     for column, (title, values) in enumerate(panels.items(), start=1):
@@ -126,5 +126,5 @@ def figure(capacities: Iterable[Capacity]) -> Figure:
         xanchor="left",
         yanchor="bottom",
     )
-    drawn.update_layout(showlegend=False, template="plotly_white", height=420)
+    drawn.update_layout(title=title, showlegend=False, template="plotly_white", height=420)
     return drawn

@@ -302,7 +302,7 @@ def _write(
         counted = capacity.over_ranks(shapes, [2**i for i in range(most.bit_length())])
         console.print()
         console.print(tables.capacities(counted))
-        tables.write_figure(files.capacity, capacity.figure(counted))
+        tables.write_figure(files.capacity, capacity.figure(counted, f"Adapters: {title}"))
         _say(console, f"wrote {files.capacity}")
 
 

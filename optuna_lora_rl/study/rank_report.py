@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Attributes of a trial about its adapter's ranks, and about what was read of its layers.
 ATTRIBUTES = ("ranks", "rank_changes", "truncation")
 MONITOR = "monitor"
+_PANEL = (400, 230)
 _HEADS = ("layer", "rank", "parameters", "update", "trend", "gradient", "trend")
 _LEGEND = (
     "Update: Frobenius norm of the layer's dW. Gradient: norm of its factors' gradients, after "
@@ -193,8 +194,8 @@ def _ranks_section(ranks: dict[str, int]) -> str:
         return ""
     most = max(ranks.values())
     rows = "".join(
-        f"<tr><td>{html.escape(name)}</td><td><div class=bar style='width:{100 * r / most:.0f}%'>"
-        f"</div></td><td>{r}</td></tr>"
+        f"<tr><td>{html.escape(name)}</td><td style='width:50%'>"
+        f"<div class=bar style='width:{100 * r / most:.0f}%'></div></td><td>{r}</td></tr>"
         for name, r in ranks.items()
     )
     return f"<h2>Its ranks, layer by layer</h2><table class=wide>{rows}</table>"
@@ -225,7 +226,9 @@ def _monitor_section(read: dict[str, Any], said: Sequence[str]) -> str:
 
 def _picture(course: Sequence[dict[str, Any]], key: str, title: str) -> str:
     points = [(float(row["step"]), float(row[key])) for row in course]
-    return charts.chart([charts.Series(points, dots=True)], x="optimizer step", y=title)
+    return charts.chart(
+        [charts.Series(points, dots=True)], x="optimizer step", y=title, size=_PANEL
+    )
 
 
 def _html(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -17,6 +17,7 @@ import optuna
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.study import adapters
 from optuna_lora_rl.study import dashboard
+from optuna_lora_rl.study import log
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import report
 from optuna_lora_rl.study import storage
@@ -74,6 +75,7 @@ def run(spec: StudySpec, *, display: Display | None = None) -> RunResult:
         database_errors(spec.storage_url),
         quiet(),
         _threads(spec),
+        log.kept(spec.folder),
         Interruption() as interruption,
     ):
         worker = _Worker(spec, display or Display(), interruption)

@@ -7,6 +7,7 @@ written down by the same hand, and in the same words.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import time
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from optuna_lora_rl.study.interruption import Interruption
     from optuna_lora_rl.study.spec import StudySpec
 
+_log = logging.getLogger(__name__)
 _MIB = 1 << 20
 # What is said of a trial that cannot share a pass over the base model.
 _ALONE = re.compile(r"trial (\d+) runs alone: (.+)")
@@ -152,6 +154,7 @@ class Trials:
         """Shows a note of the pack, and keeps with a trial why it runs alone."""
         with self._interruption.shield():
             self._display.says(note)
+            _log.info(note)
             alone = _ALONE.fullmatch(note)
             running = self._running.get(int(alone[1])) if alone else None
             if alone and running:

@@ -317,6 +317,7 @@ def test_what_cannot_be_packed_runs_alone_and_says_why(make_spec: MakeSpec) -> N
         assert trial.user_attrs["packed"] is False and "use_dora" in trial.user_attrs["alone"]
     text = console.file.getvalue()
     assert "trial 0 runs alone: use_dora" in text
+    assert "trial 0 runs alone: use_dora" in (spec.folder / "log.txt").read_text()
     assert "0 trials side by side, 2 alone (2 x use_dora" in text
     assert "2 alone (2 x use_dora" in (spec.folder / "report.html").read_text()
 
