@@ -127,10 +127,13 @@ class Allocator:
         values = {module.name: probed["layers"][module.name] for module in chosen}
         if kind == "activation":
             values = _shares_of(values, budget)
+        by_parameters = self._training.rank_budget == "parameters"
+        parameters = wanted.lora_rank * sum(m.outputs + m.inputs for m in chosen)
         try:
             found = allocation.allocate(
                 values,
-                budget=budget,
+                budget=parameters if by_parameters else budget,
+                unit="parameters" if by_parameters else "rank",
                 shapes={m.name: (m.outputs, m.inputs) for m in chosen},
             )
         except UserError as error:

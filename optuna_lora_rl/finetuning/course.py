@@ -56,6 +56,7 @@ class Course:
         config: The same in PEFT's words.
         start: The adapter's initialisation, where PEFT has it not.
         progress: The evaluations so far.
+        callbacks: Further callbacks of the trainer.
         seed: Of initialisation, dropout and order.
 
     Raises:
@@ -77,12 +78,16 @@ class Course:
         self._ranks = dict(self._allocated.ranks)
         self._values: dict[str, float] = {}
         self._changing = rank_change.callback(
-            self.wanted.rank_change, training.rank_change, self.seed
+            self.wanted.rank_change,
+            training.rank_change,
+            self.seed,
+            {module.name: module.inputs + module.outputs for module in self.chosen},
         )
         self.config = lora_config(
             self.wanted, prepared.base.architecture, self.chosen, self._allocated.ranks
         )
         self.start = OwnStart.of(self.wanted, self.seed)
+        self.callbacks: list[TrainerCallback] = []
         self._plan = sft.Plan.of(self.wanted, training, len(prepared.lengths))
         self._stages = shared.stages.of(self._plan.evaluated)
         self._monitor = Monitor()
@@ -141,7 +146,7 @@ class Course:
             run_name=run.trackers_name,
             on_evaluation=self.progress.evaluated,
             after_backward=after_backward,
-            callbacks=self._callbacks(),
+            callbacks=[*self.callbacks, *self._callbacks()],
             log_every=shared.training.rank_change.loss.every
             if wanted.rank_change == "loss"
             else None,

@@ -223,6 +223,12 @@ class TrainingOptions(Section):
         "stops.",
         examples=[0, 2],
     )
+    rank_budget: Literal["ranks", "parameters"] = Field(
+        default="ranks",
+        description="What every `rank_allocation` keeps as uniform ranks have it: the sum of the "
+        "ranks, or the adapter's parameters, to the few into which no further rank fits.",
+        examples=["parameters"],
+    )
     rank_change: RankChangeOptions = Field(
         default_factory=RankChangeOptions,
         description="Thresholds of ranks that change in training.",

@@ -10,12 +10,13 @@ from optuna_lora_rl.rank.callback import GradientRankCallback
 from optuna_lora_rl.rank.callback import LossRankCallback
 from optuna_lora_rl.rank.callback import RankChange
 from optuna_lora_rl.rank.deciders import GradientSpectrum
+from optuna_lora_rl.rank.deciders import Limit
 from optuna_lora_rl.rank.deciders import LossCurve
 from optuna_lora_rl.rank.deciders import Steps
 
 
 def callback(
-    kind: str, options: RankChangeOptions, seed: int
+    kind: str, options: RankChangeOptions, seed: int, costs: Mapping[str, int]
 ) -> LossRankCallback | GradientRankCallback | None:
     """Makes the trainer's callback, or None where ranks stay.
 
@@ -23,18 +24,22 @@ def callback(
         kind: ``none``, ``loss`` or ``gradient``.
         options: Its thresholds.
         seed: Of the rows that a growing layer gets.
+        costs: What one rank of each layer costs, in parameters.
     """
     # What is not said here is a threshold, and bears the decider's own name for it.
-    steps = Steps(**options.model_dump(exclude={"loss", "gradient"}))
+    steps = Steps(**options.model_dump(exclude={"loss", "gradient", "mean_rank"}))
+    limit = None
+    if options.mean_rank is not None:
+        limit = Limit(options.mean_rank * sum(costs.values()), costs)
     if kind == "loss":
         loss = options.loss
-        curve = LossCurve(**loss.model_dump(exclude={"source", "every"}), steps=steps)
+        thresholds = loss.model_dump(exclude={"source", "every"})
+        curve = LossCurve(**thresholds, steps=steps, limit=limit)
         return LossRankCallback(curve, source=loss.source, seed=seed)
     if kind == "gradient":
         gradient = options.gradient
-        spectrum = GradientSpectrum(
-            **gradient.model_dump(exclude={"every", "columns"}), steps=steps
-        )
+        thresholds = gradient.model_dump(exclude={"every", "columns"})
+        spectrum = GradientSpectrum(**thresholds, steps=steps, limit=limit)
         return GradientRankCallback(
             spectrum, every=gradient.every, columns=gradient.columns, seed=seed
         )

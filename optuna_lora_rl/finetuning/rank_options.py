@@ -112,6 +112,14 @@ class RankChangeOptions(Section):
     )
     minimum: PositiveInt = Field(default=1, description="The smallest rank.", examples=[1])
     maximum: PositiveInt = Field(default=64, description="The largest rank.", examples=[64])
+    mean_rank: float | None = Field(
+        default=None,
+        ge=1,
+        description="Ranks grow only until all layers together have as many parameters as with "
+        "this rank each; by gradient, layers with the most energy in theirs grow first. Left out, "
+        "only `maximum` bounds them.",
+        examples=[8],
+    )
     patience: PositiveInt = Field(
         default=2,
         description="How many times in a row a verdict must come before ranks change.",

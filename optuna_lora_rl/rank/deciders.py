@@ -60,6 +60,23 @@ class Steps:
         return min(rank, max(min(math.floor(rank * self.shrink + 1e-9), rank - 1), self.minimum))
 
 
+@dataclass(frozen=True)
+class Limit:
+    """What all layers together may have.
+
+    Attributes:
+        budget: Of their ranks' costs, the largest sum.
+        costs: What one rank costs, by layer.
+    """
+
+    budget: float
+    costs: Mapping[str, int]
+
+    def room(self, ranks: Mapping[str, int]) -> float:
+        """Returns what is left of the budget, or is missing."""
+        return self.budget - sum(self.costs[name] * rank for name, rank in ranks.items())
+
+
 class LossCurve:
     """Judges all layers together by the course of the loss.
 
@@ -74,6 +91,7 @@ class LossCurve:
         calm: The scatter under which a standing loss is a plateau.
         oscillation: The scatter from which a loss oscillates.
         steps: How far ranks go.
+        limit: What the layers together do not grow beyond.
 
     Attributes:
         reasons: Why the last update changed what it changed, by layer.
@@ -87,6 +105,7 @@ class LossCurve:
         calm: float = 0.01,
         oscillation: float = 0.05,
         steps: Steps | None = None,
+        limit: Limit | None = None,
     ) -> None:
         if window < 3:
             raise UserError(f"window is at least 3 losses, not {window}")
@@ -98,6 +117,7 @@ class LossCurve:
         self._calm = calm
         self._oscillation = oscillation
         self._steps = steps or Steps()
+        self._limit = limit
         self._streak = _Streak()
 
     def update(self, loss: float, ranks: Mapping[str, int]) -> dict[str, int]:
@@ -112,6 +132,10 @@ class LossCurve:
         if self._streak.add(verdict) < self._steps.patience or verdict is None:
             return {}
         new = {name: self._steps.taken(rank, verdict) for name, rank in ranks.items()}
+        while verdict == "grow" and self._limit and self._limit.room({**ranks, **new}) < 0:
+            if new == ranks:
+                return {}
+            new = {name: max(ranks[name], rank - 1) for name, rank in new.items()}
         new = {name: rank for name, rank in new.items() if rank != ranks[name]}
         if new:
             self._losses.clear()
@@ -150,6 +174,8 @@ class GradientSpectrum:
         window: How many gradients are looked at; at least 2.
         steps: How far ranks go. A growing rank does not pass what the gradient needs, and a
             shrinking one does not fall below it.
+        limit: What the layers together do not grow beyond; those with the most energy in their
+            last gradient grow first, and as far as there is room.
 
     Attributes:
         reasons: Why the last update changed what it changed, by layer.
@@ -164,6 +190,7 @@ class GradientSpectrum:
         slack: float = 0.5,
         window: int = 3,
         steps: Steps | None = None,
+        limit: Limit | None = None,
     ) -> None:
         if not 0 < energy < 1:
             raise UserError(f"energy is a share between 0 and 1, not {energy}")
@@ -178,6 +205,7 @@ class GradientSpectrum:
         self._slack = slack
         self._window = window
         self._steps = steps or Steps()
+        self._limit = limit
         self._seen: dict[str, _Gradients] = {}
 
     def update(self, gradients: Mapping[str, Tensor], ranks: Mapping[str, int]) -> dict[str, int]:
@@ -203,7 +231,25 @@ class GradientSpectrum:
             if bound != ranks[name]:
                 new[name] = bound
                 self.reasons[name] = reason
-                del self._seen[name]
+        new = self._within(new, ranks)
+        self.reasons = {name: self.reasons[name] for name in new}
+        for name in new:
+            del self._seen[name]
+        return new
+
+    def _within(self, wanted: Mapping[str, int], ranks: Mapping[str, int]) -> dict[str, int]:
+        """Returns of the wanted ranks what there is room for."""
+        limit = self._limit
+        if limit is None:
+            return dict(wanted)
+        new = {name: rank for name, rank in wanted.items() if rank < ranks[name]}
+        room = limit.room({**ranks, **new})
+        growing = [name for name in wanted if name not in new]
+        for name in sorted(growing, key=lambda name: -self._seen[name].energy):
+            more = min(wanted[name] - ranks[name], int(max(room, 0) // limit.costs[name]))
+            if more:
+                new[name] = ranks[name] + more
+                room -= more * limit.costs[name]
         return new
 
     def _verdict(self, seen: _Gradients, rank: int) -> tuple[Verdict | None, str]:
@@ -239,6 +285,11 @@ class _Gradients:
             self._cosines.append(product / scale if scale else 0.0)
         self._norms.append(found.frobenius_norm)
         self._last = gradient.clone()
+
+    @property
+    def energy(self) -> float:
+        """Of the last gradient."""
+        return self._norms[-1] ** 2
 
     @property
     def full(self) -> bool:
