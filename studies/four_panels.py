@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ class Drawn:
         loss: (step, validation loss).
         accuracy: (step, token accuracy).
         final: Mean final accuracy, with the ends of its interval.
-        parameters: At the end.
+        parameters: At the end, and at their most.
     """
 
     name: str
@@ -33,7 +34,7 @@ class Drawn:
     loss: Sequence[tuple[float, float]]
     accuracy: Sequence[tuple[float, float]]
     final: tuple[float, float, float]
-    parameters: float
+    parameters: tuple[float, float]
 
 
 def figure(
@@ -58,7 +59,10 @@ def figure(
         ("Loss", _curves(arms, "loss", loss)),
         ("Accuracy", _curves(arms, "accuracy", accuracy)),
         ("Final accuracy, with 95% intervals", _dots(arms, accuracy)),
-        ("Parameters at the end against final accuracy", _against(arms, accuracy)),
+        (
+            "Parameters at the end (dot) and at their most (line), against final accuracy",
+            _against(arms, accuracy),
+        ),
     ]
     body = [f'<text x="{_GAP}" y="30" font-size="16" fill="{INK}">{html.escape(title)}</text>']
     body += _legend(legend, width)
@@ -81,17 +85,17 @@ def _curves(arms: Sequence[Drawn], which: str, name: str) -> str:
 
 
 def _against(arms: Sequence[Drawn], name: str) -> str:
-    dots = [
-        Series(
-            [(arm.parameters / 1000, arm.final[0])],
-            color=arm.color,
-            line=False,
-            dots=True,
-            titles=[f"{arm.name}: {arm.parameters:,.0f} parameters, {arm.final[0]:.3f}"],
+    found = []
+    for arm in arms:
+        end, most = (count / 1000 for count in arm.parameters)
+        accuracy = arm.final[0]
+        said = (
+            f"{arm.name}: {end:.1f} thousand parameters, {most:.1f} at their most, {accuracy:.3f}"
         )
-        for arm in arms
-    ]
-    return chart(dots, x="thousand parameters", y=name, size=_PANEL)
+        found.append(Series([(end, accuracy), (most, accuracy)], color=arm.color, width=1.4))
+        dot = Series([(end, accuracy)], color=arm.color, line=False, dots=True, titles=[said])
+        found.append(dot)
+    return chart(found, x="thousand parameters", y=name, size=_PANEL)
 
 
 def _legend(entries: Sequence[tuple[str, str]], width: int) -> list[str]:
@@ -104,6 +108,12 @@ def _legend(entries: Sequence[tuple[str, str]], width: int) -> list[str]:
         found.append(f'<text x="{x + 16}" y="{y}" fill="{INK}">{html.escape(name)}</text>')
         x += needed
     return found
+
+
+def _round_values(low: float, high: float) -> list[float]:
+    power = 10.0 ** math.floor(math.log10((high - low) / 4))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= (high - low) / 6)
+    return [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _dots(arms: Sequence[Drawn], name: str) -> str:
@@ -119,13 +129,12 @@ def _dots(arms: Sequence[Drawn], name: str) -> str:
         return _LEFT + (value - low) / (high - low) * (width - _LEFT - _RIGHT)
 
     body = []
-    for number in range(5):
-        tick = low + (high - low) * (number + 0.5) / 5
+    for tick in _round_values(low, high):
         at = across(tick)
         body.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="{height - _BOTTOM}" ')
         body.append('stroke="#e2e8f0"/>')
         body.append(f'<text x="{at:.1f}" y="{height - _BOTTOM + 18}" text-anchor="middle" ')
-        body.append(f'fill="{INK}">{tick:.3f}</text>')
+        body.append(f'fill="{INK}">{tick:.4g}</text>')
     for number, arm in enumerate(arms):
         y = (number + 0.5) * row
         body.append(f'<text x="{_LEFT - 10}" y="{y + 4:.1f}" text-anchor="end" fill="{INK}">')

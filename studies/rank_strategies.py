@@ -17,22 +17,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Mapping
 from collections.abc import Sequence
-from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+import comparing
 import four_panels
 import measuring
 import numpy as np
 import rates
 from arms import Arm
-from arms import Bench
-
-from optuna_lora_rl.finetuning.options import TrainingOptions
+from comparing import Found
 
 FILE = str(Path(__file__).resolve())
 RECORDS = measuring.FOLDER.parent / "logs" / "rank_strategies.jsonl"
@@ -46,6 +42,7 @@ CANDIDATES = (
 )
 LOW, HIGH, SCALE = 4, 16, 2.0
 STEPS, EVALUATIONS = 64, 4
+TASKS = 3
 RATES, FACTOR, MOST_RATES = (4e-3, 8e-3, 1.6e-2), 2.0, 6
 SELECTION = (100, 101)
 # With their defaults, which are for longer runs, the deciders see too little of so short ones.
@@ -115,67 +112,9 @@ COLORS = {
 }
 
 
-class Runs:
-    """The runs of a comparison, made where they are not recorded yet.
-
-    Args:
-        arms: What is compared.
-        records: Where they are kept.
-        steps: Of each run.
-    """
-
-    def __init__(self, arms: Mapping[str, Arm], records: measuring.Records, steps: int) -> None:
-        self._arms = arms
-        self._records = records
-        self._steps = steps
-        self.bench = cache(self._bench)
-
-    def __call__(
-        self, task: str, name: str, rate: float, seed: int, evaluations: int = 1
-    ) -> measuring.Result:
-        """Return one run."""
-        key = {"task": task, "arm": name, **asdict(self._arms[name]), "rate": rate, "seed": seed}
-        key |= {"steps": self._steps, "scale": SCALE, "training": TRAINING}
-        key["evaluations"] = evaluations
-        del key["group"], key["equal"]
-        found = self._records.find(key)
-        if found is None:
-            began = time.monotonic()
-            found = self.bench(task).run(self._arms[name], rate, seed, evaluations)
-            self._records.add(key, found)
-            took = time.monotonic() - began
-            said = f"{task} {name} rate {rate:g} seed {seed}: {found['quality']:.4f}"
-            print(f"{said}, {found['cpu_seconds']:.1f} s of CPU in {took:.1f} s", flush=True)
-        return found
-
-    def untuned(self, task: str) -> dict[str, float]:
-        """Return what the untuned model has."""
-        return self._once({"task": task, "untuned": True}, lambda: self.bench(task).untuned)
-
-    def probe(self, task: str, name: str) -> float:
-        """Return the CPU seconds of an arm's probe."""
-        kind = str(self._arms[name].parameters.get("rank_allocation", "uniform"))
-        if kind == "uniform":
-            return 0.0
-        key = {"task": task, "probe": kind}
-        measured = self._once(
-            key, lambda: {"cpu_seconds": round(self.bench(task).probe_seconds(kind), 3)}
-        )
-        return float(measured["cpu_seconds"])
-
-    def _once(self, key: dict[str, Any], measure: Any) -> measuring.Result:
-        found = self._records.find(key)
-        if found is None:
-            found = measure()
-            self._records.add(key, found)
-        return found
-
-    def _bench(self, task: str) -> Bench:
-        training = TrainingOptions(use_cpu=True, **TRAINING)
-        return Bench(task, self._steps, training, SCALE)
-
-
-def piloted(runs: Runs, candidates: Sequence[str], count: int) -> dict[str, dict[str, Any]]:
+def piloted(
+    runs: comparing.Runs, candidates: Sequence[str], count: int
+) -> dict[str, dict[str, Any]]:
     """Measure what a high rank gains over a low one, and say which tasks are taken."""
     found = {}
     for task in candidates:
@@ -194,86 +133,7 @@ def piloted(runs: Runs, candidates: Sequence[str], count: int) -> dict[str, dict
     return {task: {**gap, "taken": task in taken} for task, gap in found.items()}
 
 
-def selected(
-    runs: Runs,
-    tasks: Sequence[str],
-    names: Sequence[str],
-    seeds: Sequence[int],
-    start: Sequence[float],
-    factor: float,
-    most: int,
-) -> dict[str, dict[str, dict[float, float]]]:
-    """Return the mean qualities of the rates that were tried, by task and arm."""
-
-    def mean(task: str, name: str, rate: float) -> float:
-        return float(np.mean([runs(task, name, rate, seed)["quality"] for seed in seeds]))
-
-    return {
-        task: {
-            name: rates.search(
-                lambda rate, task=task, name=name: mean(task, name, rate), start, factor, most
-            )
-            for name in names
-        }
-        for task in tasks
-    }
-
-
-def judged(
-    runs: Runs,
-    tried: Mapping[str, Mapping[str, Mapping[float, float]]],
-    seeds: int,
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """Run every arm at its best rates on the judging seeds; results by task and arm."""
-    chosen = {
-        (task, name): rates.best(qualities)
-        for task, arms in tried.items()
-        for name, qualities in arms.items()
-    }
-    # Arms run side by side, seed by seed: what slows the machine down meets all alike.
-    rows: dict[tuple[str, str], list[measuring.Result]] = {pair: [] for pair in chosen}
-    for seed in range(seeds):
-        for (task, name), rate in chosen.items():
-            rows[task, name].append(runs(task, name, rate, seed, EVALUATIONS))
-    found: dict[str, dict[str, dict[str, Any]]] = {task: {} for task in tried}
-    for (task, name), results in rows.items():
-        found[task][name] = _gathered(results) | {
-            "rate": chosen[task, name],
-            "tried": {f"{rate:g}": quality for rate, quality in tried[task][name].items()},
-            "probe_cpu_seconds": runs.probe(task, name),
-        }
-    return found
-
-
-def _gathered(results: Sequence[measuring.Result]) -> dict[str, Any]:
-    done = [one for one in results if "failure" not in one]
-    parameters = {
-        which: float(np.mean([one["parameters"][which] for one in done])) if done else 0.0
-        for which in ("most", "mean", "final")
-    }
-    return {
-        "quality": [one["quality"] for one in results],
-        "accuracy": [one["accuracy"] for one in results],
-        "cpu_seconds": [one["cpu_seconds"] for one in results],
-        "failed": len(results) - len(done),
-        "parameters": parameters,
-        "changes": float(np.mean([one["changes"] for one in done])) if done else 0.0,
-        "start": {
-            which: float(np.mean([one["start"][which] for one in done]))
-            for which in (done[0]["start"] if done else ())
-        },
-        "ranks": done[0]["ranks"] if done else {},
-        "curve": np.mean([one["curve"] for one in done], axis=0).tolist() if done else [],
-        "reached": [_reached(one["curve"]) for one in done],
-    }
-
-
-def _reached(curve: Sequence[Sequence[float]]) -> float:
-    """The first step evaluated at which 95% of the final quality was there."""
-    return next(step for step, quality, _ in curve if quality >= 0.95 * curve[-1][1])
-
-
-def goal(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+def goal(found: Found) -> dict[str, dict[str, Any]]:
     """Compare the best of ours on each task, chosen on the selection seeds, on the others."""
     answer = {}
     for task, arms in found.items():
@@ -289,65 +149,6 @@ def goal(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, dict
     return answer
 
 
-def compared(
-    found: Mapping[str, Mapping[str, Mapping[str, Any]]], baseline: str, which: str = "quality"
-) -> dict[str, dict[str, list[float]]]:
-    """Return every arm's differences to one of them, by task and over all."""
-
-    def of(name: str) -> dict[str, list[float]]:
-        return {task: arms[name][which] for task, arms in found.items()}
-
-    names = next(iter(found.values()))
-    return {name: rates.differences(of(name), of(baseline)) for name in names if name != baseline}
-
-
-def times(
-    found: Mapping[str, Mapping[str, Mapping[str, Any]]], baseline: str
-) -> dict[str, list[float]]:
-    """Return each arm's CPU seconds over those of one of them, with intervals over the pairs."""
-    names = next(iter(found.values()))
-    return {
-        name: measuring.interval(
-            np.array(
-                [
-                    pair
-                    for arms in found.values()
-                    for pair in zip(
-                        arms[name]["cpu_seconds"], arms[baseline]["cpu_seconds"], strict=True
-                    )
-                ]
-            ),
-            measuring.geometric_mean_ratio,
-        )
-        for name in names
-    }
-
-
-def drawn(
-    found: Mapping[str, Mapping[str, Mapping[str, Any]]],
-    untuned: Mapping[str, Mapping[str, float]],
-    colors: Mapping[str, str],
-) -> list[four_panels.Drawn]:
-    """Return what the figure shows: means over tasks and seeds."""
-    accuracy = float(np.mean([one["accuracy"] for one in untuned.values()]))
-    rows = []
-    for name in next(iter(found.values())):
-        arms = [by_name[name] for by_name in found.values()]
-        curve = np.mean([arm["curve"] for arm in arms if arm["curve"]], axis=0)
-        final = rates.over_seeds(np.mean([arm["accuracy"] for arm in arms], axis=0).tolist())
-        rows.append(
-            four_panels.Drawn(
-                name=name,
-                color=colors[name],
-                loss=[(0.0, 1.0), *((step, 1 - quality) for step, quality, _ in curve)],
-                accuracy=[(0.0, accuracy), *((step, share) for step, _, share in curve)],
-                final=(final[0], final[1], final[2]),
-                parameters=float(np.mean([arm["parameters"]["final"] for arm in arms])),
-            )
-        )
-    return rows
-
-
 def markdown(entries: dict[str, Any]) -> str:
     """The page."""
     (entry,) = entries.values()
@@ -356,20 +157,16 @@ def markdown(entries: dict[str, Any]) -> str:
     lines += ["What it says: [the reading](rank_strategies_reading.md).", ""]
     lines += ["![Loss, accuracy, final accuracy and parameters](rank_strategies.svg)", ""]
     lines += measuring.provenance(entry)
-    lines += [paragraph.replace("\n", " ") for paragraph in _paragraphs()]
+    lines += comparing.paragraphs(__doc__)
     if entry["note"]:
         lines += [entry["note"], ""]
     lines += _pilot(entry["pilot"])
     lines += _equality(found)
-    lines += _qualities(found)
-    lines += difference_table(entry["differences"], found, BASELINE)
+    lines += comparing.quality_table(found)
+    lines += comparing.difference_table(entry["differences"], found, BASELINE)
     lines += _goal(entry["goal"])
-    lines += tried_table(found)
+    lines += comparing.tried_table(found)
     return "\n".join(lines)
-
-
-def _paragraphs() -> list[str]:
-    return [line for part in (__doc__ or "").split("\n\n")[2:] for line in (part.strip(), "")]
 
 
 def _pilot(pilot: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -387,10 +184,10 @@ def _pilot(pilot: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
-def _equality(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+def _equality(found: Found) -> list[str]:
     first = next(iter(found.values()))
     budget = first[BASELINE]["parameters"]["final"]
-    took = times(found, BASELINE)
+    took = comparing.times(found, BASELINE)
     lines = [
         "## Parameters and time",
         "",
@@ -417,54 +214,6 @@ def _equality(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]
     return [*lines, ""]
 
 
-def _qualities(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
-    seeds = len(next(iter(next(iter(found.values())).values()))["quality"])
-    lines = [
-        "## Quality",
-        "",
-        "Share of the untuned model's validation loss that is gone, and token accuracy over all "
-        f"tasks: means over {seeds} judging seeds, 95% intervals by Student's t. A run that "
-        "failed counts as one that learnt nothing.",
-        "",
-        f"| strategy | {' | '.join(found)} | accuracy, all tasks | failed |",
-        "|---" * (len(found) + 3) + "|",
-    ]
-    for name in next(iter(found.values())):
-        arms = [by_name[name] for by_name in found.values()]
-        cells = [measuring.shown(rates.over_seeds(arm["quality"]), 4) for arm in arms]
-        accuracy = rates.over_seeds(np.mean([arm["accuracy"] for arm in arms], axis=0).tolist())
-        failed = sum(arm["failed"] for arm in arms)
-        lines.append(
-            f"| {name} | {' | '.join(cells)} | {measuring.shown(accuracy, 4)} | {failed} |"
-        )
-    return [*lines, ""]
-
-
-def difference_table(
-    found: Mapping[str, Mapping[str, Sequence[float]]], tasks: Mapping[str, Any], baseline: str
-) -> list[str]:
-    """Markdown of quality differences to one arm."""
-    lines = [
-        f"## Against {baseline}",
-        "",
-        "Differences of quality, paired by task and seed, with 95% intervals by Student's t over "
-        "seeds; over all tasks by the seeds' means over them. They say nothing of other tasks. "
-        f"With {len(found)} rows, about one interval in twenty misses its mean by chance.",
-        "",
-        f"| | {' | '.join(tasks)} | all tasks | |",
-        "|---" * (len(tasks) + 3) + "|",
-    ]
-    for name, row in found.items():
-        cells = [_signed(row[task]) for task in (*tasks, "all")]
-        lines.append(f"| {name} | {' | '.join(cells)} | {rates.verdict(row['all'])} |")
-    return [*lines, ""]
-
-
-def _signed(interval: Sequence[float]) -> str:
-    mean, low, high = (f"{value:+.4f}" for value in interval)
-    return f"{mean} [{low}, {high}]"
-
-
 def _goal(answer: Mapping[str, Mapping[str, Any]]) -> list[str]:
     met = sum(bool(one["met"]) for one in answer.values())
     lines = [
@@ -479,34 +228,9 @@ def _goal(answer: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "|---|---|---|---|---|",
     ]
     for task, one in answer.items():
-        cells = [_signed(one["against"][rival]) for rival in (BASELINE, RIVAL)]
+        cells = [comparing.signed(one["against"][rival]) for rival in (BASELINE, RIVAL)]
         said = "yes" if one["met"] else "no"
         lines.append(f"| {task} | {one['chosen']} | {' | '.join(cells)} | {said} |")
-    return [*lines, ""]
-
-
-def tried_table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
-    """Markdown of the learning rates."""
-    lines = [
-        "## Learning rates",
-        "",
-        "Those that were tried, with the mean quality on the selection seeds; the best one was "
-        "taken.",
-        "",
-        f"| | {' | '.join(found)} |",
-        "|---" * (len(found) + 1) + "|",
-    ]
-    for name in next(iter(found.values())):
-        cells = []
-        for arms in found.values():
-            chosen = f"{arms[name]['rate']:g}"
-            cells.append(
-                ", ".join(
-                    f"**{rate}: {quality:.3f}**" if rate == chosen else f"{rate}: {quality:.3f}"
-                    for rate, quality in arms[name]["tried"].items()
-                )
-            )
-        lines.append(f"| {name} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
@@ -521,10 +245,12 @@ def main(arguments: Sequence[str]) -> None:
     measuring.stay_offline("tiny")
     measuring.set_threads(1)
     records = measuring.Records(given.records)
-    runs = Runs(ARMS, records, given.steps)
+    runs = comparing.Runs(ARMS, records, steps=given.steps, scale=SCALE, training=TRAINING)
     pilot = piloted(runs, given.candidates, given.tasks)
-    tried = selected(runs, taken(pilot), tuple(ARMS), SELECTION, RATES, FACTOR, given.most_rates)
-    found = judged(runs, tried, given.seeds)
+    tried = comparing.selected(
+        runs, taken(pilot), tuple(ARMS), SELECTION, RATES, FACTOR, given.most_rates
+    )
+    found = comparing.judged(runs, tried, given.seeds, EVALUATIONS)
     untuned = {task: runs.untuned(task) for task in found}
     entry = {
         **measuring.circumstances(FILE, arguments, records.revisions),
@@ -532,14 +258,14 @@ def main(arguments: Sequence[str]) -> None:
         "pilot": pilot,
         "untuned": untuned,
         "tasks": found,
-        "differences": compared(found, BASELINE),
-        "against_rival": compared(found, RIVAL),
+        "differences": comparing.compared(found, BASELINE),
+        "against_rival": comparing.compared(found, RIVAL),
         "goal": goal(found),
     }
     stem = given.output / "rank_strategies"
     print(measuring.publish(stem, "rank strategies", entry, markdown))
     svg = four_panels.figure(
-        drawn(found, untuned, COLORS),
+        comparing.drawn(found, untuned, COLORS),
         title=f"Rank strategies, means over {len(found)} tasks and {given.seeds} seeds",
         loss="validation loss, share of the untuned model's",
         accuracy="token accuracy",
@@ -551,7 +277,7 @@ def main(arguments: Sequence[str]) -> None:
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare rank strategies at equal parameters.")
     parser.add_argument("--candidates", type=_words, default=list(CANDIDATES))
-    parser.add_argument("--tasks", type=int, default=3, help="how many candidates are taken")
+    parser.add_argument("--tasks", type=int, default=TASKS, help="how many candidates are taken")
     parser.add_argument("--seeds", type=int, default=6, help="judging seeds")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--most-rates", type=int, default=MOST_RATES)

@@ -50,8 +50,8 @@ def best(qualities: Mapping[float, float]) -> float:
     return max(qualities, key=lambda rate: qualities[rate])
 
 
-def over_seeds(values: Sequence[float]) -> list[float]:
-    """Return a mean and its 95% interval by Student's t.
+def over_seeds(values: Sequence[float], level: float = 0.95) -> list[float]:
+    """Return a mean and its interval by Student's t.
 
     With so few seeds a bootstrap's intervals are too narrow.
     """
@@ -59,12 +59,16 @@ def over_seeds(values: Sequence[float]) -> list[float]:
     mean = float(array.mean())
     if len(array) < 2:
         return [mean, -math.inf, math.inf]
-    half = float(stats.t.ppf(0.975, len(array) - 1) * array.std(ddof=1) / math.sqrt(len(array)))
+    half = float(
+        stats.t.ppf((1 + level) / 2, len(array) - 1) * array.std(ddof=1) / math.sqrt(len(array))
+    )
     return [mean, mean - half, mean + half]
 
 
 def differences(
-    ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[float]]
+    ours: Mapping[str, Sequence[float]],
+    theirs: Mapping[str, Sequence[float]],
+    level: float = 0.95,
 ) -> dict[str, list[float]]:
     """Return the mean differences of paired values, by task and over all tasks, with intervals.
 
@@ -73,10 +77,11 @@ def differences(
     Args:
         ours: By task, one value a seed.
         theirs: The same, of the same seeds.
+        level: Of the intervals.
     """
     gaps = {task: np.subtract(ours[task], theirs[task]) for task in ours}
-    found = {task: over_seeds(gap.tolist()) for task, gap in gaps.items()}
-    return {**found, "all": over_seeds(np.mean(list(gaps.values()), axis=0).tolist())}
+    found = {task: over_seeds(gap.tolist(), level) for task, gap in gaps.items()}
+    return {**found, "all": over_seeds(np.mean(list(gaps.values()), axis=0).tolist(), level)}
 
 
 def verdict(interval: Sequence[float]) -> str:

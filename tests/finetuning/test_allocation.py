@@ -69,6 +69,15 @@ def test_ranks_sum_to_the_mean_and_load_in_plain_peft(
     assert loss == pytest.approx(result.metrics["loss"], rel=1e-5)
 
 
+def test_a_budget_of_parameters_is_that_of_uniform_ranks(make_tuner: Make) -> None:
+    tuner = make_tuner(rank_budget="parameters")
+    uniform, _ = tuner.estimate(SMALL)
+    shared, _ = tuner.estimate({**SMALL, "rank_allocation": "weight"})
+    smallest = min(m.inputs + m.outputs for m in tuner._prepared.base.architecture.linears)
+    assert 0 <= uniform.trainable_parameters - shared.trainable_parameters < smallest
+    assert len(set(tuner.run({**SMALL, "rank_allocation": "weight"}).ranks.values())) > 1
+
+
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_starts_that_change_the_base_keep_their_ranks(
     tuner: FineTuner, tmp_path: Path, init: str

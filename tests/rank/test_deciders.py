@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.rank.deciders import GradientSpectrum
+from optuna_lora_rl.rank.deciders import Limit
 from optuna_lora_rl.rank.deciders import LossCurve
 from optuna_lora_rl.rank.deciders import Steps
 
@@ -129,3 +130,36 @@ def test_a_layer_without_gradient_keeps_its_rank() -> None:
 def test_bad_settings_are_one_sentence(make: Any, says: str) -> None:
     with pytest.raises(UserError, match=says):
         make()
+
+
+@given(st.integers(0, 40), st.integers(1, 9), st.integers(1, 9))
+def test_growing_by_loss_ends_at_the_limit(more: int, a: int, b: int) -> None:
+    limit = Limit(2 * a + b + more, {"a": a, "b": b})
+    decider = LossCurve(window=3, steps=Steps(patience=1), limit=limit)
+    ranks = {"a": 2, "b": 1}
+    for _, new in fed(decider, [1.0] * 40, ranks):
+        ranks |= new
+    assert limit.room(ranks) >= 0
+    # Ranks grow alike: there is no room for one more of each.
+    assert limit.room({"a": ranks["a"] + 1, "b": ranks["b"] + 1}) < 0 or max(ranks.values()) == 64
+
+
+def test_what_the_gradients_ask_for_is_met_by_energy_within_the_limit() -> None:
+    limit = Limit(20, {"weak": 2, "strong": 2})
+    decider = GradientSpectrum(window=2, steps=Steps(grow=3, patience=1), limit=limit)
+    ranks = {"weak": 3, "strong": 3}
+    for seen in gradients(8, 8):
+        new = decider.update({"weak": seen["a"], "strong": 2 * seen["a"]}, ranks)
+        assert set(decider.reasons) == set(new)
+        ranks |= new
+        assert limit.room(ranks) >= 0
+    assert ranks == {"weak": 3, "strong": 7}
+
+
+def test_shrinking_makes_room_for_others() -> None:
+    limit = Limit(13, {"large": 1, "small": 1})
+    decider = GradientSpectrum(window=2, steps=Steps(patience=1), limit=limit)
+    ranks = {"large": 10, "small": 3}
+    for wide, narrow in zip(gradients(8, 3), gradients(1, 3), strict=True):
+        ranks |= decider.update({"large": narrow["a"], "small": wide["a"]}, ranks)
+    assert ranks == {"large": 8, "small": 5}
