@@ -127,6 +127,7 @@ def test_starts_are_compared_and_written_down(
     study = studies("initialisations")
     chosen = (study.BASELINE, "svd", "LoRA-GA (PEFT)")
     monkeypatch.setattr(study, "ARMS", {name: study.ARMS[name] for name in chosen})
+    monkeypatch.setattr(study, "EVALUATIONS", 2)
     asked = ["--tasks", "units-small", "--steps", "4", "--rates", "0.01", "--most-rates", "1"]
     asked += ["--seeds", "2", "--output", str(tmp_path)]
     study.main([*asked, "--records", str(tmp_path / "records.jsonl")])
