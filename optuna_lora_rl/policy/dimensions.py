@@ -156,7 +156,7 @@ class Dimension:
 
     def snap(self, coordinates: np.ndarray) -> np.ndarray:
         """Move coordinates to the nearest place that some value has; NaN stays NaN."""
-        u = np.clip(np.asarray(coordinates, dtype=float), 0.0, 1.0)
+        u = np.minimum(np.maximum(np.asarray(coordinates, dtype=float), 0.0), 1.0)
         if self.n_levels is None:
             return u
         low, high = self._bounds
@@ -164,12 +164,12 @@ class Dimension:
             return np.where(np.isnan(u), u, 0.5)
         position = low + u * (high - low)
         if self.kind == "categorical":
-            snapped = np.clip(np.round(position), 0, len(self.levels) - 1)
+            snapped = np.minimum(np.maximum(np.rint(position), 0), len(self.levels) - 1)
             return (snapped - low) / (high - low)
         assert self.step is not None
         value = np.exp(position) if self.log else position
-        value = self.low + np.round((value - self.low) / self.step) * self.step
-        value = np.clip(value, self.low, self.high)
+        value = self.low + np.rint((value - self.low) / self.step) * self.step
+        value = np.minimum(np.maximum(value, self.low), self.high)
         return ((np.log(value) if self.log else value) - low) / (high - low)
 
     def grid(self, limit: int = 64) -> np.ndarray:
@@ -240,10 +240,11 @@ class Space:
 
     def snap(self, points: np.ndarray) -> np.ndarray:
         """Move points, shape (..., d), onto configurations that exist."""
-        columns = [
-            dimension.snap(points[..., column]) for column, dimension in enumerate(self.dimensions)
-        ]
-        return np.stack(columns, axis=-1) if columns else np.array(points, dtype=float)
+        snapped: np.ndarray = np.minimum(np.maximum(np.asarray(points, dtype=float), 0.0), 1.0)
+        for column, dimension in enumerate(self.dimensions):
+            if dimension.n_levels is not None:
+                snapped[..., column] = dimension.snap(snapped[..., column])
+        return snapped
 
 
 def make_space(dimensions: Sequence[Dimension], roles: Mapping[str, str] | None = None) -> Space:

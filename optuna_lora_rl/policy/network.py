@@ -20,7 +20,7 @@ from optuna_lora_rl.policy.features import CANDIDATE_FEATURES
 from optuna_lora_rl.policy.features import CONTEXT_FEATURES
 from optuna_lora_rl.policy.features import Features
 
-_TRAINED = 40.0
+TRAINED = 40.0
 
 
 class Scorer(nn.Module):
@@ -63,7 +63,7 @@ def _trust(context: Tensor) -> Tensor:
     the policy becomes the Gaussian process that it starts from.
     """
     trials = (3.0 * context[:, CONTEXT_FEATURES.index("log_trials")]).exp()
-    return (_TRAINED / trials).clamp_max(1.0) ** 2
+    return (TRAINED / trials).clamp_max(1.0) ** 2
 
 
 class Critic(nn.Module):

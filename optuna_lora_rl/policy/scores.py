@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # How far below the worst standardised score a failed trial stands.
-_FAILURE_GAP = 0.25
+FAILURE_GAP = 0.25
 
 
 def standardise(scores: Tensor, good: Tensor, failed: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def standardise(scores: Tensor, good: Tensor, failed: Tensor) -> Tensor:
     flat = deviation <= 1e-12 * high.abs().clamp_min(1e-300)
     y = torch.where(flat, torch.zeros_like(centred), centred / deviation.clamp_min(1e-300))
     worst = torch.where(good, y, torch.zeros_like(y)).amin(1, keepdim=True)
-    return torch.where(failed, worst.clamp_max(-1.0) - _FAILURE_GAP, y)
+    return torch.where(failed, worst.clamp_max(-1.0) - FAILURE_GAP, y)
 
 
 def _quantiles(known: Tensor, otherwise: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -33,9 +33,11 @@ from optuna_lora_rl.policy.dimensions import Dimension
 from optuna_lora_rl.policy.dimensions import Space
 from optuna_lora_rl.policy.dimensions import make_space
 from optuna_lora_rl.pruners.pareto import REPORTED
+from optuna_lora_rl.samplers.memory import unlike
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
+    from optuna.study import Study
     from optuna.trial import FrozenTrial
 
 # Values of system attributes are columns of 2048 characters in relational storages.
@@ -59,6 +61,7 @@ class History:
         violation: sum of the violated constraints, shape (n,); 0 when feasible or unknown.
         constraints: their values, shape (n, number of constraints), feasible when all <= 0; NaN
             where a trial did not set one.
+        unfinished: places, in the list that was read, of trials that had not finished.
     """
 
     numbers: np.ndarray
@@ -70,6 +73,7 @@ class History:
     pruned: np.ndarray
     violation: np.ndarray
     constraints: np.ndarray
+    unfinished: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -80,7 +84,7 @@ class History:
         return ~(self.failed | self.running) & ~np.isnan(self.scores).any(axis=1)
 
     def select(self, rows: np.ndarray) -> History:
-        """The trials at ``rows`` (indices or a mask)."""
+        """The trials at ``rows`` (indices or a mask); what is ``unfinished`` is left out."""
         return History(
             self.numbers[rows],
             self.points[rows],
@@ -155,6 +159,35 @@ def parameters_of(trial: FrozenTrial, *, unused: bool = False) -> dict[str, Any]
     return {**proposed, **fixed, **trial.params}
 
 
+def is_taken(
+    params: Mapping[str, Any],
+    number: int,
+    study: Study,
+    begun: tuple[Sequence[int], int],
+    *,
+    later: bool,
+) -> bool:
+    """Whether another running trial has these parameters.
+
+    Args:
+        params: proposed for a trial.
+        number: of that trial.
+        study: to look in.
+        begun: the places of the trials that had not finished, and the length of the list, when
+            the study was last read; what had finished then need not be looked at again.
+        later: whether trials of higher number count as well.
+    """
+    places, known = begun
+    trials = study.get_trials(deepcopy=False)
+    running = [trials[i] for i in places if i < len(trials)] + trials[known:]
+    return any(
+        t.state == TrialState.RUNNING
+        and (t.number < number or (later and t.number > number))
+        and parameters_of(t) == params
+        for t in running
+    )
+
+
 def read_history(
     trials: Iterable[FrozenTrial],
     space: Space,
@@ -190,7 +223,10 @@ class Ledger:
         self._rows: list[_Row] = []
         # Whether any trial says more than parameters and values.
         self._more = False
+        self._open: tuple[int, ...] = ()
         self._points = np.zeros((0, 0))
+        # Whether a trial has begun and has a parameter of the space.
+        self._bears = np.zeros(0, dtype=bool)
         self._asked = np.zeros((0, 0), dtype=bool)
         self._values = np.zeros((0, 0))
         self._numbers = np.zeros(0, dtype=int)
@@ -210,12 +246,13 @@ class Ledger:
         with self._lock:
             self._update(trials, space, sign, unused)
             n = len(trials)
-            kept = ~np.isnan(self._points[:n]).all(axis=1) if len(space) else np.zeros(n, bool)
-            kept &= (self._states[:n] != TrialState.WAITING) & (self._numbers[:n] != current)
-            order = np.flatnonzero(kept)
-            order = order[np.argsort(self._numbers[order], kind="stable")]
+            order = np.flatnonzero(self._bears[:n] & (self._numbers[:n] != current))
+            numbers = self._numbers[order]
+            if not (numbers[1:] >= numbers[:-1]).all():
+                order = order[np.argsort(numbers, kind="stable")]
+                numbers = self._numbers[order]
             rows = [self._rows[i] for i in order.tolist()] if self._more else []
-            numbers, states = self._numbers[order], self._states[order]
+            states, unfinished = self._states[order], self._open
             points, asked, scores = self._points[order], self._asked[order], self._values[order]
         if rows:
             _estimate_pruned(rows, states, sign, scores)
@@ -232,6 +269,7 @@ class Ledger:
             pruned=states == TrialState.PRUNED,
             violation=np.nansum(np.maximum(constraints, 0.0), axis=1),
             constraints=constraints,
+            unfinished=unfinished,
         )
 
     def _update(
@@ -241,7 +279,7 @@ class Ledger:
         if key != self._key:
             self._key, self._seen, self._rows, self._more = key, [], [], False
         known = len(self._seen)
-        fresh = [i for i, (t, s) in enumerate(zip(trials, self._seen, strict=False)) if t is not s]
+        fresh = unlike(trials, self._seen)
         fresh += range(known, len(trials))
         self._make_room(len(trials), len(space), len(sign))
         missing = len(trials) - known
@@ -250,15 +288,19 @@ class Ledger:
         for i in fresh:
             trial = trials[i]
             self._seen[i] = trial if trial.state.is_finished() else None
-            self._rows[i] = _Row(trial.constraints, _reports(trial, len(sign)))
-            self._more |= bool(trial.constraints) or trial.state == TrialState.PRUNED
+            constraints, reports = trial.constraints, _reports(trial, len(sign))
+            self._rows[i] = _Row(constraints, reports) if constraints or reports else _NOTHING
+            self._more |= bool(constraints) or trial.state == TrialState.PRUNED
             self._numbers[i], self._states[i] = trial.number, trial.state
+            self._bears[i] = False
             if trial.state != TrialState.WAITING:
                 self._points[i] = space.encode(parameters_of(trial, unused=unused))
+                self._bears[i] = not np.isnan(self._points[i]).all()
                 self._asked[i] = [name in trial.params for name in space.names]
             self._values[i] = math.nan
             if trial.state == TrialState.COMPLETE and trial.values is not None:
                 self._values[i] = sign * np.array(trial.values, dtype=float)
+        self._open = tuple(i for i in fresh if self._seen[i] is None)
 
     def _make_room(self, n: int, d: int, m: int) -> None:
         size = len(self._numbers)
@@ -271,9 +313,10 @@ class Ledger:
             if old.shape[1] == width:
                 new[: len(old)] = old
             setattr(self, name, new)
-        for name in ("_numbers", "_states"):
+        for name in ("_numbers", "_states", "_bears"):
             old = getattr(self, name)
-            setattr(self, name, np.concatenate([old, np.zeros(size - len(old), dtype=int)]))
+            more = np.zeros(size - len(old), dtype=old.dtype)
+            setattr(self, name, np.concatenate([old, more]))
 
 
 @dataclass(frozen=True)

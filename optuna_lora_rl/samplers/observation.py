@@ -14,7 +14,7 @@ from optuna_lora_rl.policy.candidates import Observed
 from optuna_lora_rl.policy.conditions import Condition
 from optuna_lora_rl.policy.conditions import learn_conditions
 from optuna_lora_rl.policy.scores import scalarise
-from optuna_lora_rl.policy.scores import standardise
+from optuna_lora_rl.policy.single.scores import standardise
 from optuna_lora_rl.samplers.history import History
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ def constraints_of(history: History) -> np.ndarray:
 
 def conditions_of(space: Space, history: History) -> tuple[Condition, ...]:
     """What completed trials show of which parameters are used when."""
+    if history.asked.all():
+        return ()
     told = history.scored & ~history.pruned
     if history.asked[told].all():
         return ()
@@ -51,11 +53,11 @@ def units_of(
     """Offset and scale from standardised scores to the objective's values.
 
     The two best different scores tell: it is only the bad ones that standardising draws in.
-    ``None`` with several objectives, or without two different scores.
+    ``None`` with several objectives, or without two different scores. The history is the one that
+    was observed.
     """
     if len(directions) > 1:
         return None
-    history = recent_and_best(history)
     score = history.scores[~history.running, 0]
     y = observed.y[0].numpy()
     order = np.argsort(-np.where(observed.failed[0].numpy(), -math.inf, y), kind="stable")
@@ -87,16 +89,14 @@ def observe(
     good = history.scored[finished]
     scores = np.zeros(len(good))
     if len(weights) == 1:
-        scores[good] = history.scores[finished][good, 0]
+        scores[good] = history.scores[finished, 0][good]
     else:
         scores[good] = scalarise(history.scores[finished][good], weights)
-    mask = torch.ones((1, len(good)), dtype=torch.bool)
-    failed = torch.from_numpy(~good)[None]
     return Observed(
         x=torch.from_numpy(points[finished])[None],
-        y=standardise(torch.from_numpy(scores)[None], ~failed, failed),
-        mask=mask,
-        failed=failed,
+        y=torch.from_numpy(standardise(scores, ~good))[None],
+        mask=torch.ones((1, len(good)), dtype=torch.bool),
+        failed=torch.from_numpy(~good)[None],
         infeasible=torch.from_numpy(history.violation[finished] > 0)[None],
         pending=torch.from_numpy(points[running])[None],
         pending_mask=torch.ones((1, len(running)), dtype=torch.bool),
@@ -104,20 +104,33 @@ def observe(
     )
 
 
-def recent_and_best(history: History) -> History:
+def recent_and_best(history: History, after: int | None = None) -> History:
     """At most ``_MAX_TRIALS`` finished trials: the best (by mean rank) and the most recent.
 
     Running trials stay; so a proposal's cost does not grow with the study.
+
+    Args:
+        history: of any length.
+        after: the study as it was after so many finished trials, with none running.
     """
-    finished = np.flatnonzero(~history.running)
+    finished, running = np.flatnonzero(~history.running), np.flatnonzero(history.running)
+    if after is not None:
+        finished, running = finished[:after], running[:0]
     if len(finished) <= _MAX_TRIALS:
-        return history
-    scores = np.where(np.isnan(history.scores), -math.inf, history.scores)[finished]
+        return history if after is None else history.select(finished)
+    scores = history.scores[finished]
+    scores = np.where(np.isnan(scores), -math.inf, scores)
     ranks = scores[:, 0]
     if scores.shape[1] > 1:
         ranks = scores.argsort(axis=0).argsort(axis=0).sum(axis=1).astype(float)
     ranks = np.where(history.violation[finished] > 0, -math.inf, ranks)
-    best = finished[np.argsort(-ranks, kind="stable")[: _MAX_TRIALS * 2 // 3]]
+    best = finished[_highest(ranks, _MAX_TRIALS * 2 // 3)]
     recent = finished[-(_MAX_TRIALS // 3) :]
-    kept = np.union1d(np.union1d(best, recent), np.flatnonzero(history.running))
-    return history.select(kept)
+    return history.select(np.union1d(np.union1d(best, recent), running))
+
+
+def _highest(ranks: np.ndarray, count: int) -> np.ndarray:
+    """Places of the ``count`` highest, of equal ones the first; without sorting all of them."""
+    limit = -np.partition(-ranks, count - 1)[count - 1]
+    above = np.flatnonzero(ranks > limit)
+    return np.concatenate([above, np.flatnonzero(ranks == limit)[: count - len(above)]])

@@ -40,7 +40,7 @@ from optuna_lora_rl.samplers.arguments import checked_seed
 from optuna_lora_rl.samplers.arguments import fresh_seed
 from optuna_lora_rl.samplers.history import History
 from optuna_lora_rl.samplers.history import Ledger
-from optuna_lora_rl.samplers.history import parameters_of
+from optuna_lora_rl.samplers.history import is_taken
 from optuna_lora_rl.samplers.history import publish
 from optuna_lora_rl.samplers.history import space_of
 from optuna_lora_rl.samplers.memory import Memo
@@ -208,15 +208,18 @@ class RLSampler(BaseSampler):
             history = self._ledger.read(
                 trials, space, study.directions, current=trial.number, unused=True
             )
-            with _on_cpu():
+            with _on_cpu(), np.errstate(all="ignore"):
                 point, why = self._propose(space, history, study.directions, generator)
             params = space.decode(point)
+            begun = (history.unfinished, len(trials))
             # Another worker may have had the same thought meanwhile. Whoever finds it published
             # thinks again; of two that publish at once, the later trial does.
-            if attempt < _ATTEMPTS - 1 and _is_taken(params, study, trial.number, later=True):
+            if attempt < _ATTEMPTS - 1 and is_taken(
+                params, trial.number, study, begun, later=True
+            ):
                 continue
             publish(study._storage, trial._trial_id, params)
-            if not _is_taken(params, study, trial.number, later=False):
+            if not is_taken(params, trial.number, study, begun, later=False):
                 break
         study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL_KEY, why)
         return params
@@ -270,11 +273,11 @@ class RLSampler(BaseSampler):
 
             def rebuild(before: History, number: int, points: np.ndarray) -> Decision:
                 again = _generator(seed, number, space.names)
-                return self._decide(space, before, directions, again, None, points)
+                return self._decide(space, before, directions, again, None, points)[0]
 
             network = self._adaptation.network(space, history, rebuild)
-        decision = self._decide(space, history, directions, generator, network)
-        return _best(decision, units_of(history, decision.observed, directions))
+        decision, told = self._decide(space, history, directions, generator, network)
+        return _best(decision, units_of(told, decision.observed, directions))
 
     def _decide(
         self,
@@ -284,8 +287,11 @@ class RLSampler(BaseSampler):
         generator: torch.Generator,
         network: Scorer | None,
         points: np.ndarray | None = None,
-    ) -> Decision:
-        """The policy's step after a history; ``points`` (k, d) join the candidates."""
+    ) -> tuple[Decision, History]:
+        """The policy's step after a history, and the part of the history that it looked at.
+
+        ``points`` (k, d) join the candidates.
+        """
         tables = self._tables.get(space, lambda: Tables(layout_of(space)))
         layout, default = tables.layout, tables.default
         conditions = conditions_of(space, history)
@@ -298,12 +304,12 @@ class RLSampler(BaseSampler):
         history = recent_and_best(history)
         weights = objective_weights(len(directions), generator)
         observed = observe(history, layout.default, self._n_trials, weights)
-        constraints = constraints_of(history.select(~history.running))
+        constraints = constraints_of(history)[~history.running]
         grid = _grid(space, default, points)
         sources = self._earlier.models(space, layout, directions, weights)
         with torch.no_grad():
             if sources:
-                return decide_with_sources(
+                decision = decide_with_sources(
                     layout,
                     observed,
                     network,
@@ -316,8 +322,9 @@ class RLSampler(BaseSampler):
                     ),
                     sources=sources,
                 )
+                return decision, history
             trials = Trials(observed)
-            return decide(
+            decision = decide(
                 tables,
                 trials,
                 network,
@@ -328,6 +335,7 @@ class RLSampler(BaseSampler):
                 feasibility=fit_feasibility(tables, trials, constraints),
                 theta=theta,
             )
+        return decision, history
 
     def _hyperparameters(
         self, tables: Tables, space: Space, history: History
@@ -339,8 +347,8 @@ class RLSampler(BaseSampler):
         """
         if history.scores.shape[1] > 1 or len(self._earlier):
             return None
-        finished = np.flatnonzero(~history.running)
-        told = recent_and_best(history.select(finished[: milestone(len(finished))]))
+        finished = len(history) - int(history.running.sum())
+        told = recent_and_best(history, after=milestone(finished))
         key = (space, told.points.tobytes(), told.scores.tobytes(), told.violation.tobytes())
 
         def fitted() -> np.ndarray:
@@ -362,13 +370,6 @@ def _grid(space: Space, default: np.ndarray, points: np.ndarray | None) -> np.nd
     if points is not None and len(points):
         sets.append(np.where(np.isnan(points), default, points))
     return np.concatenate(sets) if sets else None
-
-
-def _is_taken(params: dict[str, Any], study: Study, number: int, *, later: bool) -> bool:
-    """Whether another running trial, an earlier one or (``later``) any, has these parameters."""
-    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    others = (t for t in running if t.number < number or (later and t.number > number))
-    return any(parameters_of(other) == params for other in others)
 
 
 def _best(

@@ -23,11 +23,15 @@ from optuna_lora_rl.policy.prior import GUIDE_RATIO
 from optuna_lora_rl.policy.prior import GUIDE_RATIO_SPREAD
 from optuna_lora_rl.policy.roles import ROLES
 from optuna_lora_rl.policy.single.process import Process
+from optuna_lora_rl.policy.single.tables import Points
 from optuna_lora_rl.policy.single.tables import Tables
 from optuna_lora_rl.policy.single.tables import rand
 from optuna_lora_rl.policy.single.tables import randn
 
-_LEARNING_RATE, _RANK = ROLES.index("learning_rate"), ROLES.index("rank")
+_LEARNING_RATE = ROLES.index("learning_rate")
+
+# How a step grows where the sign is new (0), stayed (1) or turned (-1, the last).
+_GROWTH = np.array([1.0, 1.3, 0.5])
 
 # Moves points (N, D) onto configurations that exist.
 Snap = Callable[[np.ndarray], np.ndarray]
@@ -42,6 +46,7 @@ class Trials:
 
     def __init__(self, observed: Observed) -> None:
         self.observed = observed
+        self._points: tuple[Tables, Points] | None = None
         self.x = observed.x[0].numpy()
         self.y = observed.y[0].numpy()
         self.failed = observed.failed[0].numpy()
@@ -51,6 +56,12 @@ class Trials:
 
     def __len__(self) -> int:
         return len(self.x)
+
+    def points(self, tables: Tables) -> Points:
+        """The finished trials with what their space says of them."""
+        if self._points is None or self._points[0] is not tables:
+            self._points = (tables, tables.points(self.x))
+        return self._points[1]
 
     def best(self, count: int, default: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The best trials, shape (count, D), the default where there is none, and which are real.
@@ -152,8 +163,7 @@ def _prior_points(tables: Tables, count: int, generator: torch.Generator) -> np.
     x = np.ascontiguousarray(((cell + rand(D, count, generator=generator)) / cells).T)
     draw_ratio = randn(count, generator=generator)
     if tables.turns and tables.is_lora:
-        place = tables.points(x)
-        wished = place.roles[:, _RANK] + GUIDE_RATIO + GUIDE_RATIO_SPREAD * draw_ratio
+        wished = tables.ranks(x) + GUIDE_RATIO + GUIDE_RATIO_SPREAD * draw_ratio
         x[:, tables.alpha] = tables.nearest_alpha(wished)
     return x
 
@@ -252,17 +262,18 @@ def climb(x: np.ndarray, tables: Tables, process: Process, best: float, steps: i
     first = FIRST_STEP * np.minimum(np.exp(process.theta[:-2]), LONGEST)
     step = np.broadcast_to(first, x.shape)
     top, top_value = x.copy(), np.full(len(x), -np.inf)
-    previous = np.zeros(x.shape)
+    previous, apart = np.zeros(x.shape), process.apart(x)
     for turn in range(steps):
         coordinates, place = tables.model_coordinates(x)
-        value, gradient = process.slope(coordinates, best)
+        value, gradient = process.slope(coordinates, best, apart)
         better = value > top_value
-        top[better], top_value[better] = x[better], value[better]
+        np.copyto(top, x, where=better[:, None])
+        np.copyto(top_value, value, where=better)
         if turn == steps - 1:
             break
         sign = np.sign(tables.pull_back(gradient, place))
-        agreement = sign * previous
-        step = step * (1.0 + 0.3 * np.maximum(agreement, 0.0) + 0.5 * np.minimum(agreement, 0.0))
+        agreement = (sign * previous).astype(np.int8)
+        step = step * _GROWTH[agreement]
         previous = sign * (agreement >= 0)
         x = np.minimum(np.maximum(x + previous * step, 0.0), 1.0)
     return top

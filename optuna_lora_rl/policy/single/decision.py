@@ -31,6 +31,7 @@ from optuna_lora_rl.policy.single.features import View
 from optuna_lora_rl.policy.single.features import context
 from optuna_lora_rl.policy.single.features import scaled_roles
 from optuna_lora_rl.policy.single.features import values
+from optuna_lora_rl.policy.single.network import score
 from optuna_lora_rl.policy.single.process import Process
 from optuna_lora_rl.policy.single.process import fit_theta
 from optuna_lora_rl.policy.single.process import log_improvement
@@ -46,7 +47,7 @@ Feasibility = Callable[[Points], np.ndarray]
 def fit_hyperparameters(tables: Tables, trials: Trials, settings: Settings) -> np.ndarray:
     """The surrogate's, shape (D + 2,); the twin of ``proposal.fit_surrogate``."""
     return fit_theta(
-        tables.points(trials.x).coordinates,
+        trials.points(tables).coordinates,
         trials.y,
         tables.unordered,
         tables.log_l,
@@ -63,7 +64,7 @@ def _noise(trials: Trials, settings: Settings) -> np.ndarray:
 def fit_feasibility(tables: Tables, trials: Trials, constraints: np.ndarray) -> Feasibility | None:
     """A process for each constraint, values (n, k); the twin of ``proposal.fit_feasibility``."""
     models = []
-    x = tables.points(trials.x).coordinates
+    x = trials.points(tables).coordinates
     for column in np.clip(constraints.T, -1e300, 1e300):
         known = ~np.isnan(column)
         if not known.any():
@@ -114,7 +115,7 @@ def decide(
     """
     if theta is None:
         theta = fit_hyperparameters(tables, trials, settings)
-    seen = tables.points(trials.x).coordinates
+    seen = trials.points(tables).coordinates
     own = Process(seen, trials.y, tables.unordered, theta, _noise(trials, settings))
     process, best = own, own.incumbent(trials.good)
     if len(trials.pending):
@@ -152,15 +153,22 @@ def decide(
     valid = allowed(points.x, close, trials)
     residual = _residual(source, valid, view, tables, trials, settings, weight)
     features = _features(points, source, valid, view, tables, trials, process, best)
-    logits = _batch(residual)
+    logits = residual
     if network is not None:
-        logits = logits + network(features).double()
+        each, whole = features.values[0].numpy(), features.context[0].numpy()
+        logits = residual + score(network, each, whole, valid)
     candidates = Candidates(_batch(points.x), torch.from_numpy(source), _batch(valid))
     assessment = Assessment(
         *(_batch(getattr(view, name)) for name in Assessment.__dataclass_fields__)
     )
     return Decision(
-        trials.observed, candidates, assessment, features, _batch(residual), logits, own.batched()
+        observed=trials.observed,
+        candidates=candidates,
+        view=assessment,
+        features=features,
+        residual=_batch(residual),
+        logits=_batch(logits),
+        surrogate=own.batched(),
     )
 
 

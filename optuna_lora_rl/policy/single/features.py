@@ -191,7 +191,7 @@ def context(
 def _agreement(tables: Tables, trials: Trials) -> float:
     if not len(trials):
         return 0.0
-    p = tables.points(trials.x).log_prior
+    p = trials.points(tables).log_prior
     p, y = p - p.mean(), trials.y - trials.y.mean()
     scale = math.sqrt(float((p * p).sum() * (y * y).sum()))
     return float((p * y).sum()) / scale if scale > 1e-9 else 0.0

@@ -56,14 +56,13 @@ def log_improvement(mean: np.ndarray, deviation: np.ndarray, best: float) -> Imp
     low = np.minimum(z, _SURE)
     ratio = _MILLS * torch.special.erfcx(torch.from_numpy(-_SQRT_HALF * low)).numpy()
     gap = np.maximum(1.0 + low * ratio, 1e-30)
-    far = z <= _FAR
-    if far.any():
-        gap = np.where(far, 1.0 / (z * z), gap)
-    value = np.log(gap * deviation) - 0.5 * low * low - _LOG_ROOT
-    sure = z > _SURE
-    if sure.any():
-        value = np.where(sure, np.log(np.where(sure, z * deviation, 1.0)), value)
+    if z.size and z.min() <= _FAR:
+        gap = np.where(z <= _FAR, 1.0 / (z * z), gap)
     scale = gap * deviation
+    value = np.log(scale) - 0.5 * low * low - _LOG_ROOT
+    if z.size and z.max() > _SURE:
+        sure = z > _SURE
+        value = np.where(sure, np.log(np.where(sure, z * deviation, 1.0)), value)
     return Improvement(value, ratio / scale, 1.0 / scale)
 
 
@@ -93,9 +92,10 @@ class Process:
         self._p = X * self._scale
         self._p2 = (self._p * self._p).sum(1)[:, None]
         K = self._kernel(X)
-        np.fill_diagonal(K, self.s)
+        diagonal = K.reshape(-1)[:: len(X) + 1]
+        diagonal[:] = self.s
         self._at_trials = K.copy()
-        K[np.diag_indices(len(X))] += math.exp(theta[-1]) + extra
+        diagonal += math.exp(theta[-1]) + extra
         self.L = factor(torch.from_numpy(K)[None])[0]
         told = torch.from_numpy(np.ascontiguousarray(y))[:, None]
         self._alpha = torch.cholesky_solve(told, self.L)[:, 0].numpy()
@@ -110,18 +110,24 @@ class Process:
             X, mask, unordered, theta[:, :-2], theta[:, -2], theta[:, -1], self.L[None], alpha
         )
 
-    def _squared_distance(self, x: np.ndarray) -> np.ndarray:
-        q = x * self._scale
-        r2 = self._p @ (-2.0 * q.T)
-        r2 += self._p2
-        r2 += (q * q).sum(1)
-        np.maximum(r2, 0.0, out=r2)
+    def apart(self, x: np.ndarray) -> np.ndarray:
+        """What coordinates without order add to squared distances, shape (n, N)."""
+        r2 = np.zeros((len(self.X), len(x)))
         for j, weight in self._odd:
             r2 += weight * (np.abs(self.X[:, j, None] - x[:, j]) > 1e-6)
         return r2
 
+    def _squared_distance(self, x: np.ndarray, apart: np.ndarray) -> np.ndarray:
+        q = x * self._scale
+        r2: np.ndarray = self._p @ (-2.0 * q.T)
+        r2 += self._p2
+        r2 += (q * q).sum(1)
+        np.maximum(r2, 0.0, out=r2)
+        r2 += apart
+        return r2
+
     def _kernel(self, x: np.ndarray) -> np.ndarray:
-        r = _root(self._squared_distance(x))
+        r = _root(self._squared_distance(x, self.apart(x)))
         decay = np.exp(-r)
         decay *= self.s
         return _poly(r) * decay
@@ -135,9 +141,14 @@ class Process:
         variance = self.s - np.einsum("nj,nj->j", v, v)
         return self._alpha @ k, np.sqrt(np.maximum(variance, 1e-10))
 
-    def slope(self, x: np.ndarray, best: float) -> tuple[np.ndarray, np.ndarray]:
-        """Log expected improvement over ``best`` at x, shape (N,), and its gradient, (N, D)."""
-        r = _root(self._squared_distance(x))
+    def slope(
+        self, x: np.ndarray, best: float, apart: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Log expected improvement over ``best`` at x, shape (N,), and its gradient, (N, D).
+
+        ``apart`` of x stays as it is on the way up: only ordered coordinates move.
+        """
+        r = _root(self._squared_distance(x, apart))
         decay = np.exp(-r)
         decay *= self.s
         k = _poly(r) * decay

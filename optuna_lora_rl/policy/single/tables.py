@@ -176,6 +176,11 @@ class Tables:
         gradient[:, self._rank] -= by_ratio * slopes[:, 0]
         return gradient
 
+    def ranks(self, x: np.ndarray) -> np.ndarray:
+        """Natural values of the rank at x (N, D), shape (N,)."""
+        place = places(x[:, self._pair])
+        return self._turn.at(place)[:, 0]
+
     def nearest_alpha(self, wished: np.ndarray) -> np.ndarray:
         """Unit coordinates whose alpha is nearest to the wished natural values, shape kept."""
         table = self.natural[_ALPHA]
