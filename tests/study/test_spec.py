@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import yaml
+
 from optuna_lora_rl import pruners
 from optuna_lora_rl import samplers
 from optuna_lora_rl.study import reference
 from optuna_lora_rl.study import spec as study_spec
 from optuna_lora_rl.study import template
 from optuna_lora_rl.study.spec import StudySpec
+from optuna_lora_rl.vocabulary import OWN_INITIALISATIONS
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,3 +88,15 @@ def test_what_init_leaves_commented_out_are_the_defaults(tmp_path: Path) -> None
 def test_the_quickstart_is_valid() -> None:
     spec = study_spec.load(ROOT / "studies" / "quickstart.yaml")
     assert spec.sampler.name == "rl" and spec.budget.trials == 20
+
+
+def test_the_example_of_ranks_is_what_its_page_shows() -> None:
+    spec = study_spec.load(ROOT / "studies" / "ranks.yaml")
+    page = (ROOT / "docs" / "rank.md").read_text()
+    tuned = spec.lora_space().distributions()
+    assert {"rank_allocation", "rank_change", "truncate_energy", "init_lora_weights"} <= set(tuned)
+    shown = yaml.safe_load(page.split("```yaml")[1].split("```")[0])["space"]
+    written = yaml.safe_load((ROOT / "studies" / "ranks.yaml").read_text())["space"]
+    assert shown.items() <= written.items()
+    for name in OWN_INITIALISATIONS:
+        assert f"`{name}`" in page
