@@ -23,7 +23,8 @@ Overrides = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Override a key of the file, such as --set budget.trials=5; may be repeated.",
+        help="Override a key of the file, such as --set budget.trials=5 in a study's; may be "
+        "repeated.",
     ),
 ]
 

@@ -98,7 +98,9 @@ def advise(
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences in one forward pass.")] = 8,
     length: Annotated[int, typer.Option(min=1, help="Their length in tokens.")] = 512,
-    examples: Annotated[int | None, typer.Option(min=1, help="Training examples.")] = None,
+    examples: Annotated[
+        int | None, typer.Option(min=1, help="How many training examples there are.")
+    ] = None,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Activations are recomputed.")
     ] = False,

@@ -278,6 +278,7 @@ def _lay_out(figure: Figure, title: str, cells: tuple[int, int], shown: int) -> 
         "xanchor": "left",
         "y": 1,
         "yanchor": "bottom",
+        "pad": {"b": 8},
     }
     figure.update_layout(
         title=title,
@@ -285,7 +286,7 @@ def _lay_out(figure: Figure, title: str, cells: tuple[int, int], shown: int) -> 
         width=max(640, 200 + 90 * modules),
         height=max(420, 240 + 26 * blocks),
         margin={"t": 140},
-        updatemenus=[{**menu, "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom"}],
+        updatemenus=[menu],
     )
     figure.update_xaxes(title="module", type="category", showgrid=False)
     figure.update_yaxes(title="block", type="category", autorange="reversed", showgrid=False)

@@ -181,10 +181,10 @@ def section(study: optuna.Study, spec: StudySpec) -> str:
         for p in shown
     )
     return (
-        f"<h2>What the trials taught</h2><p class=quiet>The predicted {predicted} along each "
-        "parameter, the others as in the best trial, with a band that holds 90% of what is "
-        "possible, and the trials (the best one in colour). Shares of parameters that act "
-        "together overlap."
+        "<h2>Which parameters matter, and how</h2>"
+        f"<p class=quiet>The predicted {predicted} along each parameter, the others as in the "
+        "best trial, with a band that holds 90% of what is possible, and the trials (the best one "
+        "in colour). Shares of parameters that act together overlap."
         f"</p><div class=panels>{panels}</div>"
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import warnings
 from collections.abc import Iterable
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,23 +71,6 @@ def top(trials: Iterable[FrozenTrial], number: int) -> list[FrozenTrial]:
     return sorted(complete, key=lambda t: outcome.final_score(t) or 0.0, reverse=True)[:number]
 
 
-def importances(study: optuna.Study) -> dict[str, float]:
-    """How much of the score's variation each parameter explains; empty with few trials."""
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    if len(complete) < 10:
-        return {}
-    from optuna.importance import PedAnovaImportanceEvaluator
-
-    with warnings.catch_warnings():
-        # PED-ANOVA looks at the lowest values, hence the minus; it warns of that in any case.
-        warnings.simplefilter("ignore", UserWarning)
-        return optuna.importance.get_param_importances(
-            study,
-            evaluator=PedAnovaImportanceEvaluator(),
-            target=lambda trial: -(outcome.final_score(trial) or 0.0),
-        )
-
-
 def write(study: optuna.Study, spec: StudySpec) -> Path:
     """Writes ``report.html`` into the output folder; it needs no other file and no network."""
     # It takes torch, which those who only ask how a study stands need not wait for.
@@ -103,7 +85,6 @@ def write(study: optuna.Study, spec: StudySpec) -> Path:
             _best(facts, spec),
             rank_report.section(trials[facts["trial"]], spec),
             _figures(trials, facts["trial"], spec),
-            _importances(study),
             explaining.section(study, spec),
             _table(trials, spec),
             rank_report.truncations(top(trials, len(trials))),
@@ -219,21 +200,6 @@ def _trade(trials: Sequence[FrozenTrial], *, best: bool) -> charts.Series:
     )
 
 
-def _importances(study: optuna.Study) -> str:
-    values = importances(study)
-    if not values:
-        return ""
-    rows = "".join(
-        f"<tr><td>{html.escape(name)}</td><td><div class=bar style='width:{100 * share:.0f}%'>"
-        f"</div></td><td>{share:.2f}</td></tr>"
-        for name, share in values.items()
-    )
-    return (
-        "<h2>Which parameters matter</h2><p class=quiet>Share of the variation among the better "
-        f"trials that each explains (PED-ANOVA).</p><table class=wide>{rows}</table>"
-    )
-
-
 def _table(trials: Sequence[FrozenTrial], spec: StudySpec) -> str:
     columns = ("quality", "cost", "loss", "trainable_parameters", "seconds")
     heads = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in ("trial", "score", *columns))
@@ -241,10 +207,14 @@ def _table(trials: Sequence[FrozenTrial], spec: StudySpec) -> str:
     for trial in top(trials, 20):
         attrs = trial.user_attrs
         cells = [str(trial.number), wording.score(outcome.final_score(trial))]
-        cells += [wording.number(attrs[k]) if k in attrs else "–" for k in columns]
+        cells += [_cell(k, attrs[k]) if k in attrs else "–" for k in columns]
         cells.append(outcome.configuration(trial))
         rows += "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
     return f"<h2>The best trials</h2><table class=wide><tr>{heads}<th></th></tr>{rows}</table>"
+
+
+def _cell(column: str, value: float) -> str:
+    return wording.count(value) if column == "trainable_parameters" else wording.number(value)
 
 
 def _failures(trials: Sequence[FrozenTrial]) -> str:
