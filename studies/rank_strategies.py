@@ -58,7 +58,7 @@ TRAINING = {
     },
 }
 _LOW = {"lora_rank": LOW}
-_SHARED = "rank budget counted in parameters, the rest less than one more rank of any layer"
+_SHARED = "shares the same parameters out; less than one more rank costs is left over"
 _CHANGED = "begins with half of them, and grows until all layers together have as many"
 ARMS: dict[str, Arm] = {
     "uniform low": Arm("uniform", _LOW, equal="the budget itself"),
@@ -164,6 +164,7 @@ def markdown(entries: dict[str, Any]) -> str:
     lines += _equality(found)
     lines += comparing.quality_table(found)
     lines += comparing.difference_table(entry["differences"], found, BASELINE)
+    lines += comparing.difference_table(entry["against_rival"], found, RIVAL)
     lines += _goal(entry["goal"])
     lines += comparing.tried_table(found)
     return "\n".join(lines)
