@@ -125,6 +125,34 @@ def test_truncate_says_what_it_would_give_and_does_it(
     assert json.loads((small / "adapter_config.json").read_text())["r"] == 2
 
 
+def test_truncate_says_what_each_size_leaves_of_the_quality(
+    said: Said, fails: Fails, random_llama: Path, sums: str, tmp_path: Path
+) -> None:
+    import yaml
+
+    adapter = tmp_path / "out" / "best"
+    file = tmp_path / "study.yaml"
+    content = {
+        "model": str(random_llama),
+        "data": {"train": sums, "max_length": 16},
+        "space": {"max_steps": 8, "learning_rate": 0.02, "lora_rank": 4},
+        "training": {"use_cpu": True, "evaluations": 1},
+        "sampler": "random",
+        "budget": 1,
+        "output": str(tmp_path / "out"),
+    }
+    file.write_text(yaml.safe_dump(content))
+    said("run", file, "--plain")
+    rows = [line.split() for line in said("truncate", adapter, "--study", file).splitlines()]
+    qualities = {row[0]: float(row[-1]) for row in rows if len(row) == 5 and row[0][0] in "01"}
+    best = json.loads(said("best", file, "--json"))
+    assert qualities["1"] == pytest.approx(best["metrics"]["quality"], abs=1e-4)
+    assert qualities["0.5"] != qualities["1"] and len(qualities) == 7
+    assert "goes with no --energy" in fails(
+        "truncate", adapter, "--rank", 2, "--study", file, "-o", tmp_path / "cut"
+    )
+
+
 def test_merge_writes_a_model(
     said: Said, adapter: Path, random_llama: Path, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from optuna_lora_rl.commands.given import console
+from optuna_lora_rl.commands.given import load
 from optuna_lora_rl.commands.given import split
 
 app = typer.Typer()
@@ -140,17 +141,34 @@ def truncate(
         float | None, typer.Option(help="Share of each update's energy to keep, such as 0.95.")
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Largest rank to keep.")] = None,
+    study: Annotated[
+        Path | None,
+        typer.Option(help="A study's file: show on its validation set what each would leave."),
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
 ) -> None:
     """Cut a trained adapter to the rank that its updates need, without loading its base.
 
-    Without --energy and --rank, shows what each would leave.
+    Without --energy and --rank, shows what each would leave; with --study of its quality too.
 
     Example: [bold]optuna-lora-rl truncate my-adapter --energy 0.95 --output smaller[/]
     """
     from optuna_lora_rl.rank import commands
 
-    commands.truncate(console(), adapter, output, energy=energy, rank=rank)
+    def qualities() -> list[float]:
+        from optuna_lora_rl.study import sizing
+
+        assert study is not None
+        return sizing.qualities(load(study, []), adapter)
+
+    commands.truncate(
+        console(),
+        adapter,
+        output,
+        energy=energy,
+        rank=rank,
+        qualities=None if study is None else qualities,
+    )
 
 
 @app.command()

@@ -215,6 +215,38 @@ class FineTuner:
         gained = quality(self.objective.metric, after.metrics(), before)
         return replace(after, quality=gained)
 
+    def cut(self, adapter: Path) -> list[float]:
+        """Cuts a saved adapter to ever less of its energy, and evaluates what is left.
+
+        Args:
+            adapter: Its folder, which stays as it is.
+
+        Returns:
+            The qualities on the validation set, in the order of ``rank.truncation.sizes``.
+
+        Raises:
+            UserError: When it cannot be read, or is of another model.
+        """
+        from optuna_lora_rl.finetuning.lora import loaded
+        from optuna_lora_rl.finetuning.quiet import quiet
+        from optuna_lora_rl.rank import layers
+        from optuna_lora_rl.rank import resizing
+        from optuna_lora_rl.rank import saved
+        from optuna_lora_rl.rank import truncation
+
+        own, shared, prepared = saved.read(adapter), self._shared, self._prepared
+        base, baseline = prepared.base.model, shared.baseline
+        own.check_fits(layers.shapes_of(base, with_head=True), prepared.base.name)
+        found: list[float] = []
+        with quiet(), loaded(base, adapter) as adapted:
+            # The best approximation of the best approximation is that of the whole.
+            for size in reversed(truncation.sizes(own.factors)):
+                if resizing.resize(adapted, size.ranks) or not found:
+                    values = shared.evaluate(adapted, prepared.tokens.validation, prepared.asked)
+                    now = quality(self.objective.metric, values, baseline)
+                found.append(now)
+        return found[::-1]
+
     @property
     def _prepared(self) -> Prepared:
         return self._shared.prepared

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -181,8 +182,17 @@ def truncate(
     *,
     energy: float | None = None,
     rank: int | None = None,
+    qualities: Callable[[], Sequence[float]] | None = None,
 ) -> None:
     """Cuts a saved adapter down, or shows what that would give where neither bound is given.
+
+    Args:
+        console: Where to say so.
+        adapter: Folder of the adapter.
+        output: Folder that is written.
+        energy: As for :func:`truncation.truncate`.
+        rank: The same.
+        qualities: Evaluates what each of :func:`truncation.sizes` would leave.
 
     Raises:
         UserError: As :func:`truncation.truncate`, or when there is no output for what is cut.
@@ -190,10 +200,13 @@ def truncate(
     if energy is None and rank is None:
         if output is not None:
             raise UserError("truncate takes either --energy or --rank to write an adapter")
-        console.print(tables.sizes(truncation.sizes(saved.read(adapter).factors)))
+        sizes = truncation.sizes(saved.read(adapter).factors)
+        console.print(tables.sizes(sizes, None if qualities is None else qualities()))
         again = shlex.join(["optuna-lora-rl", "truncate", str(adapter)])
         _say(console, f"Choose one: {again} --energy 0.95 --output FOLDER")
         return
+    if qualities is not None:
+        raise UserError("--study shows what each size leaves; it goes with no --energy or --rank")
     if output is None:
         raise UserError("truncate needs a folder to write, --output")
     found = truncation.truncate(adapter, output, energy=energy, rank=rank)

@@ -194,14 +194,21 @@ def memory(found: Memory) -> Table:
     return table
 
 
-def sizes(found: Iterable[Size]) -> Table:
-    """What keeping each share of an adapter's energy takes."""
+def sizes(found: Iterable[Size], qualities: Iterable[float] | None = None) -> Table:
+    """What keeping each share of an adapter's energy takes, and leaves of its quality if known."""
     table = _table("energy kept")
     for heading in ("parameters", "largest rank", "largest error of a layer"):
         table.add_column(heading, justify="right")
-    for one in found:
+    if qualities is not None:
+        table.add_column("quality", justify="right")
+    left = None if qualities is None else [[f"{quality:.4f}"] for quality in qualities]
+    for number, one in enumerate(found):
         table.add_row(
-            f"{one.energy:.4g}", f"{one.parameters:,}", str(one.largest_rank), f"{one.error:.1%}"
+            f"{one.energy:.4g}",
+            f"{one.parameters:,}",
+            str(one.largest_rank),
+            f"{one.error:.1%}",
+            *([] if left is None else left[number]),
         )
     return table
 

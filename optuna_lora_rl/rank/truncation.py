@@ -55,15 +55,19 @@ class Size:
 
     Attributes:
         energy: Share of each update's energy that is kept.
+        ranks: The rank of each layer.
         parameters: Parameters of the factors.
-        largest_rank: The largest rank.
         error: The largest relative error of a layer.
     """
 
     energy: float
+    ranks: dict[str, int]
     parameters: int
-    largest_rank: int
     error: float
+
+    @property
+    def largest_rank(self) -> int:
+        return max(self.ranks.values())
 
 
 def truncate(
@@ -140,8 +144,8 @@ def sizes(
         found.append(
             Size(
                 energy=energy,
+                ranks=ranks,
                 parameters=report.parameters_after,
-                largest_rank=max(ranks.values()),
                 error=max(report.errors.values()),
             )
         )

@@ -1,0 +1,35 @@
+"""What quality is left of an adapter when it is made smaller, on a study's validation set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from optuna_lora_rl.study.spec import StudySpec
+
+
+def qualities(spec: StudySpec, adapter: Path) -> list[float]:
+    """Evaluates a saved adapter, cut to each share of its energy.
+
+    Args:
+        spec: Whose model, data and metric.
+        adapter: Folder of the adapter.
+
+    Returns:
+        The qualities, in the order of :func:`optuna_lora_rl.rank.truncation.sizes`.
+
+    Raises:
+        UserError: When model, data or adapter cannot be had, or do not go together.
+    """
+    from optuna_lora_rl.finetuning.trial import FineTuner
+
+    tuner = FineTuner(
+        spec.model,
+        spec.data,
+        spec.training,
+        spec.objective,
+        target_sets=spec.target_sets,
+        cache=spec.folder / "cache",
+    )
+    return tuner.cut(adapter)
