@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
 
+from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.study import outcome
 
 if TYPE_CHECKING:
@@ -16,6 +17,31 @@ if TYPE_CHECKING:
 
 BEST_FILE = "best.json"
 CONFIG_FILE = "adapter_config.json"
+_OWNER = ".study"
+
+
+def claim(output: Path, name: str) -> None:
+    """Writes down whose adapters an output folder holds.
+
+    Trials are told apart by their numbers alone, so that a second study would overwrite the
+    adapters of the first.
+
+    Raises:
+        UserError: When they are another study's, or the folder cannot be written.
+    """
+    file = output / _OWNER
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        owner = file.read_text(encoding="utf-8") if file.exists() else ""
+        if not owner:
+            file.write_text(name, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"output is {str(output)!r}, but cannot be written: {error}") from error
+    if owner not in ("", name):
+        raise UserError(
+            f"output is {str(output)!r}, which holds the adapters of the study {owner!r}; give "
+            f"{name!r} a folder of its own"
+        )
 
 
 def folder_of(output: Path, number: int) -> Path:

@@ -94,6 +94,7 @@ class _Worker:
         self.display = display
         self.interruption = interruption
         self.study = open_study(spec)
+        adapters.claim(spec.folder, spec.name)
         self._tuner: FineTuner | None = None
         self._own: list[FrozenTrial] = []
 

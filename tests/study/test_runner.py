@@ -245,3 +245,15 @@ def test_a_worker_that_fell_silent_elsewhere_is_replaced(
     trials = runner.run(spec).study.trials
     assert [trial.state.name for trial in trials] == ["FAIL"] + ["COMPLETE"] * 3
     assert trials[1].params == trials[0].params
+
+
+def test_a_folder_with_another_studys_adapters_is_refused(
+    paper: type[PaperTuner], make_spec: MakeSpec
+) -> None:
+    first = make_spec({"budget": 1})
+    runner.run(first)
+    kept = (first.folder / "best" / "best.json").read_text()
+    with pytest.raises(UserError, match="holds the adapters of the study 'small'; give 'other'"):
+        runner.run(make_spec({"name": "other", "budget": 1}))
+    assert (first.folder / "best" / "best.json").read_text() == kept
+    runner.run(make_spec({"budget": 2}))
