@@ -93,12 +93,12 @@ def observe(
     else:
         scores[good] = scalarise(history.scores[finished][good], weights)
     return Observed(
-        x=torch.from_numpy(points[finished])[None],
-        y=torch.from_numpy(standardise(scores, ~good))[None],
+        x=torch.from_numpy(points[finished][None]),
+        y=torch.from_numpy(standardise(scores, ~good)[None]),
         mask=torch.ones((1, len(good)), dtype=torch.bool),
-        failed=torch.from_numpy(~good)[None],
-        infeasible=torch.from_numpy(history.violation[finished] > 0)[None],
-        pending=torch.from_numpy(points[running])[None],
+        failed=torch.from_numpy(~good[None]),
+        infeasible=torch.from_numpy(history.violation[None, finished] > 0),
+        pending=torch.from_numpy(points[running][None]),
         pending_mask=torch.ones((1, len(running)), dtype=torch.bool),
         horizon=torch.tensor([n_trials or 0]),
     )

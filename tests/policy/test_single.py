@@ -23,9 +23,9 @@ from optuna_lora_rl.policy.single import candidates as single_candidates
 from optuna_lora_rl.policy.single import decision as single
 from optuna_lora_rl.policy.single import scores as single_scores
 from optuna_lora_rl.policy.single.candidates import Trials
+from optuna_lora_rl.policy.single.process import Posterior
 from optuna_lora_rl.policy.single.process import fit_theta
 from optuna_lora_rl.policy.single.process import log_improvement
-from optuna_lora_rl.policy.single.process import negative_log_posterior
 from optuna_lora_rl.policy.single.tables import Tables
 
 SPACES = {
@@ -166,9 +166,8 @@ def test_the_likelihood_and_its_gradient_are_those_of_the_batched_form() -> None
     log_l = np.stack([rng.normal(size=d), np.ones(d)], axis=1)
     sqd = ((X[:, None] - X[None]) ** 2).reshape(-1, d)
     centres = [surrogate.LOG_S_PRIOR, surrogate.LOG_V_PRIOR]
-    value, gradient = negative_log_posterior(
-        theta, np.ascontiguousarray(sqd.T), y, extra, np.concatenate([log_l, centres])
-    )
+    posterior = Posterior(sqd, y, extra, np.concatenate([log_l, centres]))
+    value, gradient = posterior.negative_log(theta)
     twice = [torch.from_numpy(array).expand(2, *array.shape) for array in (sqd, y, extra)]
     prior = surrogate.Lengthscales(*(torch.from_numpy(log_l[:, k]).expand(2, d) for k in (0, 1)))
     expected = surrogate.negative_log_posterior(

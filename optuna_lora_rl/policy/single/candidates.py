@@ -74,6 +74,12 @@ class Trials:
         real = self.good[order]
         return np.where(real[:, None], self.x[order], default), real
 
+    def best_at(self) -> int | None:
+        """The best trial's place; ``None`` without a good one."""
+        if not self.good.any():
+            return None
+        return int(np.argmax(np.where(self.good, self.y, -np.inf)))
+
     @cached_property
     def doomed(self) -> np.ndarray:
         """Failed trials that nothing should come near: all, where failing is no accident."""
@@ -229,8 +235,13 @@ def proposals(
     sets.append(("mutation", perturb(parents, tables.unordered, scale, chance, generator)))
     if grid is not None:
         sets.append(("uniform", grid))
-    source = np.repeat([SOURCES.index(name) for name, _ in sets], [len(x) for _, x in sets])
+    source = _sources(tuple((name, len(points)) for name, points in sets))
     return snap(np.concatenate([points for _, points in sets])), source
+
+
+@cache
+def _sources(counts: tuple[tuple[str, int], ...]) -> np.ndarray:
+    return np.repeat([SOURCES.index(name) for name, _ in counts], [count for _, count in counts])
 
 
 def children(
@@ -264,14 +275,14 @@ def climb(x: np.ndarray, tables: Tables, process: Process, best: float, steps: i
     top, top_value = x.copy(), np.full(len(x), -np.inf)
     previous, apart = np.zeros(x.shape), process.apart(x)
     for turn in range(steps):
-        coordinates, place = tables.model_coordinates(x)
+        coordinates, slopes = tables.model_coordinates(x)
         value, gradient = process.slope(coordinates, best, apart)
         better = value > top_value
         np.copyto(top, x, where=better[:, None])
         np.copyto(top_value, value, where=better)
         if turn == steps - 1:
             break
-        sign = np.sign(tables.pull_back(gradient, place))
+        sign = np.sign(tables.pull_back(gradient, slopes))
         agreement = (sign * previous).astype(np.int8)
         step = step * _GROWTH[agreement]
         previous = sign * (agreement >= 0)

@@ -202,8 +202,9 @@ def _features(
     process: Process,
     best: float,
 ) -> Features:
-    top, real = trials.best(1, tables.default)
-    top_points, known = tables.points(top), bool(real[0])
+    at = trials.best_at()
+    known = at is not None
+    top_points = tables.usual if at is None else trials.points(tables)[at : at + 1]
     each = values(points, source, valid, view, tables, trials, best, top_points, known)
     whole = context(tables, trials, process, scaled_roles(top_points, tables)[0], known)
     return Features(_batch(each), _batch(whole).float(), _batch(valid))
@@ -211,4 +212,4 @@ def _features(
 
 def _batch(array: np.ndarray) -> Tensor:
     """A batch of one."""
-    return torch.from_numpy(array)[None]
+    return torch.from_numpy(array[None])

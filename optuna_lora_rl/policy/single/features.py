@@ -199,9 +199,9 @@ def _agreement(tables: Tables, trials: Trials) -> float:
 
 def _progress(trials: Trials) -> tuple[float, float]:
     """Trials since the best one (log scale) and its lead over the first trial."""
-    if not trials.good.any():
+    best = trials.best_at()
+    if best is None:
         return 0.0, 0.0
-    best = int(np.argmax(np.where(trials.good, trials.y, -np.inf)))
     gain = float(trials.y[best] - trials.y[0])
     since = len(trials) - 1 - best
     return math.log(since + 1.0) / 3.0, min(max(gain, -4.0), 4.0) / 2.0

@@ -3,21 +3,20 @@
 Notations
     X     observed coordinates, shape (n, D);  x: points, shape (N, D);  y: scores, shape (n,)
     theta ``cat(log_l, log_s, log_v)``, shape (D + 2,)
-    sqd   squared differences by coordinate, shape (D, n * n)
+    sqd   squared differences by coordinate, shape (n * n, D)
     S     starts of the fit, climbed in step
     L     Cholesky factor of K = s M + diag(v + extra), shape (n, n);  alpha = K^-1 y
 
-Factors and triangular solutions are torch's, whose LAPACK needs no copies.
+Factors are torch's, as in the batched form.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from optuna_lora_rl.policy.surrogate import LOG_S_PRIOR
 from optuna_lora_rl.policy.surrogate import LOG_V_MIN
@@ -25,14 +24,17 @@ from optuna_lora_rl.policy.surrogate import LOG_V_PRIOR
 from optuna_lora_rl.policy.surrogate import Surrogate
 from optuna_lora_rl.policy.surrogate import factor
 
+# In place of a squared distance of 0, whose root has no slope (times 5, as all of them here).
+_ZERO = 5e-18
+# How a step grows where the sign is new (0), stayed (1) or turned (-1, the last).
+_GROWTH = np.array([1.0, 1.2, 0.5])
 _SQRT5, _SQRT_HALF = math.sqrt(5.0), math.sqrt(0.5)
 _MILLS, _LOG_ROOT = math.sqrt(0.5 * math.pi), 0.5 * math.log(2.0 * math.pi)
 # Beyond so many deviations below the best, 1 - ratio is lost to rounding; above, Phi is 1.
 _FAR, _SURE = -1e3, 25.0
 
 
-@dataclass(frozen=True)
-class Improvement:
+class Improvement(NamedTuple):
     """Log expected improvement and what its gradient needs, shape (N,) each.
 
     Args:
@@ -53,14 +55,15 @@ def log_improvement(mean: np.ndarray, deviation: np.ndarray, best: float) -> Imp
     deviation phi (1 + z R), and its derivatives are Phi and phi (Ament et al. 2023, eq. 8-9).
     """
     z = (mean - best) / deviation
-    low = np.minimum(z, _SURE)
+    usual = not z.size or (z.min() > _FAR and z.max() <= _SURE)
+    low = z if usual else np.minimum(z, _SURE)
     ratio = _MILLS * torch.special.erfcx(torch.from_numpy(-_SQRT_HALF * low)).numpy()
     gap = np.maximum(1.0 + low * ratio, 1e-30)
-    if z.size and z.min() <= _FAR:
-        gap = np.where(z <= _FAR, 1.0 / (z * z), gap)
+    if not usual:
+        gap = np.where(z > _FAR, gap, 1.0 / (z * z))
     scale = gap * deviation
     value = np.log(scale) - 0.5 * low * low - _LOG_ROOT
-    if z.size and z.max() > _SURE:
+    if not usual:
         sure = z > _SURE
         value = np.where(sure, np.log(np.where(sure, z * deviation, 1.0)), value)
     return Improvement(value, ratio / scale, 1.0 / scale)
@@ -88,56 +91,56 @@ class Process:
         self.X, self.y, self.unordered, self.theta, self.extra = X, y, unordered, theta, extra
         self.s = float(np.exp(theta[-2]))
         self._scale = np.where(unordered, 0.0, np.exp(-theta[:-2]))
-        self._odd = [(int(j), math.exp(-2.0 * theta[j])) for j in np.flatnonzero(unordered)]
-        self._p = X * self._scale
+        # Distances come with the 5 of the kernel, so that it need not be multiplied in each time.
+        self._stretch = _SQRT5 * self._scale
+        self._odd = [(int(j), 5.0 * math.exp(-2.0 * theta[j])) for j in np.flatnonzero(unordered)]
+        self._p = X * self._stretch
         self._p2 = (self._p * self._p).sum(1)[:, None]
-        K = self._kernel(X)
+        K, _ = self._kernel(X, self.apart(X))
         diagonal = K.reshape(-1)[:: len(X) + 1]
         diagonal[:] = self.s
         self._at_trials = K.copy()
         diagonal += math.exp(theta[-1]) + extra
         self.L = factor(torch.from_numpy(K)[None])[0]
-        told = torch.from_numpy(np.ascontiguousarray(y))[:, None]
-        self._alpha = torch.cholesky_solve(told, self.L)[:, 0].numpy()
+        # The inverse of L once: the climb multiplies by it again and again.
+        eye = torch.eye(len(X), dtype=torch.float64)
+        inverse = torch.linalg.solve_triangular(self.L, eye, upper=False)
+        self._inverse: np.ndarray = np.ascontiguousarray(inverse.numpy())
+        self._alpha: np.ndarray = self._inverse.T @ (self._inverse @ y)
 
     def batched(self) -> Surrogate:
         """The same as a batch of one."""
         tensors = (self.X, np.ones(len(self.X), dtype=bool), self.unordered)
-        X, mask, unordered = (torch.from_numpy(array)[None] for array in tensors)
-        theta = torch.from_numpy(self.theta)[None]
-        alpha = torch.from_numpy(self._alpha)[None]
+        X, mask, unordered = (torch.from_numpy(array[None]) for array in tensors)
+        theta = torch.from_numpy(self.theta[None])
+        alpha = torch.from_numpy(self._alpha[None])
         return Surrogate(
             X, mask, unordered, theta[:, :-2], theta[:, -2], theta[:, -1], self.L[None], alpha
         )
 
     def apart(self, x: np.ndarray) -> np.ndarray:
-        """What coordinates without order add to squared distances, shape (n, N)."""
-        r2 = np.zeros((len(self.X), len(x)))
+        """The part of 5 r^2 that does not change while only ordered coordinates move, (n, N)."""
+        r2 = np.repeat(self._p2, len(x), axis=1)
         for j, weight in self._odd:
             r2 += weight * (np.abs(self.X[:, j, None] - x[:, j]) > 1e-6)
         return r2
 
-    def _squared_distance(self, x: np.ndarray, apart: np.ndarray) -> np.ndarray:
-        q = x * self._scale
-        r2: np.ndarray = self._p @ (-2.0 * q.T)
-        r2 += self._p2
-        r2 += (q * q).sum(1)
-        np.maximum(r2, 0.0, out=r2)
-        r2 += apart
-        return r2
-
-    def _kernel(self, x: np.ndarray) -> np.ndarray:
-        r = _root(self._squared_distance(x, self.apart(x)))
-        decay = np.exp(-r)
-        decay *= self.s
-        return _poly(r) * decay
+    def _kernel(self, x: np.ndarray, apart: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The kernel between X and x, shape (n, N), and (1 + r) s exp(-r) for its slope."""
+        q = x * self._stretch
+        r: np.ndarray = self._p @ (-2.0 * q.T)
+        r += apart
+        r += (q * q).sum(1)
+        np.maximum(r, _ZERO, out=r)
+        np.sqrt(r, out=r)
+        return _matern(r, self.s)
 
     def posterior(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of the noise-free score at coordinates x, (N,) each."""
         if not len(self.X):
             return np.zeros(len(x)), np.full(len(x), math.sqrt(max(self.s, 1e-10)))
-        k = self._kernel(x)
-        v = torch.linalg.solve_triangular(self.L, torch.from_numpy(k), upper=False).numpy()
+        k, _ = self._kernel(x, self.apart(x))
+        v = self._inverse @ k
         variance = self.s - np.einsum("nj,nj->j", v, v)
         return self._alpha @ k, np.sqrt(np.maximum(variance, 1e-10))
 
@@ -148,22 +151,20 @@ class Process:
 
         ``apart`` of x stays as it is on the way up: only ordered coordinates move.
         """
-        r = _root(self._squared_distance(x, apart))
-        decay = np.exp(-r)
-        decay *= self.s
-        k = _poly(r) * decay
-        u = torch.cholesky_solve(torch.from_numpy(k), self.L).numpy()
+        k, slope = self._kernel(x, apart)
+        v = self._inverse @ k
+        u: np.ndarray = self._inverse.T @ v
         mean = self._alpha @ k
-        variance = self.s - (k * u).sum(0)
+        variance = self.s - np.einsum("nj,nj->j", v, v)
         deviation = np.sqrt(np.maximum(variance, 1e-10))
         gain = log_improvement(mean, deviation, best)
         # d k_i / d x_j = slope_i (X_ij - x_j) / l_j^2
-        r += 1.0
-        r *= decay
-        r *= 5.0 / 3.0
-        pull = r * (gain.by_mean * self._alpha[:, None] - (gain.by_deviation / deviation) * u)
+        pull = self._alpha[:, None] * gain.by_mean
+        u *= gain.by_deviation / deviation
+        pull -= u
+        pull *= slope
         gradient = pull.T @ self.X - pull.sum(0)[:, None] * x
-        gradient *= self._scale * self._scale
+        gradient *= (5.0 / 3.0) * self._scale * self._scale
         return gain.value, gradient
 
     def incumbent(self, eligible: np.ndarray) -> float:
@@ -185,21 +186,17 @@ class Process:
         )
 
 
-def _root(r2: np.ndarray) -> np.ndarray:
-    """sqrt(5 r2), in place."""
-    r2 += 1e-18
-    np.sqrt(r2, out=r2)
-    r2 *= _SQRT5
-    return r2
-
-
-def _poly(r: np.ndarray) -> np.ndarray:
-    """1 + r + r^2 / 3."""
-    poly = r * r
-    poly /= 3.0
-    poly += r
-    poly += 1.0
-    return poly
+def _matern(r: np.ndarray, s: float | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """s (1 + r + r^2 / 3) exp(-r) and s (1 + r) exp(-r); r holds sqrt(5) distances, then lost."""
+    decay = np.exp(-r)
+    decay *= s
+    slope = r + 1.0
+    slope *= decay
+    r *= r
+    r *= decay
+    r /= 3.0
+    r += slope
+    return r, slope
 
 
 def fit_theta(
@@ -234,7 +231,7 @@ def fit_theta(
     sqd = difference * difference
     sqd = np.where(unordered, sqd > 1e-12, sqd).reshape(-1, X.shape[1])
     starts = np.stack([centre, centre - 1.0])
-    best, values = _minimise(starts, np.ascontiguousarray(sqd.T), y, extra, prior, iterations)
+    best, values = _minimise(starts, sqd, y, extra, prior, iterations)
     return best[1] if values[1] < values[0] else best[0]
 
 
@@ -247,54 +244,66 @@ def _minimise(
     iterations: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """iRprop- from theta (S, D + 2): the best parameters met and their values (S,)."""
+    posterior = Posterior(sqd, y, extra, prior)
     step, previous = np.full(theta.shape, 0.3), np.zeros(theta.shape)
     best, best_value = theta.copy(), np.full(len(theta), math.inf)
     for _ in range(iterations):
-        value, gradient = negative_log_posterior(theta, sqd, y, extra, prior)
+        value, gradient = posterior.negative_log(theta)
         better = value < best_value
-        best[better], best_value[better] = theta[better], value[better]
-        agreement = gradient * previous
-        turned = agreement < 0
-        step[agreement > 0] *= 1.2
-        step[turned] *= 0.5
-        step = np.minimum(np.maximum(step, 1e-3), 1.0)
-        gradient[turned] = 0.0
-        theta = theta - np.sign(gradient) * step
+        np.copyto(best, theta, where=better[:, None])
+        np.copyto(best_value, value, where=better)
+        agreement = np.sign(gradient * previous).astype(np.int8)
+        step = np.minimum(np.maximum(step * _GROWTH[agreement], 1e-3), 1.0)
+        previous = gradient * (agreement >= 0)
+        theta = theta - np.sign(previous) * step
         theta[:, -1] = np.minimum(np.maximum(theta[:, -1], LOG_V_MIN), 1.0)
-        previous = gradient
     return best, best_value
 
 
-def negative_log_posterior(
-    theta: np.ndarray, sqd: np.ndarray, y: np.ndarray, extra: np.ndarray, prior: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Values (S,) and gradients (S, D + 2); ``prior``: means and deviations, (D + 2, 2)."""
-    S, n = len(theta), len(y)
-    w, s, v = np.exp(-2.0 * theta[:, :-2]), np.exp(theta[:, -2]), np.exp(theta[:, -1])
-    r = _root((w @ sqd).reshape(S, n, n))
-    decay = np.exp(-r)
-    decay *= s[:, None, None]
-    K = _poly(r) * decay
-    diagonal = np.einsum("sii->si", K)
-    diagonal += v[:, None] + extra
-    L = factor(torch.from_numpy(K))
-    K_inv: np.ndarray = _inverse(L)
-    alpha = K_inv @ y
-    value = 0.5 * (alpha @ y) + np.log(L.diagonal(dim1=1, dim2=2).numpy()).sum(1)
-    K_inv -= alpha[:, :, None] * alpha[:, None, :]  # dNLL/dK = W / 2
-    W_diagonal = np.einsum("sii->si", K_inv)
-    on_diagonal = (W_diagonal * (s[:, None] - diagonal)).sum(1)
-    gradient = np.empty_like(theta)
-    gradient[:, -2] = 0.5 * (np.einsum("sij,sij->s", K, K_inv) + on_diagonal)
-    gradient[:, -1] = 0.5 * W_diagonal.sum(1) * v
-    r += 1.0
-    r *= decay
-    r *= K_inv
-    gradient[:, :-2] = (2.5 / 3.0) * (r.reshape(S, n * n) @ sqd.T) * w
-    z = (theta - prior[:, 0]) / prior[:, 1]
-    return value + 0.5 * (z * z).sum(1), gradient + z / prior[:, 1]
+class Posterior:
+    """Of the hyperparameters; the twin of ``surrogate.negative_log_posterior``.
 
+    Args:
+        sqd: squared differences, shape (n * n, D).
+        y: scores.
+        extra: noise variance known beforehand, shape (n,).
+        prior: means and deviations, shape (D + 2, 2).
+    """
 
-def _inverse(L: Tensor) -> np.ndarray:
-    inverse: np.ndarray = torch.cholesky_inverse(L).numpy()
-    return inverse
+    def __init__(
+        self, sqd: np.ndarray, y: np.ndarray, extra: np.ndarray, prior: np.ndarray
+    ) -> None:
+        self._sqd, self._y, self._extra = 5.0 * sqd, y, extra
+        self._across = np.ascontiguousarray(self._sqd.T)
+        self._mean, self._precision = prior[:, 0], 1.0 / prior[:, 1]
+        self._exponent = np.array([-2.0] * (len(prior) - 2) + [1.0, 1.0])
+
+    def negative_log(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Values (S,) and gradients (S, D + 2) at theta (S, D + 2)."""
+        S, n = len(theta), len(self._y)
+        grown = np.exp(theta * self._exponent)
+        w, s, v = grown[:, :-2], grown[:, -2, None], grown[:, -1]
+        r: np.ndarray = w @ self._across
+        r += _ZERO
+        np.sqrt(r, out=r)
+        M, slope = _matern(r, s)
+        K = M.copy()
+        K[:, :: n + 1] += v[:, None] + self._extra
+        L, info = torch.linalg.cholesky_ex(torch.from_numpy(K).view(S, n, n))
+        if info.numpy().any():
+            L = factor(torch.from_numpy(K).view(S, n, n))
+        # Symmetric, so that either order of its memory will do.
+        W: np.ndarray = torch.cholesky_inverse(L).mT.contiguous().numpy()
+        alpha = W @ self._y
+        pivots = np.einsum("sii->si", L.numpy())
+        value = 0.5 * (alpha @ self._y) + np.log(pivots).sum(1)
+        W -= alpha[:, :, None] * alpha[:, None, :]  # dNLL/dK = W / 2
+        W = W.reshape(S, n * n)
+        slope *= W
+        gradient = np.empty_like(theta)
+        gradient[:, :-2] = (0.5 / 3.0) * (slope @ self._sqd) * w
+        gradient[:, -2] = 0.5 * np.einsum("sk,sk->s", M, W)
+        gradient[:, -1] = 0.5 * W[:, :: n + 1].sum(1) * v
+        z = (theta - self._mean) * self._precision
+        gradient += z * self._precision
+        return value + 0.5 * np.einsum("sk,sk->s", z, z), gradient

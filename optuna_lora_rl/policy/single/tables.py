@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +19,7 @@ from optuna_lora_rl.policy.roles import ROLES
 _RANK, _ALPHA = ROLES.index("rank"), ROLES.index("alpha")
 
 
-@dataclass(frozen=True)
-class Places:
+class Places(NamedTuple):
     """Where values lie between the nodes of tables: the left node and the way to the next."""
 
     left: np.ndarray
@@ -50,9 +50,11 @@ class Table:
         index = place.left + self._start
         return self._low[index] + self._rise[index] * place.way
 
-    def slopes(self, place: Places) -> np.ndarray:
-        """Slopes there by the unit coordinate, shape kept."""
-        return self._rise[place.left + self._start] * (NODES - 1)
+    def rise(self, place: Places) -> tuple[np.ndarray, np.ndarray]:
+        """Values there, and their slopes by the unit coordinate, shape kept."""
+        index = place.left + self._start
+        rise = self._rise[index]
+        return self._low[index] + rise * place.way, rise * (NODES - 1)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Points:
     def __len__(self) -> int:
         return len(self.x)
 
-    def __getitem__(self, rows: np.ndarray) -> Points:
+    def __getitem__(self, rows: np.ndarray | slice) -> Points:
         return Points(self.x[rows], self.coordinates[rows], self.roles[rows], self.log_prior[rows])
 
     def with_(self, other: Points) -> Points:
@@ -138,6 +140,11 @@ class Tables:
         cells = 0.5 * (density[:, 1:] + density[:, :-1])
         return (cells.cumsum(-1) / cells.sum(-1, keepdim=True)).contiguous()
 
+    @cached_property
+    def usual(self) -> Points:
+        """The guides' configuration."""
+        return self.points(self.default[None])
+
     def points(self, x: np.ndarray) -> Points:
         """Points x (N, D) with their coordinates, roles and prior."""
         place = places(x)
@@ -156,21 +163,19 @@ class Tables:
                 log_prior += -np.log1p(0.5 * z * z) * 1.5 - by_column[:, self.alpha]
         return Points(x, coordinates, roles, log_prior)
 
-    def model_coordinates(self, x: np.ndarray) -> tuple[np.ndarray, Places | None]:
-        """The surrogate's coordinates of x (N, D), and where rank and alpha lie (N, 2)."""
+    def model_coordinates(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """The surrogate's coordinates of x (N, D), and how rank and alpha rise there (N, 2)."""
         if not self.turns:
             return x, None
-        place = places(x[:, self._pair])
-        pair = self._turn.at(place)
+        pair, slopes = self._turn.rise(places(x[:, self._pair]))
         turned = x.copy()
         turned[:, self.alpha] = (pair[:, 1] - pair[:, 0]) / self._span
-        return turned, place
+        return turned, slopes
 
-    def pull_back(self, gradient: np.ndarray, place: Places | None) -> np.ndarray:
+    def pull_back(self, gradient: np.ndarray, slopes: np.ndarray | None) -> np.ndarray:
         """A gradient by the model's coordinates (N, D), changed to one by x."""
-        if place is None:
+        if slopes is None:
             return gradient
-        slopes = self._turn.slopes(place)
         by_ratio = gradient[:, self.alpha] / self._span
         gradient[:, self.alpha] = by_ratio * slopes[:, 1]
         gradient[:, self._rank] -= by_ratio * slopes[:, 0]
