@@ -117,14 +117,18 @@ class Decision:
         constraint; ``residual`` + ``network`` = ``logit``: what the fixed part and the trained
         one say, in nats.
         """
-        residual, logit = float(self.residual[row, choice]), float(self.logits[row, choice])
+
+        def at(values: Tensor) -> float:
+            return float(values.numpy()[row, choice])
+
+        residual, logit = at(self.residual), at(self.logits)
         return {
             "source": SOURCES[int(self.candidates.source[choice])],
-            "mean": float(self.view.mean[row, choice]),
-            "std": float(self.view.deviation[row, choice]),
-            "log_ei": float(self.view.log_ei[row, choice]),
-            "log_prior": float(self.view.log_prior[row, choice]),
-            "log_feasible": float(self.view.log_feasible[row, choice]),
+            "mean": at(self.view.mean),
+            "std": at(self.view.deviation),
+            "log_ei": at(self.view.log_ei),
+            "log_prior": at(self.view.log_prior),
+            "log_feasible": at(self.view.log_feasible),
             "residual": residual,
             "network": logit - residual,
             "logit": logit,

@@ -59,12 +59,16 @@ def units_of(
     if len(directions) > 1:
         return None
     score = history.scores[~history.running, 0]
-    y = observed.y[0].numpy()
-    order = np.argsort(-np.where(observed.failed[0].numpy(), -math.inf, y), kind="stable")
-    lower = order[(y[order] < y[order[:1]] - 1e-9) & ~observed.failed[0].numpy()[order]]
-    if not len(lower) or not np.isfinite(score[[order[0], lower[0]]]).all():
+    y = np.where(observed.failed.numpy()[0], -math.inf, observed.y.numpy()[0])
+    if not len(y):
         return None
-    best, second = order[0], lower[0]
+    best = int(y.argmax())
+    lower = np.where(y < y[best] - 1e-9, y, -math.inf)
+    second = int(lower.argmax())
+    if lower[second] == -math.inf or not (
+        math.isfinite(score[best]) and math.isfinite(score[second])
+    ):
+        return None
     sign = 1.0 if directions[0] == StudyDirection.MAXIMIZE else -1.0
     scale = float((score[best] - score[second]) / (y[best] - y[second]))
     return sign * float(score[best] - scale * y[best]), sign * scale

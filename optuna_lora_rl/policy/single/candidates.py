@@ -47,12 +47,12 @@ class Trials:
     def __init__(self, observed: Observed) -> None:
         self.observed = observed
         self._points: tuple[Tables, Points] | None = None
-        self.x = observed.x[0].numpy()
-        self.y = observed.y[0].numpy()
-        self.failed = observed.failed[0].numpy()
-        self.pending = observed.pending[0].numpy()
-        self.good = ~(self.failed | observed.infeasible[0].numpy())
-        self.horizon = int(observed.horizon[0])
+        self.x = observed.x.numpy()[0]
+        self.y = observed.y.numpy()[0]
+        self.failed = observed.failed.numpy()[0]
+        self.pending = observed.pending.numpy()[0]
+        self.good = ~(self.failed | observed.infeasible.numpy()[0])
+        self.horizon = int(observed.horizon)
 
     def __len__(self) -> int:
         return len(self.x)
@@ -279,9 +279,9 @@ def climb(x: np.ndarray, tables: Tables, process: Process, best: float, steps: i
         value, gradient = process.slope(coordinates, best, apart)
         better = value > top_value
         np.copyto(top, x, where=better[:, None])
-        np.copyto(top_value, value, where=better)
         if turn == steps - 1:
             break
+        np.copyto(top_value, value, where=better)
         sign = np.sign(tables.pull_back(gradient, slopes))
         agreement = (sign * previous).astype(np.int8)
         step = step * _GROWTH[agreement]

@@ -155,7 +155,7 @@ def decide(
     features = _features(points, source, valid, view, tables, trials, process, best)
     logits = residual
     if network is not None:
-        each, whole = features.values[0].numpy(), features.context[0].numpy()
+        each, whole = features.values.numpy()[0], features.context.numpy()[0]
         logits = residual + score(network, each, whole, valid)
     candidates = Candidates(_batch(points.x), torch.from_numpy(source), _batch(valid))
     assessment = Assessment(

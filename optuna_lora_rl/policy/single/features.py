@@ -96,6 +96,9 @@ def values(
     ]
     for at, column in enumerate(columns):
         table[:, at] = column
+    # All that follow are within the bounds as they are.
+    unbounded = table[:, : len(columns)]
+    np.minimum(np.maximum(unbounded, -8.0), 8.0, out=unbounded)
     ratio = _ratio(points, tables)
     if ratio is not None:
         table[:, len(columns)] = ratio
@@ -105,7 +108,7 @@ def values(
     if tables.column[_LR] >= 0:
         table[:, _PLACE_AT] = (x[:, tables.column[_LR]] - 0.5) * 2.0
     table[np.arange(N), _SOURCE_AT + source] = 1.0
-    return np.minimum(np.maximum(table, -8.0), 8.0)
+    return table
 
 
 def scaled_roles(points: Points, tables: Tables) -> np.ndarray:
@@ -142,9 +145,9 @@ def _distance(x: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Distance to the nearest of the others (k, D), scaled to 1 across the cube; 1 without any."""
     if not len(others):
         return np.ones(len(x))
-    r2 = x @ (-2.0 * others.T)
-    r2 += (others * others).sum(1)
-    nearest = r2.min(1) + (x * x).sum(1)
+    r2 = (-2.0 * others) @ x.T
+    r2 += (others * others).sum(1)[:, None]
+    nearest = r2.min(0) + (x * x).sum(1)
     return np.minimum(np.sqrt(np.maximum(nearest, 0.0) / max(x.shape[1], 1)), 1.0)
 
 
