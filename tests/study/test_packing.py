@@ -121,14 +121,15 @@ def test_a_score_that_is_no_number_is_a_failure(
 
 
 def test_a_success_beside_equal_failures_lets_the_study_go_on(
-    paper: type[PaperTuner], make_spec: MakeSpec
+    paper: type[PaperTuner], make_spec: MakeSpec, tmp_path: Path
 ) -> None:
     # The failures end first, and no trial begins before the one beside them has succeeded.
     paper.failures = [None, *(FineTuningError("diverged", "not finite") for _ in range(3))]
     result = runner.run(make_spec({"budget": 8, "packing": 4}))
     assert result.ended_by == "budget" and len(result.study.trials) == 8
     paper.failures = [FineTuningError("diverged", "not finite") for _ in range(9)]
-    hopeless = runner.run(make_spec({"budget": 9, "packing": 4, "name": "hopeless"}))
+    own = {"name": "hopeless", "output": str(tmp_path / "hopeless")}
+    hopeless = runner.run(make_spec({"budget": 9, "packing": 4, **own}))
     assert hopeless.ended_by == "failures"
     assert 3 <= len(hopeless.study.trials) <= 4 and len(paper.failures) >= 5
 
