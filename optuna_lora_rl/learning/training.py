@@ -125,7 +125,7 @@ class Trainer:
         done = self.update / self.settings.imitation_updates
         self._set_learning_rate(self.settings.imitation_learning_rate * (1.0 - 0.9 * done))
         data = rollout.transitions(self._ppo)
-        losses, scale = [], rollout.target.sum(1).mean()
+        losses, scale = [], rollout.target.sum(1).mean().clamp_min(1e-6)
         for _ in range(2):
             order = torch.randperm(len(rollout), generator=self.generator)
             for rows in order.split(self._ppo.minibatch_size):

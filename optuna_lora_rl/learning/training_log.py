@@ -41,7 +41,9 @@ class TrainingLog:
         self.folder = folder
         kept = [entry for entry in read_metrics(folder) if entry["update"] <= update]
         lines = "".join(json.dumps(entry) + "\n" for entry in kept)
-        (folder / "metrics.jsonl").write_text(lines)
+        partial = folder / "metrics.partial"
+        partial.write_text(lines)
+        partial.replace(folder / "metrics.jsonl")
         self._file = (folder / "metrics.jsonl").open("a")
         self._board: Any = None
         if importlib.util.find_spec("tensorboard") is not None:
@@ -68,7 +70,14 @@ class TrainingLog:
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """The metrics of each update of a run, in order; none before it has begun."""
     file = folder / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    entries = []
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            # Torn by a kill; that update is not in the checkpoint either.
+            continue
+    return entries
 
 
 def draw(folder: Path) -> Path:

@@ -15,6 +15,7 @@ from optuna_lora_rl.learning.tasks import draw_tasks
 from optuna_lora_rl.learning.training import Trainer
 from optuna_lora_rl.learning.training import _stages
 from optuna_lora_rl.learning.training import train
+from optuna_lora_rl.learning.training_log import TrainingLog
 from optuna_lora_rl.learning.training_log import read_metrics
 from optuna_lora_rl.learning.validation import bootstrap_interval
 from optuna_lora_rl.policy import weights
@@ -184,3 +185,9 @@ def test_the_command_says_how_it_goes_and_where_the_weights_are(
 
 def test_the_interval_of_equal_differences_is_a_point() -> None:
     assert bootstrap_interval(np.full(10, 0.5), seed=0) == pytest.approx((0.5, 0.5, 0.5))
+
+
+def test_a_torn_line_of_the_log_does_not_keep_a_run_from_going_on(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"update": 1, "reward": 2.0}\n{"update": 2, "rew')
+    TrainingLog(tmp_path, 2).close()
+    assert read_metrics(tmp_path) == [{"update": 1, "reward": 2.0}]
