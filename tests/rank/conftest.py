@@ -47,6 +47,14 @@ def attach(model: Any, random: bool = True, **options: Any) -> Any:
     return peft
 
 
+def drawn_factors(d: int, k: int, r: int, seed: int) -> tuple[Any, Any]:
+    """Random A, shape (r, k), and B, shape (d, r)."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(r, k, generator=generator), torch.randn(d, r, generator=generator)
+
+
 def language_loss(model: Any, ids: Any) -> Any:
     """The loss of predicting the tokens."""
     return model(input_ids=ids, labels=ids).loss

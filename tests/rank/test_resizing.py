@@ -14,6 +14,7 @@ from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.rank import layers
 from optuna_lora_rl.rank import resizing
 from optuna_lora_rl.rank.layers import Factors
+from tests.rank.conftest import drawn_factors
 from tests.rank.conftest import language_loss
 
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -48,8 +49,7 @@ def test_shrinking_is_the_truncated_svd_of_the_product(
     d: int, k: int, r: int, rank: int, directions: int, seed: int
 ) -> None:
     rank = min(rank, r)
-    generator = torch.Generator().manual_seed(seed)
-    a, b = torch.randn(r, k, generator=generator), torch.randn(d, r, generator=generator)
+    a, b = drawn_factors(d, k, r, seed)
     b[:, directions:] = 0
     found = resizing.best_approximation(Factors(a, b, 0.5), rank)
     assert found.a.shape == (rank, k) and found.b.shape == (d, rank)
@@ -73,11 +73,10 @@ def test_shrinking_is_the_truncated_svd_of_the_product(
 )
 def test_moments_follow_as_gradients_do(k: int, r: int, rank: int, seed: int) -> None:
     rank, d = min(rank, r - 1), 9
-    generator = torch.Generator().manual_seed(seed)
-    a, b = torch.randn(r, k, generator=generator), torch.randn(d, r, generator=generator)
+    a, b = drawn_factors(d, k, r, seed)
     change = resizing.shrunk(Factors(a, b, 1.0), rank)
     # Of a loss with the gradient G of B A: dA = B^T G, dB = G A^T.
-    gradient = torch.randn(d, k, generator=generator).double()
+    gradient = torch.randn(d, k, generator=torch.Generator().manual_seed(seed + 1)).double()
     b_new, a_new = change.b.double(), change.a.double()
     assert torch.allclose(change.for_a @ (b.double().T @ gradient), b_new.T @ gradient, atol=1e-4)
     moved = gradient @ a.double().T @ change.for_b.T

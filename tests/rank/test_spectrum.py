@@ -19,6 +19,7 @@ from optuna_lora_rl.rank import probe
 from optuna_lora_rl.rank import saved
 from optuna_lora_rl.rank import spectrum
 from optuna_lora_rl.rank.layers import Factors
+from tests.rank.conftest import drawn_factors
 from tests.rank.conftest import language_loss
 
 
@@ -102,8 +103,7 @@ def test_a_randomised_decomposition_repeats_itself() -> None:
 def test_an_update_has_the_spectrum_of_its_product(
     d: int, k: int, r: int, scaling: float, seed: int
 ) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    a, b = torch.randn(r, k, generator=generator), torch.randn(d, r, generator=generator)
+    a, b = drawn_factors(d, k, r, seed)
     dense = torch.linalg.svdvals(scaling * b.double() @ a.double()).numpy()
     values = spectrum.of_factors(Factors(a, b, scaling)).values
     padded = np.zeros(max(len(dense), len(values)))
