@@ -71,9 +71,25 @@ def markdown(entries: dict[str, Any]) -> str:
         lines += [entry["note"], ""]
     lines += comparing.quality_table(found)
     lines += comparing.difference_table(entry["differences"], found, BASELINE)
+    lines += _chosen(entry["chosen"])
     lines += _starts(found)
     lines += comparing.tried_table(found)
     return "\n".join(lines)
+
+
+def _chosen(answer: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    lines = [
+        "## The best by selection",
+        "",
+        "The start that came out best on the selection seed, judged on the others: what taking "
+        f"the best of {len(ARMS)} starts buys.",
+        "",
+        f"| task | chosen | against {BASELINE} |",
+        "|---|---|---|",
+    ]
+    for task, one in answer.items():
+        lines.append(f"| {task} | {one['chosen']} | {comparing.signed(one['difference'])} |")
+    return [*lines, ""]
 
 
 def _starts(found: Found) -> list[str]:
