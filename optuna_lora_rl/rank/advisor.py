@@ -33,6 +33,10 @@ FEW_EXAMPLES = 1000
 _ALPHA_RATIO = 2
 _FACTOR_BYTES, _GRADIENT_BYTES, _ADAM_BYTES = 4, 4, 8
 _GIGABYTE = 1e9
+# Measured over counted activations, and how often the logits of all positions are in memory on a
+# CPU, where TRL's loss is not computed tile by tile (studies/results/advised_memory.md).
+_TAKEN = 1.7
+_CPU_LOGITS = 8
 # How far a layer's rank may go over the mean: a few layers must not take all.
 _MOST_OVER_MEAN = 4
 
@@ -153,7 +157,8 @@ def advise(
 def memory_of(model: PreTrainedModel, ranks: Mapping[str, int], workload: Workload) -> Memory:
     """Counts what training adapters of these ranks with Adam holds.
 
-    Activations and logits are the estimate of :mod:`optuna_lora_rl.finetuning.cost`.
+    Activations are those that :mod:`optuna_lora_rl.finetuning.cost` counts, times what measured
+    runs took more: copies of norms, gradients on their way back, what the allocator keeps.
 
     Raises:
         UserError: When a layer is unknown.
@@ -317,5 +322,10 @@ def _activations(
     mean = max(1, round(sum(ranks.values()) / len(ranks)))
     configuration = Configuration.of({"lora_rank": mean, "lora_dropout": 0.0})
     found = cost.estimate(configuration, read, chosen, work)
+    headless = cost.estimate(configuration, replace(read, vocabulary=0), chosen, work)
     trained = found.trainable_parameters * (_FACTOR_BYTES + _GRADIENT_BYTES + _ADAM_BYTES)
-    return found.memory_bytes - trained
+    logits = found.memory_bytes - headless.memory_bytes
+    if model.device.type == "cpu":
+        positions = workload.batch_size * workload.length
+        logits = _CPU_LOGITS * positions * read.vocabulary * workload.itemsize
+    return _TAKEN * (headless.memory_bytes - trained) + logits

@@ -104,7 +104,7 @@ def test_memory_is_what_training_holds(model: Any, adapted: Callable[..., Any], 
     assert counted.activations > 0
 
 
-def test_activations_are_near_what_the_graph_keeps(
+def test_activations_cover_what_the_graph_keeps(
     model: Any, adapted: Callable[..., Any], ids: Any
 ) -> None:
     names = list(layers.shapes_of(model))
@@ -122,7 +122,7 @@ def test_activations_are_near_what_the_graph_keeps(
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         language_loss(peft, ids)
-    assert counted == pytest.approx(sum(kept.values()), rel=0.6)
+    assert sum(kept.values()) < counted < 3 * sum(kept.values())
 
 
 def test_a_review_tells_stagnant_from_overfitting() -> None:
