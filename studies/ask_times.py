@@ -184,7 +184,7 @@ def main() -> None:
         "--trials", type=int, nargs="+", default=[10, 30, 100, 300, 1000, 3000, 10000]
     )
     parser.add_argument("--samplers", nargs="+", choices=list(SAMPLERS), default=list(SAMPLERS))
-    parser.add_argument("--asks", type=int, default=25)
+    parser.add_argument("--asks", type=int, default=30)
     parser.add_argument(
         "--gp-limit", type=int, default=100, help="longest study that GP is asked in"
     )
