@@ -214,7 +214,7 @@ def draw_surface(
         ],
         "overfit": overfit,
         "cure": rng.uniform(0.2, 0.9),
-        "cost": rng.exponential([0.02, 0.03, 0.005]) * costly,
+        "cost": rng.exponential([0.04, 0.06, 0.04]) * costly,
         "memory": rng.uniform(7.0, 11.0) if rng.random() < 0.15 else 99.0,
         "minor": minor,
         "batch": rng.uniform(1.0, 6.0),
