@@ -6,9 +6,10 @@ Notations
 
 A surface says what a real fine-tuning scored over the ranges in which it was measured. A task
 tunes some of its parameters over part of their ranges, fixes the others somewhere plausible, and
-mostly charges for the cost of a run, as the package's score does. In half of the tasks the learning rate's label is
-moved so that the best one lies where guides would look, as it does for larger models; so that the
-policy learns the shape of real surfaces and not the scale of the models they were measured on.
+mostly charges for the cost of a run, as the package's score does. In half of the tasks the
+learning rate's label is moved so that the best one lies where guides would look, as it does for
+larger models; so that the policy learns the shape of real surfaces and not the scale of the
+models they were measured on.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ U = np.linspace(0.0, 1.0, NODES)
 # log10 of the guides' learning rate, its spread over models, and how far (in decades) the centre
 # of a range usually lies from the best value.
 GUIDE_LR, GUIDE_LR_SPREAD, RANGE_SPREAD = math.log10(2.5e-4), 0.4, 1.0
-# log2 of the rank.
-GUIDE_RANK = 4.0
+# log2 of the rank and of the batch size.
+GUIDE_RANK, GUIDE_BATCH = 4.0, 3.0
 # log2 of alpha / rank: between 1 and 2, seldom beyond 1/2 or 8.
 GUIDE_RATIO, GUIDE_RATIO_SPREAD = 0.8, 0.8
 
@@ -133,7 +133,7 @@ def density_table(dimension: Dimension) -> np.ndarray:
     elif role in ("targets", "layers"):
         density = np.exp(1.5 * x)
     elif role == "batch_size":
-        density = _normal(x, 3.0, 1.3) + 0.1
+        density = _normal(x, GUIDE_BATCH, 1.3) + 0.1
     elif role == "weight_decay":
         density = np.exp(-x / 0.03) + 0.4
     elif role == "steps":
@@ -198,10 +198,12 @@ class SpacePrior:
             return 0.5 if dimension.is_ordered else float(dimension.grid()[0])
         natural, rank = self.natural[column], self.space.role_columns.get("rank")
         if dimension.role == "rank":
-            return float(U[int(np.argmin(np.abs(natural - GUIDE_RANK)))])
+            return float(np.interp(GUIDE_RANK, natural, U))
+        if dimension.role == "batch_size":
+            return float(np.interp(GUIDE_BATCH, natural, U))
         if dimension.role == "alpha" and rank is not None:
             log_rank = np.interp(point[rank], U, self.natural[rank])
-            return float(U[int(np.argmin(np.abs(natural - log_rank - 1.0)))])
+            return float(np.interp(log_rank + 1.0, natural, U))
         best = np.flatnonzero(self.log_density[column] >= self.log_density[column].max() - 1e-9)
         return float(U[best[len(best) // 2]])
 
