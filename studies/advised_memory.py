@@ -36,13 +36,13 @@ CASES = [
 
 def take(name: str, batch: int, length: int, checkpointing: bool) -> dict[str, float]:
     """Return the measured and the advised bytes beyond the loaded model."""
+    from optuna_lora_rl.commands.layers import load
     from optuna_lora_rl.finetuning.options import ModelOptions
     from optuna_lora_rl.finetuning.options import ObjectiveOptions
     from optuna_lora_rl.finetuning.options import TrainingOptions
     from optuna_lora_rl.finetuning.trial import FineTuner
     from optuna_lora_rl.rank import advisor
     from optuna_lora_rl.rank import layers
-    from optuna_lora_rl.rank.commands import load
 
     path = str(throughput.MADE) if name == "30m" else name
     with tempfile.TemporaryDirectory() as folder:

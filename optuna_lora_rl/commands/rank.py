@@ -71,16 +71,16 @@ def analyze(
 
     Example: [bold]optuna-lora-rl analyze --model tiny --csv spectra.csv --figure map.html[/]
     """
-    from optuna_lora_rl.rank import commands
+    from optuna_lora_rl.commands import layers
 
-    commands.analyze(
+    layers.analyze(
         console(),
         model,
         adapter,
         modules=split(modules),
         dtype=dtype.value,
         exact=exact,
-        files=commands.Files(csv=csv, figure=figure, capacity=capacity),
+        files=layers.Files(csv=csv, figure=figure, capacity=capacity),
     )
 
 
@@ -116,10 +116,10 @@ def advise(
 
     Example: [bold]optuna-lora-rl advise --model tiny --task-complexity medium --memory-gb 8[/]
     """
+    from optuna_lora_rl.commands import layers
     from optuna_lora_rl.rank import advisor
-    from optuna_lora_rl.rank import commands
 
-    commands.advise(
+    layers.advise(
         console(),
         model,
         complexity=task_complexity.value,
@@ -153,7 +153,7 @@ def truncate(
 
     Example: [bold]optuna-lora-rl truncate my-adapter --energy 0.95 --output smaller[/]
     """
-    from optuna_lora_rl.rank import commands
+    from optuna_lora_rl.commands import layers
 
     def qualities() -> list[float]:
         from optuna_lora_rl.study import sizing
@@ -161,7 +161,7 @@ def truncate(
         assert study is not None
         return sizing.qualities(load(study, []), adapter)
 
-    commands.truncate(
+    layers.truncate(
         console(),
         adapter,
         output,
@@ -183,6 +183,6 @@ def merge(
 
     Example: [bold]optuna-lora-rl merge my-adapter --output merged[/]
     """
-    from optuna_lora_rl.rank import commands
+    from optuna_lora_rl.commands import layers
 
-    commands.merge(console(), adapter, model, output)
+    layers.merge(console(), adapter, model, output)
