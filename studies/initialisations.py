@@ -186,21 +186,15 @@ def main(arguments: Sequence[str]) -> None:
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare how LoRA's factors begin.")
-    parser.add_argument("--tasks", type=_words, help="those of rank_strategies.py by default")
+    parser.add_argument(
+        "--tasks", type=measuring.words, help="those of rank_strategies.py by default"
+    )
     parser.add_argument("--seeds", type=int, default=5, help="judging seeds")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--rates", type=_numbers, default=RATES)
     parser.add_argument("--most-rates", type=int, default=MOST_RATES)
-    parser.add_argument(
-        "--note", help="what the page has to say, such as that the machine was shared"
-    )
-    parser.add_argument("--records", type=Path, default=RECORDS)
-    parser.add_argument("--output", type=Path, default=measuring.RESULTS)
+    measuring.add_recording(parser, RECORDS)
     return parser.parse_args(arguments)
-
-
-def _words(text: str) -> list[str]:
-    return text.split(",")
 
 
 def _numbers(text: str) -> list[float]:

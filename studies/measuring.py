@@ -7,6 +7,7 @@ arm are told to go at the same time. The clock runs from there.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -295,6 +296,20 @@ def program(
         serve(prepare)
     else:
         main(sys.argv[1:])
+
+
+def add_recording(parser: argparse.ArgumentParser, records: Path) -> None:
+    """Add the options for where measurements and results are written, and for a note on them."""
+    parser.add_argument(
+        "--note", help="what the page has to say, such as that the machine was shared"
+    )
+    parser.add_argument("--records", type=Path, default=records)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+
+
+def words(text: str) -> list[str]:
+    """An option's names, separated by commas."""
+    return text.split(",")
 
 
 def stay_offline(model: str) -> None:

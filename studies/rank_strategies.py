@@ -277,21 +277,13 @@ def main(arguments: Sequence[str]) -> None:
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare rank strategies at equal parameters.")
-    parser.add_argument("--candidates", type=_words, default=list(CANDIDATES))
+    parser.add_argument("--candidates", type=measuring.words, default=list(CANDIDATES))
     parser.add_argument("--tasks", type=int, default=TASKS, help="how many candidates are taken")
     parser.add_argument("--seeds", type=int, default=6, help="judging seeds")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--most-rates", type=int, default=MOST_RATES)
-    parser.add_argument(
-        "--note", help="what the page has to say, such as that the machine was shared"
-    )
-    parser.add_argument("--records", type=Path, default=RECORDS)
-    parser.add_argument("--output", type=Path, default=measuring.RESULTS)
+    measuring.add_recording(parser, RECORDS)
     return parser.parse_args(arguments)
-
-
-def _words(text: str) -> list[str]:
-    return text.split(",")
 
 
 if __name__ == "__main__":

@@ -199,19 +199,13 @@ def _peak() -> int:
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure the spectra of a 7B model's layers.")
-    parser.add_argument("--shapes", type=_words, default=list(SHAPES))
-    parser.add_argument("--kinds", type=_words, default=list(KINDS), help=" or ".join(KINDS))
-    parser.add_argument("--threads", type=int, help="torch's own number by default")
+    parser.add_argument("--shapes", type=measuring.words, default=list(SHAPES))
     parser.add_argument(
-        "--note", help="what the page has to say, such as that the machine was shared"
+        "--kinds", type=measuring.words, default=list(KINDS), help=" or ".join(KINDS)
     )
-    parser.add_argument("--records", type=Path, default=RECORDS)
-    parser.add_argument("--output", type=Path, default=measuring.RESULTS)
+    parser.add_argument("--threads", type=int, help="torch's own number by default")
+    measuring.add_recording(parser, RECORDS)
     return parser.parse_args(arguments)
-
-
-def _words(text: str) -> list[str]:
-    return text.split(",")
 
 
 if __name__ == "__main__":
