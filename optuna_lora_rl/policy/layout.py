@@ -44,7 +44,7 @@ class Layout:
         natural: natural values of the roles at the nodes, shape (B, R, G); 0 where absent.
         log_density: prior log-density at the nodes by column, shape (B, D, G).
         default: the guides' configuration, shape (B, D).
-        sweep: an expert's learning-rate sweep, shape (B, 7, D).
+        sweep: an expert's learning-rate sweep at three sizes of a run, shape (B, SWEEP, D).
         is_lora: whether the guides' prior applies, shape (B,).
         log_l: mean and deviation of the log lengthscales, shape (B, D, 2).
     """

@@ -26,7 +26,9 @@ U = np.linspace(0.0, 1.0, NODES)
 
 # log10 of the guides' learning rate, its spread over models, and how far (in decades) the centre
 # of a range usually lies from the best value.
-GUIDE_LR, GUIDE_LR_SPREAD, RANGE_SPREAD = math.log10(2.5e-4), 0.4, 1.0
+GUIDE_LR, GUIDE_LR_SPREAD, RANGE_SPREAD = math.log10(2.5e-4), 0.4, 0.7
+# Rows of the sweep that is among the candidates: eight learning rates at three sizes of a run.
+SWEEP = 24
 # log2 of the rank and of the batch size.
 GUIDE_RANK, GUIDE_BATCH = 4.0, 3.0
 # log2 of alpha / rank: between 1 and 2, seldom beyond 1/2 or 8.
@@ -208,15 +210,37 @@ class SpacePrior:
         return float(U[best[len(best) // 2]])
 
     def sweep(self) -> np.ndarray:
-        """An expert's sweep, shape (7, d): the learning rate at the eighths of its range.
+        """An expert's sweep, shape (SWEEP, d): learning rates at three sizes of a run.
 
-        The middle first, then the quarters, then what lies between.
+        The guides' learning rate and the eighths of its range, each with the guides' values of
+        the rest, with a small adapter and batch, and with a large adapter.
         """
-        points = np.repeat(self.point()[None], 7, axis=0)
-        column = self.space.role_columns.get("learning_rate")
-        if column is not None:
-            points[:, column] = [0.5, 0.25, 0.75, 0.375, 0.625, 0.125, 0.875]
-        return self.space.snap(points)
+        rates = self.space.role_columns.get("learning_rate")
+        points = []
+        for size in self._sizes():
+            rows = np.repeat(self.point(size)[None], SWEEP // 3, axis=0)
+            if rates is not None:
+                rows[1:, rates] = np.arange(1, 8) / 8
+            points.append(rows)
+        return self.space.snap(np.concatenate(points))
+
+    def _sizes(self) -> list[np.ndarray]:
+        """What a usual, a small and a large run fix, each of shape (d,), NaN where nothing."""
+        usual, small, large = (np.full(len(self.space), np.nan) for _ in range(3))
+        if not self.is_lora:
+            return [usual, small, large]
+        columns = self.space.role_columns
+        for role, less, more in (("rank", 2.0, 6.0), ("batch_size", 1.0, GUIDE_BATCH)):
+            if role in columns:
+                natural = self.natural[columns[role]]
+                small[columns[role]] = np.interp(less, natural, U)
+                large[columns[role]] = np.interp(more, natural, U)
+        if "targets" in columns:
+            natural = self.natural[columns["targets"]]
+            for fixed, share in ((small, natural.min()), (large, natural.max())):
+                places = np.flatnonzero(natural == share)
+                fixed[columns["targets"]] = U[places[len(places) // 2]]
+        return [usual, small, large]
 
 
 def space_prior(space: Space, *, lora: bool | None = None) -> SpacePrior:

@@ -52,7 +52,7 @@ _BAND = 1.6449
 
 _ORIGINS = {
     "default": "the guides' configuration",
-    "sweep": "a step of a learning-rate sweep at the guides' other values",
+    "sweep": "a step of a learning-rate sweep, at the guides' values or at a small or large run's",
     "prior": "a draw from what is usual in LoRA runs",
     "uniform": "a place that is far from the trials so far",
     "axis": "one of the best trials, moved along one parameter",

@@ -80,6 +80,19 @@ def test_the_first_proposal_is_what_guides_recommend() -> None:
     assert params["target_modules"] == "all-linear"
 
 
+def test_the_sweep_tries_the_learning_rates_at_three_sizes_of_a_run() -> None:
+    swept = [LORA.decode(row) for row in space_prior(LORA).sweep()]
+    usual, small, large = swept[:8], swept[8:16], swept[16:]
+    assert usual[0] == LORA.decode(space_prior(LORA).point())
+    for size in (usual, small, large):
+        assert [p["learning_rate"] for p in size] == [p["learning_rate"] for p in usual]
+        assert len({p["learning_rate"] for p in size}) == 8
+        assert len({(p["lora_rank"], p["target_modules"]) for p in size}) == 1
+        assert all(1.6 < p["lora_alpha"] / p["lora_rank"] < 2.4 for p in size)
+    assert [size[0]["lora_rank"] for size in (small, usual, large)] == [4, 16, 64]
+    assert [s[0]["target_modules"] for s in (small, large)] == ["qv", "all-linear"]
+
+
 def test_the_range_draws_the_prior_to_it() -> None:
     def mode(low: float, high: float) -> float:
         space = make_space(
@@ -135,7 +148,7 @@ def test_candidates_exist_are_new_and_come_from_every_source() -> None:
     assert not (repeats & decision.candidates.valid).any()
     own = set(range(len(SOURCES))) - {SOURCES.index("transfer")}
     assert set(decision.candidates.source.tolist()) == own
-    assert 60 <= x.shape[1] <= 80
+    assert 77 <= x.shape[1] <= 97
 
 
 def test_climbing_finds_more_expected_improvement_than_a_thousand_draws() -> None:

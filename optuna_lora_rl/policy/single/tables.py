@@ -98,7 +98,7 @@ class Tables:
     Attributes:
         layout: the same.
         default: the guides' configuration, shape (D,).
-        sweep: an expert's learning-rate sweep, shape (7, D).
+        sweep: an expert's learning-rate sweep at three sizes of a run, shape (SWEEP, D).
         unordered: columns without order, shape (D,).
         is_lora: whether the guides' prior applies.
         column: of each role, by its number; -1 where the space lacks it.
