@@ -6,10 +6,10 @@ Notations
 
 A surface says what a real fine-tuning scored over the ranges in which it was measured. A task
 tunes some of its parameters over part of their ranges, fixes the others somewhere plausible, and
-mostly charges for the cost of a run, as the package's score does. In half of the tasks the
+mostly charges for the cost of a run, as the package's score does. In a third of the tasks the
 learning rate's label is moved so that the best one lies where guides would look, as it does for
-larger models; so that the policy learns the shape of real surfaces and not the scale of the
-models they were measured on.
+larger models, and in another third anywhere; so that the policy learns the shape of real surfaces
+and not the scale of the models they were measured on.
 """
 
 from __future__ import annotations
@@ -40,6 +40,17 @@ _TUNED = {
     "batch_size": 0.35,
     "steps": 0.2,
     "weight_decay": 0.3,
+}
+# Half of the tasks tune what most studies do, over the whole ranges.
+_WHOLE = 0.5
+_WHOLE_TUNED = {
+    "learning_rate": 1.0,
+    "rank": 0.97,
+    "alpha": 0.7,
+    "alpha_ratio": 0.7,
+    "dropout": 0.6,
+    "targets": 0.75,
+    "batch_size": 0.6,
 }
 # The package's default for what the cost of its default configuration takes from a quality of 1.
 _COST_WEIGHT = 0.1
@@ -150,7 +161,13 @@ def evaluate(slices: Sequence[Slice], x: Tensor) -> tuple[Tensor, Tensor]:
 def draw_slice(rng: np.random.Generator, surfaces: Sequence[ResponseSurface]) -> Slice:
     """A random task on one of the surfaces."""
     surface = surfaces[int(rng.integers(len(surfaces)))]
-    chance = [_TUNED.get(dimension.role or "", 0.3) for dimension in surface.dimensions]
+    whole = rng.random() < _WHOLE
+    chance = [
+        _WHOLE_TUNED.get(dimension.role or "", 0.05)
+        if whole
+        else _TUNED.get(dimension.role or "", 0.3)
+        for dimension in surface.dimensions
+    ]
     tuned = rng.random(len(chance)) < chance
     if not tuned.any():
         tuned[int(np.argmax(chance))] = True
@@ -162,7 +179,7 @@ def draw_slice(rng: np.random.Generator, surfaces: Sequence[ResponseSurface]) ->
         fixed[j] = _usual(rng, dimension)
         columns.append(len(dimensions) if tuned[j] else -1)
         if tuned[j]:
-            dimensions.append(_narrowed(rng, dimension, shift))
+            dimensions.append(_narrowed(rng, dimension, shift, whole=whole))
             ranked = any(d.role == "rank" for d in surface.dimensions)
             if dimension.role == "alpha_ratio" and ranked and rng.random() < 0.65:
                 dimensions[-1] = _alpha(rng)
@@ -197,11 +214,13 @@ def _usual(rng: np.random.Generator, dimension: Dimension) -> float:
     return float(dimension.natural(u)[0])
 
 
-def _narrowed(rng: np.random.Generator, dimension: Dimension, shift: float) -> Dimension:
-    """Part of a measured range, at least half of it, the learning rate relabelled."""
+def _narrowed(
+    rng: np.random.Generator, dimension: Dimension, shift: float, *, whole: bool
+) -> Dimension:
+    """Part of a measured range, at least half of it, or all; the learning rate relabelled."""
     if dimension.kind == "categorical":
-        return dimension if dimension.is_ordered else _fewer(rng, dimension)
-    width = rng.uniform(0.5, 1.0) if rng.random() < 0.6 else 1.0
+        return dimension if dimension.is_ordered or whole else _fewer(rng, dimension)
+    width = rng.uniform(0.5, 1.0) if rng.random() < 0.6 and not whole else 1.0
     start = rng.uniform(0.0, 1.0 - width)
     low, high = dimension.decode(start), dimension.decode(start + width)
     if dimension.role in ("dropout", "weight_decay"):
@@ -255,10 +274,15 @@ def _sizes(surface: ResponseSurface) -> tuple[float, float]:
 
 
 def _shift(rng: np.random.Generator, surface: ResponseSurface) -> float:
-    """Nothing for half of the tasks; else what brings the best rates to where guides look."""
+    """Nothing for a third of the tasks; for a third what brings the best rates to where guides
+    look; for the rest anything up to two and a half decades down.
+    """
     column = [j for j, d in enumerate(surface.dimensions) if d.role == "learning_rate"]
-    if not column or rng.random() < 0.5:
+    kind = rng.random()
+    if not column or kind < 0.35:
         return 0.0
+    if kind > 0.7:
+        return float(rng.uniform(-2.5, 0.5))
     natural, value, failed = _sample(surface)
     best = torch.where(failed, -torch.inf, value.double()).topk(8).indices
     centre = float(natural[best, column[0]].log10().median())

@@ -21,7 +21,7 @@ class PPOSection(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    learning_rate: _Rate = _PPO.learning_rate
+    learning_rate: _Rate = 1.5e-4
     gamma: _Share = _PPO.gamma
     gae_lambda: _Share = _PPO.gae_lambda
     clip_coef: _Rate = _PPO.clip_coef
@@ -61,13 +61,13 @@ class TrainingSettings(BaseModel):
 
     seed: Annotated[int, Field(ge=0)] = 0
     curriculum_updates: Annotated[int, Field(ge=0)] = 20
-    imitation_updates: Annotated[int, Field(ge=0)] = 130
-    ppo_updates: Annotated[int, Field(ge=0)] = 370
+    imitation_updates: Annotated[int, Field(ge=0)] = 240
+    ppo_updates: Annotated[int, Field(ge=0)] = 60
     transitions: Annotated[int, Field(ge=50)] = 2048
-    lengths: tuple[Annotated[int, Field(ge=1)], ...] = (5, 8, 10, 12, 16, 20, 30, 50)
+    lengths: tuple[Annotated[int, Field(ge=1)], ...] = (5, 8, 10, 12, 16, 20, 30)
     tasks: Annotated[int, Field(ge=1)] = 4000
-    measured_share: _Share = 0.5
-    validation_tasks: Annotated[int, Field(ge=4)] = 240
+    measured_share: _Share = 0.65
+    validation_tasks: Annotated[int, Field(ge=4)] = 160
     validate_every: Annotated[int, Field(ge=1)] = 25
     width: Annotated[int, Field(ge=1)] = 64
     imitation_learning_rate: _Rate = 1e-3

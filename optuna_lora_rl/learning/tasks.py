@@ -89,8 +89,8 @@ class Tasks:
 
     @property
     def floor(self) -> Tensor:
-        """Regret that is as good as none, shape (B,): half the noise, at least 0.01."""
-        return (0.5 * self.noise).clamp_min(0.01)
+        """Regret that is as good as none, shape (B,): half the noise, at least 0.02."""
+        return (0.5 * self.noise).clamp_min(0.02)
 
     @property
     def constrained(self) -> Tensor:
@@ -136,7 +136,7 @@ def draw_tasks(
     count: int,
     seed: int,
     surfaces: Sequence[ResponseSurface] = (),
-    measured: float = 0.35,
+    measured: float = 0.65,
     *,
     constrained: bool = True,
 ) -> Tasks:

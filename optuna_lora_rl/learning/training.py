@@ -183,19 +183,32 @@ class Trainer:
         return metrics
 
     def finish(self) -> Path:
-        """Write the run's weights: the mean of the best of imitation and the best of PPO.
+        """Write the run's weights: what does best on the validation tasks.
 
-        The mean of two networks of one trajectory generalises better than either (Izmailov et
-        al. 2018): PPO alone had become reluctant to leave a guide's value on flat surfaces.
-        Where nothing beat the start on the validation tasks, the start is what is written.
+        That is the best network of a phase, or the mean of the two, which often generalises
+        better than either (Izmailov et al. 2018). Where nothing beat the start, the start is what
+        is written.
         """
+        found = {
+            phase: (best["score"], best["network"], f"best at update {best['update']}")
+            for phase, best in self.best.items()
+        }
+        if len(found) == 2:
+            states = [state for _, state, _ in found.values()]
+            state = {k: torch.stack([s[k] for s in states]).mean(0) for k in states[0]}
+            score = self.validation.compare(self._scorer(state))["validation_gain"]
+            found["mean"] = (score, state, "mean of the phases' best")
+        notes = {name: f"{note}, validation gain {s:.4f}" for name, (s, _, note) in found.items()}
+        if not found:
+            return self.export(Scorer(self.settings.width), "weights.safetensors", notes)
+        chosen = max(found, key=lambda name: found[name][0])
+        network = self._scorer(found[chosen][1])
+        return self.export(network, "weights.safetensors", {"chosen": chosen, **notes})
+
+    def _scorer(self, state: dict[str, Tensor]) -> Scorer:
         network = Scorer(self.settings.width)
-        states = [entry["network"] for entry in self.best.values()]
-        if states:
-            mean = {k: torch.stack([s[k] for s in states]).mean(0) for k in states[0]}
-            network.load_state_dict(mean)
-        notes = {phase: f"best at update {best['update']}" for phase, best in self.best.items()}
-        return self.export(network, "weights.safetensors", notes)
+        network.load_state_dict(state)
+        return network
 
     def report(self) -> str:
         """Regret of the run's networks beside their opponents, on tasks that chose nothing."""

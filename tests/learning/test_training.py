@@ -101,12 +101,20 @@ def test_imitation_lowers_its_loss(trainer: Trainer) -> None:
     assert losses[-1] < losses[0]
 
 
-def test_the_weights_are_the_mean_of_the_best_of_both_phases(trainer: Trainer) -> None:
+@pytest.mark.parametrize(("gain_of_the_mean", "weight"), [(0.05, 3.0), (0.15, 3.0), (0.25, 2.0)])
+def test_the_weights_are_the_best_of_both_phases_or_their_mean(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, gain_of_the_mean: float, weight: float
+) -> None:
     state = trainer.network.state_dict()
     for phase, value in (("imitation", 1.0), ("ppo", 3.0)):
         network = {name: torch.full_like(tensor, value) for name, tensor in state.items()}
-        trainer.best[phase] = {"score": 0.1, "update": 1, "network": network}
-    assert (weights.load(trainer.finish()).last.weight == 2.0).all()
+        trainer.best[phase] = {"score": 0.1 * value - 0.1, "update": 1, "network": network}
+    judged = {"validation_gain": gain_of_the_mean}
+    monkeypatch.setattr(trainer.validation, "compare", lambda network: judged)
+    assert (weights.load(trainer.finish()).last.weight == weight).all()
+
+
+def test_where_nothing_was_better_the_weights_are_the_start(trainer: Trainer) -> None:
     trainer.best = {}
     assert (weights.load(trainer.finish()).last.weight == 0.0).all()
 
