@@ -164,27 +164,26 @@ def is_taken(
     number: int,
     study: Study,
     begun: tuple[Sequence[int], int],
-    *,
-    later: bool,
 ) -> bool:
-    """Whether another running trial has these parameters.
+    """Whether another trial has these parameters that was not finished when the study was read.
+
+    It may have ended since: its result was not known then, and the same once more is a repeat.
 
     Args:
         params: proposed for a trial.
         number: of that trial.
         study: to look in.
         begun: the places of the trials that had not finished, and the length of the list, when
-            the study was last read; what had finished then need not be looked at again.
-        later: whether trials of higher number count as well.
+            the study was last read; what had finished then is no candidate any more.
     """
     places, known = begun
     trials = study.get_trials(deepcopy=False)
-    running = [trials[i] for i in places if i < len(trials)] + trials[known:]
+    others = [trials[i] for i in places if i < len(trials)] + trials[known:]
     return any(
-        t.state == TrialState.RUNNING
-        and (t.number < number or (later and t.number > number))
-        and parameters_of(t) == params
-        for t in running
+        t.state != TrialState.WAITING
+        and t.number != number
+        and parameters_of(t, unused=True) == params
+        for t in others
     )
 
 

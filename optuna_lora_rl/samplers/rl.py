@@ -69,7 +69,7 @@ _MAX_GRID = 1024
 # is seldom made.
 _FEW_TRIALS, _FEW_ITERATIONS, _MANY_ITERATIONS = 20, 20, 60
 # Thoughts that a proposal may take where other workers keep having the same.
-_ATTEMPTS = 3
+_ATTEMPTS = 4
 
 
 class RLSampler(BaseSampler):
@@ -209,17 +209,19 @@ class RLSampler(BaseSampler):
                 trials, space, study.directions, current=trial.number, unused=True
             )
             with _on_cpu(), np.errstate(all="ignore"):
-                point, why = self._propose(space, history, study.directions, generator)
+                decision, units = self._think(space, history, study.directions, generator)
+            # What another worker took it would also have had for second best: so drawn.
+            point, why = _chosen(decision, units, generator if attempt else None)
             params = space.decode(point)
             begun = (history.unfinished, len(trials))
             # Another worker may have had the same thought meanwhile. Whoever finds it published
-            # thinks again; of two that publish at once, the later trial does.
-            if attempt < _ATTEMPTS - 1 and is_taken(
-                params, trial.number, study, begun, later=True
-            ):
+            # thinks again; of two that publish at once, both do: neither can know whether the
+            # other looked before or after.
+            last = attempt == _ATTEMPTS - 1
+            if not last and is_taken(params, trial.number, study, begun):
                 continue
             publish(study._storage, trial._trial_id, params)
-            if not is_taken(params, trial.number, study, begun, later=False):
+            if last or not is_taken(params, trial.number, study, begun):
                 break
         study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL_KEY, why)
         return params
@@ -260,13 +262,14 @@ class RLSampler(BaseSampler):
             study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL_KEY, {"source": source})
         return space.dimensions[column].decode(coordinate)
 
-    def _propose(
+    def _think(
         self,
         space: Space,
         history: History,
         directions: Sequence[StudyDirection],
         generator: torch.Generator,
-    ) -> tuple[np.ndarray, dict[str, float | str]]:
+    ) -> tuple[Decision, tuple[float, float] | None]:
+        """The policy's step, and what takes its scores to the objective's units."""
         network = self._network
         if self._adaptation is not None:
             seed = self._adaptation.seed
@@ -277,7 +280,7 @@ class RLSampler(BaseSampler):
 
             network = self._adaptation.network(space, history, rebuild)
         decision, told = self._decide(space, history, directions, generator, network)
-        return _best(decision, units_of(told, decision.observed, directions))
+        return decision, units_of(told, decision.observed, directions)
 
     def _decide(
         self,
@@ -372,11 +375,23 @@ def _grid(space: Space, default: np.ndarray, points: np.ndarray | None) -> np.nd
     return np.concatenate(sets) if sets else None
 
 
-def _best(
-    decision: Decision, units: tuple[float, float] | None
+def _chosen(
+    decision: Decision,
+    units: tuple[float, float] | None,
+    generator: torch.Generator | None,
 ) -> tuple[np.ndarray, dict[str, float | str]]:
-    """The chosen point, and why; ``units`` takes standardised scores to the objective's own."""
-    choice = int(decision.logits[0].argmax())
+    """A point, and why.
+
+    Args:
+        decision: the policy's step.
+        units: what takes standardised scores to the objective's own.
+        generator: to draw from the policy instead of taking the best.
+    """
+    logits = decision.logits[0]
+    if generator is None:
+        choice = int(logits.argmax())
+    else:
+        choice = int(torch.multinomial(logits.softmax(0), 1, generator=generator))
     why = decision.explain(0, choice)
     if units is not None:
         offset, scale = units

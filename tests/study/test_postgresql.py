@@ -29,6 +29,23 @@ storage: {url}
 output: {folder}
 """
 
+# A worker of four: equal seeds, results that take a while, a space with few enough places.
+WORKER = """\
+import sys, time
+import optuna
+from optuna_lora_rl import RLSampler
+
+def objective(trial):
+    rank = trial.suggest_int("lora_rank", 2, 64, log=True)
+    rate = trial.suggest_float("learning_rate", 1e-5, 1e-2, log=True)
+    target = trial.suggest_categorical("target_modules", ["qv", "mlp", "all-linear"])
+    time.sleep(0.05)
+    return abs(rate / 4e-4 - 1) + 1 / rank + (target == "qv")
+
+study = optuna.load_study(study_name="four", storage=sys.argv[1], sampler=RLSampler(seed=0))
+study.optimize(objective, n_trials=8)
+"""
+
 
 def _programs() -> Path | None:
     """Folder of PostgreSQL's server programs, which Debian keeps out of the PATH."""
@@ -90,3 +107,18 @@ def test_two_workers_share_the_budget_and_repeat_nothing(url: str, tmp_path: Pat
     assert 6 <= len(trials) <= 7  # both may begin the last one at the same moment
     assert len({tuple(sorted(trial.params.items())) for trial in trials}) == len(trials)
     assert (tmp_path / "out" / "best" / "adapter_model.safetensors").exists()
+
+
+def test_four_processes_with_one_seed_never_propose_the_same(url: str) -> None:
+    pytest.importorskip("psycopg")
+    optuna.create_study(study_name="four", storage=url)
+    workers = [
+        subprocess.Popen([sys.executable, "-c", WORKER, url], stderr=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    errors = [worker.communicate(timeout=300)[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0] * 4, "\n".join(errors)
+
+    trials = optuna.load_study(study_name="four", storage=url).get_trials()
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 32
+    assert len({tuple(sorted(trial.params.items())) for trial in trials}) == 32
