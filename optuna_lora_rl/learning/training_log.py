@@ -110,7 +110,10 @@ def draw(folder: Path) -> Path:
     for place in range(len(_PANELS)):
         axes = (figure.layout[f"{axis}axis{place + 1 if place else ''}"] for axis in "xy")
         x_axis, y_axis = axes
-        legend = {"x": x_axis.domain[0] + 0.01, "y": y_axis.domain[1], "bgcolor": "rgba(0,0,0,0)"}
+        # What rises to a level leaves the lower corner free, what falls the upper one.
+        low = place < 2
+        legend = {"x": x_axis.domain[1], "xanchor": "right", "bgcolor": "rgba(0,0,0,0)"}
+        legend |= {"y": y_axis.domain[0 if low else 1], "yanchor": "bottom" if low else "top"}
         figure.update_layout({f"legend{place + 1}" if place else "legend": legend})
     figure.update_layout(height=1300, template="plotly_white", title="Training of the policy")
     figure.update_xaxes(title_text="update", row=4)
