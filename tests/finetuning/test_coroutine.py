@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import threading
+import time
 from collections.abc import Callable
 from collections.abc import Iterator
 from types import FrameType
@@ -194,20 +195,30 @@ def test_a_generator_goes_on_where_the_global_one_stood() -> None:
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs POSIX signals")
 def test_an_interrupt_waits_until_the_function_comes_to_a_request() -> None:
-    main, reached = threading.main_thread().ident, []
+    main = threading.main_thread().ident
+    reached: list[str] = []
+    seen: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
 
     def function(own: Coroutine[Any]) -> None:
         assert main is not None
-        for _ in range(3):
+        for count in range(1, 4):
             signal.pthread_kill(main, signal.SIGINT)
-        # The caller has seen the signals by the time that this is through.
-        torch.randn(400, 400) @ torch.randn(400, 400)
+            while len(seen) < count:
+                time.sleep(0.001)
         reached.append("request")
         own.ask("first")
 
     coroutine = made(function)
-    with pytest.raises(KeyboardInterrupt):
-        coroutine.resume()
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            coroutine.resume()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert reached == ["request"] and coroutine.request == "first"
     coroutine.abandon()
     assert coroutine.ended
