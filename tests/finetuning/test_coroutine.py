@@ -205,6 +205,8 @@ def test_an_interrupt_waits_until_the_function_comes_to_a_request() -> None:
 
     def function(own: Coroutine[Any]) -> None:
         assert main is not None
+        # Until the caller waits: what measures coverage, interrupted, would keep its lock.
+        time.sleep(0.3)
         signal.pthread_kill(main, signal.SIGINT)
         while not seen:
             time.sleep(0.001)
