@@ -162,12 +162,8 @@ def draw_slice(rng: np.random.Generator, surfaces: Sequence[ResponseSurface]) ->
     """A random task on one of the surfaces."""
     surface = surfaces[int(rng.integers(len(surfaces)))]
     whole = rng.random() < _WHOLE
-    chance = [
-        _WHOLE_TUNED.get(dimension.role or "", 0.05)
-        if whole
-        else _TUNED.get(dimension.role or "", 0.3)
-        for dimension in surface.dimensions
-    ]
+    chances, otherwise = (_WHOLE_TUNED, 0.05) if whole else (_TUNED, 0.3)
+    chance = [chances.get(dimension.role or "", otherwise) for dimension in surface.dimensions]
     tuned = rng.random(len(chance)) < chance
     if not tuned.any():
         tuned[int(np.argmax(chance))] = True
