@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optuna_lora_rl.finetuning.coroutine import Globals
+from optuna_lora_rl.finetuning.failure import FineTuningError
 from optuna_lora_rl.finetuning.isolation import is_out_of_memory
 from optuna_lora_rl.finetuning.isolation import let_go
 from optuna_lora_rl.finetuning.member import Call
@@ -93,6 +94,7 @@ class Pack:
         self._checkpointing = checkpointing
         self._says = says
         self._seats: list[Seat] = []
+        self._again: list[Job] = []
         self._asks = True
         self._process = psutil.Process()
 
@@ -121,7 +123,11 @@ class Pack:
             self._seats.clear()
 
     def _fill(self, jobs: Callable[[], Job | None]) -> bool:
-        while self._asks and len(self._seats) < self._size:
+        while self._again and not self._seats:
+            self._again.pop(0).alone()
+            self._asks = True
+        # None joins while somebody waits for the pack to be empty.
+        while self._asks and not self._again and len(self._seats) < self._size:
             job = jobs()
             if job is None:
                 self._asks = False
@@ -129,7 +135,7 @@ class Pack:
             seat = Seat(job)
             self._seats.append(seat)
             self._advance(seat)
-        return bool(self._seats)
+        return bool(self._seats or self._again)
 
     def _advance(
         self, seat: Seat, answer: Any = None, *, error: BaseException | None = None
@@ -156,7 +162,12 @@ class Pack:
         error = seat.coroutine.error
         if error is not None and not isinstance(error, Exception):
             raise error
-        seat.job.done(error, Measured(seat.seconds, seat.peak_bytes))
+        if _is_exhausted(error) and self._seats:
+            # Not at what the runs share, but at its own part, for which others left no room.
+            self._again.append(seat.job)
+            self._shrinks_to((len(self._seats) + 2) // 2)
+        else:
+            seat.job.done(error, Measured(seat.seconds, seat.peak_bytes))
         let_go(error)
         # A trainer is a knot of references, and the collector rarely comes by itself.
         gc.collect()
@@ -180,15 +191,25 @@ class Pack:
         yield together
 
     def _answer(self, passed: _Pass) -> None:
-        for seat, share in zip(passed.seats, passed.shares, strict=True):
+        rest: list[Seat] = []
+        for i, (seat, share) in enumerate(zip(passed.seats, passed.shares, strict=True), 1):
             # Cut off from the graph: its loss goes back as far as this.
             hidden = passed.own(passed.output, share).detach()
             self._advance(seat, hidden.requires_grad_(passed.output.requires_grad))
+            if _is_exhausted(seat.coroutine.error):
+                # There is no room beside this pass: the others take one of their own after it.
+                rest = passed.seats[i:]
+                break
         self._backward(passed)
         for seat in passed.seats:
             if seat.waits_to_go_back():
                 seat.member.hidden = None
                 self._advance(seat)
+        if rest:
+            passed.output = passed.output.detach()
+            for seat, state in zip(rest, passed.before[-len(rest) :], strict=True):
+                seat.coroutine.globals = state
+            self._serve(rest)
 
     def _forward(self, seats: list[Seat]) -> Iterator[_Pass]:
         """Computes the hidden states, in as many passes as memory needs.
@@ -301,6 +322,12 @@ class Pack:
             self._says(f"memory ran out: from now on {shared}")
         return seats[:middle], seats[middle:]
 
+    def _shrinks_to(self, size: int) -> None:
+        if size < self._size:
+            self._size, self._most = size, min(self._most, size)
+            beside = f"at most {size} trials run side by side" if size > 1 else "trials run alone"
+            self._says(f"memory ran out: from now on {beside}")
+
     def _makes_room(self, error: BaseException) -> None:
         let_go(error)
         gc.collect()
@@ -348,6 +375,10 @@ def _recomputed(base: PreTrainedModel) -> Iterator[None]:
         base.gradient_checkpointing_disable()
         for name in set(base.__dict__) - attributes:
             del base.__dict__[name]
+
+
+def _is_exhausted(error: BaseException | None) -> bool:
+    return isinstance(error, FineTuningError) and error.reason == "out-of-memory"
 
 
 def _alike(seats: Iterable[Seat]) -> list[list[Seat]]:

@@ -21,6 +21,9 @@ class Job(Protocol):
     def done(self, error: Exception | None, took: Measured) -> None:
         """Called in the thread of the pack when ``work`` has ended."""
 
+    def alone(self) -> None:
+        """Called instead when memory ran out beside others: does all again, outside the pack."""
+
 
 class Seat:
     """One run in the pack, seen from outside.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from transformers import set_seed
@@ -85,20 +86,23 @@ class SideBySide:
         """Returns the next run that can be packed; those before it are over when it comes."""
         while (run := self._runs()) is not None:
             try:
-                packed = _PackedRun(self._shared, run, self._done)
+                packed = _PackedRun(self._shared, run, self._done, self._by_itself)
             except FineTuningError as error:
                 self._done(run, error)
                 continue
             reason = self._obstacle(packed.course)
             if reason is None:
                 return packed
-            self._says(f"trial {run.number} runs alone: {reason}")
-            try:
-                result: TrialResult | Exception = self._alone(run)
-            except Exception as error:
-                result = error
-            self._done(run, result)
+            self._by_itself(run, reason)
         return None
+
+    def _by_itself(self, run: Run, reason: str) -> None:
+        self._says(f"trial {run.number} runs alone: {reason}")
+        try:
+            result: TrialResult | Exception = self._alone(run)
+        except Exception as error:
+            result = error
+        self._done(run, result)
 
     def _obstacle(self, course: Course) -> str | None:
         shared = self._shared
@@ -134,10 +138,13 @@ class _PackedRun:
         shared: Shared,
         run: Run,
         done: Callable[[Run, TrialResult | Exception], None],
+        by_itself: Callable[[Run, str], None],
     ) -> None:
         self._base = shared.prepared.base.model
         self._run = run
         self._done = done
+        self._by_itself = by_itself
+        self._reached = 0
         self._member: Member | None = None
         self.course = Course(shared, run, self._reported)
 
@@ -146,19 +153,32 @@ class _PackedRun:
         course, changes_base = self.course, self.course.wanted.mutates_base
         self._member = member
         moved = [module.name for module in course.chosen] if changes_base else []
-        with failures(course.progress.is_callers):
-            set_seed(course.seed)
-            adapter = placed(model.twin(self._base, moved), course.config, course.start)
-            member.join(adapter, subtracts_start=changes_base)
-            course.train(adapter, member.after_backward)
+        try:
+            with failures(course.progress.is_callers):
+                set_seed(course.seed)
+                adapter = placed(model.twin(self._base, moved), course.config, course.start)
+                member.join(adapter, subtracts_start=changes_base)
+                course.train(adapter, member.after_backward)
+        finally:
+            course.close()
+            self._member = None
 
     def done(self, error: Exception | None, took: Measured) -> None:
         """Hands the run's outcome on."""
-        self.course.close()
-        self._member = None
         self._done(self._run, error or self.course.result(took))
+
+    def alone(self) -> None:
+        """Does it all again by itself, which repeats no report."""
+        report, reached = self._run.report, self._reached
+
+        def rest(step: int, score: float, metrics: Mapping[str, float]) -> None:
+            if report is not None and step > reached:
+                report(step, score, metrics)
+
+        self._by_itself(replace(self._run, report=rest), "memory ran out beside others")
 
     def _reported(self, step: int, score: float, metrics: Mapping[str, float]) -> None:
         # Reports are the caller's, and are called in the caller's thread.
         if self._run.report is not None and self._member is not None:
             self._member.call(self._run.report, step, score, metrics)
+        self._reached = step

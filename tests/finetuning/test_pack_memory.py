@@ -9,9 +9,14 @@ import pytest
 import torch
 from torch import nn
 
+from optuna_lora_rl.finetuning import lora
+from optuna_lora_rl.finetuning import sft
+from optuna_lora_rl.finetuning import side_by_side
 from optuna_lora_rl.finetuning.pack import Pack
 from optuna_lora_rl.finetuning.trial import FineTuner
 from optuna_lora_rl.finetuning.trial import FineTuningError
+from optuna_lora_rl.finetuning.trial import Run
+from tests.finetuning.packs import QUICK
 from tests.finetuning.packs import Make
 from tests.finetuning.packs import alone
 from tests.finetuning.packs import assert_same
@@ -75,7 +80,8 @@ def test_only_the_run_that_does_not_fit_fails(tuner: FineTuner, when: str) -> No
         outcomes, notes = packed(tuner, runs)
     finally:
         undo()
-    assert notes[-1] == "memory ran out: from now on trials take turns"
+    assert "memory ran out: from now on trials take turns" in notes
+    assert notes[-1] == "trial 2 runs alone: memory ran out beside others"
     assert isinstance(outcomes[2], FineTuningError) and outcomes[2].reason == "out-of-memory"
     for i in (0, 1, 3, 4):
         assert_same(outcomes[i], alone(tuner, runs[i]))
@@ -106,5 +112,69 @@ def test_the_halves_of_a_pack_are_not_in_memory_together(
         patch.setattr(Pack, "_passed", counted_forward)
         patch.setattr(Pack, "_go_back", counted_backward)
         outcomes, _ = packed(tuner, runs)
+    for run, outcome in zip(runs, outcomes, strict=True):
+        assert_same(outcome, alone(tuner, run))
+
+
+def crowded(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """Makes losses of the third step run out of memory beside a pass of more than these rows."""
+    beside, answer, loss = [0], Pack._answer, sft._Trainer.compute_loss
+
+    def answered(pack: Any, passed: Any) -> None:
+        outer, beside[0] = beside[0], len(passed.output) if passed.output.requires_grad else 0
+        answer(pack, passed)
+        beside[0] = outer
+
+    def computed(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        found = loss(trainer, *args, **kwargs)
+        if beside[0] > limit and trainer.state.global_step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return found
+
+    monkeypatch.setattr(Pack, "_answer", answered)
+    monkeypatch.setattr(sft._Trainer, "compute_loss", computed)
+
+
+def test_a_run_whose_own_part_found_no_room_runs_again_alone(
+    tuner: FineTuner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reported: list[tuple[int, int]] = []
+
+    def run(number: int) -> Run:
+        configuration = {**QUICK, "lora_rank": 1 + number, "batch_size": 4, "lora_dropout": 0.1}
+        return Run(number, configuration, report=lambda n, *_: reported.append((number, n)))
+
+    runs = [run(number) for number in range(4)]
+    with monkeypatch.context() as patch:
+        crowded(patch, limit=8)
+        outcomes, notes = packed(tuner, runs)
+    assert notes == [
+        "memory ran out: from now on at most 2 trials run side by side",
+        "trial 0 runs alone: memory ran out beside others",
+    ]
+    assert sorted(reported) == [(number, step) for number in range(4) for step in (2, 3)]
+    for each, outcome in zip(runs, outcomes, strict=True):
+        assert_same(outcome, alone(tuner, each))
+
+
+def test_an_adapter_that_finds_no_room_beside_others_is_made_again(
+    tuner: FineTuner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[int] = []
+
+    def placed(*args: Any) -> lora.Adapter:
+        alive.append(1)
+        if len(alive) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return lora.placed(*args)
+
+    runs = runs_of([{"lora_rank": 1 + i} for i in range(4)])
+    with monkeypatch.context() as patch:
+        patch.setattr(side_by_side, "placed", placed)
+        outcomes, notes = packed(tuner, runs)
+    assert notes == [
+        "memory ran out: from now on at most 2 trials run side by side",
+        "trial 2 runs alone: memory ran out beside others",
+    ]
     for run, outcome in zip(runs, outcomes, strict=True):
         assert_same(outcome, alone(tuner, run))
