@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from dataclasses import replace
+from itertools import compress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -69,6 +70,9 @@ def forecast(peers: Peers, last_step: int, noise: float | str) -> Forecast:
     # Those that have come as far, and have not ended.
     others = [of for of in peers.running if peers.step <= max(of) < last_step]
     running = _finite(peers.curves(others, grid))
+    # One that has reported no number has no curve to go on with.
+    numbers = np.isfinite(running).any(axis=1)
+    others, running = list(compress(others, numbers)), running[numbers]
     own = _finite(curves([peers.own], grid))
     sigma = peers.noise(noise, grid, latest(finished))
     now = peers.own[peers.step]

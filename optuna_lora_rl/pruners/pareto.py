@@ -88,8 +88,10 @@ class ParetoPruner(ForecastPruner):
         if not all(np.isfinite(each.own[peers.step]) for each in by_objective):
             return True
         end = self._end(peers, len(peers.ended))
+        if end is None or not all(each.is_curve for each in by_objective):
+            return False
         twice = zip(*(each.twice() for each in by_objective), strict=True)
-        return end is not None and all(self._dominated(each, end) for each in twice)
+        return all(self._dominated(each, end) for each in twice)
 
     def _dominated(self, by_objective: Sequence[Peers], last_step: int) -> bool:
         """Whether a finished trial is ahead now, and will be ahead of the best plausible end."""

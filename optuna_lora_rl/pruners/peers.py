@@ -109,6 +109,11 @@ class Peers:
         """Whether the trial has come as far as any: there is nothing left to save."""
         return self.last_step is not None and self.step >= self.last_step
 
+    @property
+    def is_curve(self) -> bool:
+        """Whether the trial has two reports that are numbers, so that one may be left out."""
+        return sum(map(math.isfinite, self.own.values())) > 1
+
     def twice(self) -> tuple[Peers, Peers]:
         """The same with all of the trial's reports, and without its latest."""
         earlier = {step: value for step, value in self.own.items() if step != self.step}

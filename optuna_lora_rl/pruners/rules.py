@@ -71,4 +71,4 @@ class ForecastPruner(BasePruner):
         end = self._last_step or peers.last_step
         if end is None or not self._n_warmup_steps <= peers.step < end:
             return None
-        return end if compared >= self._n_startup_trials and len(peers.own) > 1 else None
+        return end if compared >= self._n_startup_trials and peers.is_curve else None

@@ -81,6 +81,23 @@ def test_a_run_that_diverges_is_stopped() -> None:
     assert pruners.should_prune(trial)
 
 
+@pytest.mark.parametrize("lost", [(math.nan, 1.2), (0.1, math.nan)])
+def test_a_report_that_is_no_number_is_left_out(lost: tuple[float, float]) -> None:
+    pruner = ParetoPruner(last_step=8)
+    study = optuna.create_study(directions=["maximize", "minimize"], pruner=pruner)
+    for end, cost in FRONT:
+        trial = study.ask()
+        for step in range(1, 9):
+            pruners.report(trial, (end - 0.3 / step, cost), step)
+        study.tell(trial, (end, cost))
+    trial = study.ask()
+    said = []
+    for step, values in enumerate([lost, (0.1, 2.0), (0.1, 2.0), (0.1, 2.0)], start=1):
+        pruners.report(trial, values, step)
+        said.append(pruners.should_prune(trial))
+    assert said == [True, False, True, True]
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     others=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 2)), min_size=4, max_size=8),

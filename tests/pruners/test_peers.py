@@ -199,6 +199,18 @@ def test_who_leads_is_never_stopped(name: str, peers: Any, lead: float) -> None:
     assert not any(judged(pruners.create(name), peers, best))
 
 
+@pytest.mark.parametrize("state", [TrialState.COMPLETE, TrialState.RUNNING])
+def test_reports_that_are_no_numbers_are_nobodys_curve(state: TrialState) -> None:
+    others = [(state, rising(0.5 + 0.1 * place)) for place in range(5)]
+    if state == TrialState.RUNNING:
+        others = [(state, {step: of[step] for step in range(1, 8)}) for _, of in others]
+    lost = (TrialState.RUNNING, dict.fromkeys(range(1, 8), math.nan))
+    own = {1: math.nan, 2: -0.5, 3: -0.5, 4: math.nan, 5: -0.5}
+    pruner = CostAwarePruner(last_step=8, noise=0.01)
+    # Who diverged at last is lost; who has reported one number alone is not judged.
+    assert judged(pruner, [*others, lost], own) == [True, False, True, True, True]
+
+
 @pytest.mark.parametrize("name", OURS)
 @settings(max_examples=60, deadline=None)
 @given(
