@@ -110,7 +110,13 @@ _FIRST_STEP = {
     "hyperband": "min_resource",
     "async-halving": "min_resource",
 }
-_LAST_STEP = {"hyperband": "max_resource", "cost-aware": "last_step", "pareto": "last_step"}
+_LAST_STEP = {
+    "hyperband": "max_resource",
+    "async-halving": "last_step",
+    "peer-median": "last_step",
+    "cost-aware": "last_step",
+    "pareto": "last_step",
+}
 
 
 def create(

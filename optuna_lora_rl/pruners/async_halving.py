@@ -46,6 +46,8 @@ class AsyncHalvingPruner(PeerPruner):
             study reported at.
         reduction_factor: One in so many goes on at each rung, and rungs are so many times apart.
         n_min_trials: Others that must have reported at the step before anybody is judged.
+        last_step: The step at which trials end, which is not judged; by default the last step of
+            the finished trials, who may have ended early.
         noise: Standard deviation of one evaluation, in the score's unit; ``"auto"`` estimates it
             from the study's curves.
 
@@ -59,19 +61,23 @@ class AsyncHalvingPruner(PeerPruner):
         min_resource: int | Literal["auto"] = "auto",
         reduction_factor: int = 4,
         n_min_trials: int = 4,
+        last_step: int | None = None,
         noise: float | Literal["auto"] = "auto",
     ) -> None:
         limits.check_number("min_resource", min_resource, low=1, or_auto=True)
         limits.check_number("reduction_factor", reduction_factor, low=2)
         limits.check_number("n_min_trials", n_min_trials, low=1)
         limits.check_number("noise", noise, low=0, or_auto=True)
+        if last_step is not None:
+            limits.check_number("last_step", last_step, low=1)
         self._min_resource = min_resource
         self._reduction_factor = reduction_factor
         self._n_min_trials = n_min_trials
+        self._last_step = last_step
         self._noise = noise
 
     def _judge(self, peers: Peers) -> bool:
-        if peers.at_the_end or not self._at_rung(peers):
+        if peers.at_the_end(self._last_step) or not self._at_rung(peers):
             return False
         there = peers.at(peers.step)
         there = np.sort(there[~np.isnan(there)])[::-1]

@@ -41,6 +41,8 @@ class PeerMedianPruner(PeerPruner):
         n_min_trials: Others that must have come to the step, or have been pruned before it,
             before anybody is judged.
         n_warmup_steps: Reports at steps before this one are not judged.
+        last_step: The step at which trials end, which is not judged; by default the last step of
+            the finished trials, who may have ended early.
         noise: Standard deviation of one evaluation, in the score's unit; ``"auto"`` estimates it
             from the study's curves.
 
@@ -54,19 +56,23 @@ class PeerMedianPruner(PeerPruner):
         percentile: float = 50.0,
         n_min_trials: int = 4,
         n_warmup_steps: int = 0,
+        last_step: int | None = None,
         noise: float | Literal["auto"] = "auto",
     ) -> None:
         limits.check_number("percentile", percentile, low=0, high=100)
         limits.check_number("n_min_trials", n_min_trials, low=1)
         limits.check_number("n_warmup_steps", n_warmup_steps, low=0)
         limits.check_number("noise", noise, low=0, or_auto=True)
+        if last_step is not None:
+            limits.check_number("last_step", last_step, low=1)
         self._percentile = percentile
         self._n_min_trials = n_min_trials
         self._n_warmup_steps = n_warmup_steps
+        self._last_step = last_step
         self._noise = noise
 
     def _judge(self, peers: Peers) -> bool:
-        if peers.at_the_end or peers.step < self._n_warmup_steps:
+        if peers.at_the_end(self._last_step) or peers.step < self._n_warmup_steps:
             return False
         there = peers.at(peers.step)
         there[peers.pruned & (peers.last < peers.step)] = -np.inf

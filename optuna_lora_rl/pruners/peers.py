@@ -104,10 +104,14 @@ class Peers:
         """The last step of those that came to their end; None where there are none."""
         return max((max(of) for of in self.ended), default=None)
 
-    @property
-    def at_the_end(self) -> bool:
-        """Whether the trial has come as far as any: there is nothing left to save."""
-        return self.last_step is not None and self.step >= self.last_step
+    def at_the_end(self, last_step: int | None) -> bool:
+        """Whether there is nothing left to save.
+
+        Args:
+            last_step: Where trials end; None for as far as any has come that ended.
+        """
+        end = last_step or self.last_step
+        return end is not None and self.step >= end
 
     @property
     def is_curve(self) -> bool:

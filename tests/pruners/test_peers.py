@@ -245,6 +245,15 @@ def test_noise_that_is_estimated_spares_what_a_small_given_one_stops() -> None:
     assert not any(judged(PeerMedianPruner(), peers, own))
 
 
+@pytest.mark.parametrize("name", ["async-halving", "peer-median"])
+def test_finished_trials_that_ended_early_keep_nobody_from_being_judged(name: str) -> None:
+    early = [(TrialState.COMPLETE, {1: 0.9, 2: 0.9})] * 3
+    peers = [*early, *[(TrialState.RUNNING, rising(0.9, range(1, 8)))] * 5]
+    own = {**rising(0.9), **dict.fromkeys((4, 8), 0.0)}
+    said = judged(pruners.create(name, first_step=1, last_step=8), peers, own)
+    assert [step for step, stop in enumerate(said, start=1) if stop] == [4]
+
+
 def test_halving_judges_at_its_rungs_alone() -> None:
     peers = [(TrialState.RUNNING, dict.fromkeys(range(1, 9), 1.0)) for _ in range(4)]
     own = {step: 1.0 if step == 1 else 0.0 for step in range(1, 9)}
