@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import psutil
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from optuna_lora_rl.study import wording
@@ -131,20 +132,23 @@ def recover(study: optuna.Study) -> list[int]:
     Returns:
         The numbers of the killed trials.
     """
-    killed = [
-        trial
-        for trial in study.get_trials(deepcopy=False)
-        if trial.state == TrialState.RUNNING and owner_is_gone(trial)
-    ]
-    for trial in killed:
+    killed = []
+    for trial in study.get_trials(deepcopy=False):
+        if trial.state != TrialState.RUNNING or not owner_is_gone(trial):
+            continue
         storage, trial_id = study._storage, trial._trial_id
-        storage.set_trial_user_attr(trial_id, FAILURE, KILLED)
-        storage.set_trial_user_attr(trial_id, MESSAGE, "the process was killed in mid-trial")
-        study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+        try:
+            storage.set_trial_user_attr(trial_id, FAILURE, KILLED)
+            storage.set_trial_user_attr(trial_id, MESSAGE, "the process was killed in mid-trial")
+            storage.set_trial_state_values(trial_id, TrialState.FAIL)
+        except UpdateFinishedTrialError:
+            # Another worker, started together with this one, recovers it.
+            continue
+        killed.append(trial.number)
         if RETRY_OF not in trial.user_attrs:
             # Once only: a configuration that takes all memory may be what kills the process.
             run_again(study, trial)
-    return [trial.number for trial in killed]
+    return killed
 
 
 def run_again(study: optuna.Study, trial: FrozenTrial | optuna.Trial) -> None:

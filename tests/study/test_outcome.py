@@ -73,6 +73,29 @@ def test_a_killed_trial_is_run_again_once() -> None:
     assert another.params != first.params
 
 
+def test_of_two_workers_that_start_together_one_recovers_a_trial(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    study = optuna.create_study()
+    trial = study.ask()
+    trial.suggest_float("x", 0, 1)
+    outcome.mark_owner(trial)
+    trial.set_user_attr("pid", 2**22 + 1)
+    recovered: list[list[int]] = []
+    is_gone = outcome.owner_is_gone
+
+    def other_is_faster(trial: optuna.trial.FrozenTrial) -> bool:
+        gone = is_gone(trial)
+        monkeypatch.setattr(outcome, "owner_is_gone", is_gone)
+        recovered.append(outcome.recover(study))
+        return gone
+
+    monkeypatch.setattr(outcome, "owner_is_gone", other_is_faster)
+    assert outcome.recover(study) == []
+    assert recovered == [[0]]
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.WAITING]
+
+
 def test_trials_of_other_machines_are_left_alone() -> None:
     study = optuna.create_study()
     study.ask().set_user_attr("host", "elsewhere")
