@@ -75,6 +75,10 @@ def rewards(scores: np.ndarray, good: np.ndarray) -> np.ndarray:
     return -np.diff(logs, prepend=np.log(_WORST + FLOOR))
 
 
+# The objective's program may have switched gradients off, or be in inference mode, whose tensors
+# cannot be learnt from: then network and steps are copied out of it.
+@torch.inference_mode(False)
+@torch.enable_grad()
 def adapt(network: Scorer, steps: Sequence[Step], generator: torch.Generator) -> Scorer:
     """The network after one update from consecutive steps of a study.
 
@@ -131,7 +135,8 @@ def _stack(steps: Sequence[Step]) -> tuple[Features, Tensor, Tensor]:
         torch.cat([padded(step.features.valid, False) for step in steps]),
     )
     residual = torch.cat([padded(step.residual, -torch.inf) for step in steps]).float()
-    return features, residual, torch.tensor([step.share for step in steps])
+    share = torch.tensor([step.share for step in steps], dtype=torch.float32)
+    return features, residual, share
 
 
 def _transitions(steps: Sequence[Step], before: Tensor) -> Transitions:
@@ -139,12 +144,13 @@ def _transitions(steps: Sequence[Step], before: Tensor) -> Transitions:
     actions = torch.tensor([step.action for step in steps])
     reward = torch.tensor([step.reward for step in steps], dtype=torch.float32)
     T = len(steps)
-    returns = torch.zeros(T)
+    returns = torch.zeros_like(reward)
     following = 0.0
     for t in reversed(range(T)):
         following = float(reward[t]) + SETTINGS.gamma * following
         returns[t] = following
-    time = torch.stack([torch.ones(T), torch.arange(1.0, T + 1).log()], 1)
+    time = torch.arange(1, T + 1, dtype=torch.float32).log()
+    time = torch.stack([torch.ones_like(time), time], 1)
     values = time @ torch.linalg.lstsq(time, returns[:, None]).solution
     dones = torch.zeros((T, 1), dtype=torch.bool)
     dones[-1] = True
@@ -152,7 +158,7 @@ def _transitions(steps: Sequence[Step], before: Tensor) -> Transitions:
         reward[:, None],
         values,
         dones,
-        torch.zeros(1),
+        torch.zeros_like(reward[:1]),
         gamma=SETTINGS.gamma,
         gae_lambda=SETTINGS.gae_lambda,
     )[:, 0]

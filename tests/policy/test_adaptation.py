@@ -1,5 +1,12 @@
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from contextlib import contextmanager
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -55,6 +62,35 @@ def test_what_brought_more_becomes_likelier() -> None:
     ]
     reward = [s.reward for s in steps]
     assert np.corrcoef(gain, reward)[0, 1] > 0.2
+
+
+@contextmanager
+def _half() -> Iterator[None]:
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(usual)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, _half])
+def test_what_is_learnt_does_not_depend_on_the_program_around_it(
+    mode: Callable[[], AbstractContextManager[None]],
+) -> None:
+    old, steps = _network(), _steps(8)
+    usual = adapt(old, steps, torch.Generator().manual_seed(0)).last.weight
+    with mode():
+        # What is made inside inference mode cannot be learnt from as it is.
+        copied = copy.deepcopy(old)
+        seen = [
+            replace(s, features=Features(*(t.clone() for t in vars(s.features).values())))
+            for s in steps
+        ]
+        learnt = adapt(copied, seen, torch.Generator().manual_seed(0)).last.weight
+    assert not learnt.is_inference()
+    assert torch.equal(learnt, usual)
+    assert not torch.equal(learnt, old.last.weight)
 
 
 @pytest.mark.parametrize("count", [8, 32])
