@@ -32,6 +32,27 @@ def test_scores_of_any_unit_standardise_alike() -> None:
     assert _standard([1e-6 * s - 7 for s in scores]) == pytest.approx(_standard(scores), abs=1e-6)
 
 
+@pytest.mark.parametrize("unit", [1e-300, 1e-160, 1e155, 1e300])
+def test_no_unit_is_too_large_or_too_small(unit: float) -> None:
+    scores = [0.1, 0.5, 0.45, 0.3]
+    assert _standard([unit * s for s in scores]) == pytest.approx(_standard(scores))
+
+
+@pytest.mark.parametrize("diverged", [-1e4, -1e300, -1.7e308])
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_good_runs_stay_apart_whatever_most_of_the_others_diverged_to(
+    diverged: float, count: int
+) -> None:
+    good = [-1.4, -1.3, -1.2, -1.1, -1.0]
+    standard = _standard([diverged] * count + good)
+    assert np.diff(standard[count:]).min() > 0.1
+    assert standard[:count] == pytest.approx(standard.min())
+
+
+def test_a_search_that_closes_in_is_no_divergence() -> None:
+    assert (np.diff(_standard((-np.geomspace(1e-6, 1.0, 13)).tolist())[:9]) < 0).all()
+
+
 def test_a_failed_trial_stands_below_the_worst_and_padding_does_not_count() -> None:
     scores = torch.tensor([[3.0, 1.0, 2.0, 99.0, 99.0]], dtype=torch.float64)
     good = torch.tensor([[True, True, True, False, False]])

@@ -143,6 +143,8 @@ def test_scores_are_standardised_as_in_the_batched_form() -> None:
         scores, failed = rng.normal(size=n % 10), rng.uniform(size=n % 10) < (n % 3) / 3
         odd = rng.uniform(size=len(scores)) < 0.2
         scores = np.where(odd, rng.choice([np.inf, -np.inf, 1e6, 0.0], size=len(scores)), scores)
+        if n % 4 == 3:
+            scores = np.where(rng.uniform(size=len(scores)) < 0.5, -1e4 * 10.0 ** (10 * n), scores)
         bad = torch.from_numpy(failed)[None]
         expected = standardise(torch.from_numpy(scores)[None], ~bad, bad)[0].numpy()
         np.testing.assert_allclose(single_scores.standardise(scores, failed), expected, atol=1e-9)

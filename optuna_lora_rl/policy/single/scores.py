@@ -7,6 +7,9 @@ import math
 import numpy as np
 
 from optuna_lora_rl.policy.scores import FAILURE_GAP
+from optuna_lora_rl.policy.scores import JUMP
+from optuna_lora_rl.policy.scores import REACH
+from optuna_lora_rl.policy.scores import TOP
 
 
 def standardise(scores: np.ndarray, failed: np.ndarray) -> np.ndarray:
@@ -20,20 +23,38 @@ def standardise(scores: np.ndarray, failed: np.ndarray) -> np.ndarray:
     count = int(good.sum())
     if not count:
         return np.where(failed, -1.0 - FAILURE_GAP, 0.0)
-    known = np.sort(scores[good & np.isfinite(scores)])
+    finite = good & np.isfinite(scores)
+    scores = scores / _power(np.abs(scores[finite]).max(initial=0.0))
+    known = np.sort(scores[finite])
     low, high = (known[0], known[-1]) if len(known) else (0.0, 0.0)
     clipped = np.where(good, scores, low)
     clipped = np.where(np.isnan(clipped), 0.0, clipped)
     clipped = np.minimum(np.maximum(clipped, low - (high - low)), high)
+    clipped = np.maximum(clipped, _floor(known, high, count))
+    centred = np.where(good, clipped - clipped[good].sum() / count, 0.0)
+    unit = _power(np.abs(centred).max())
+    centred = centred / unit
+    deviation = math.sqrt((centred * centred).sum() / count)
+    flat = deviation * unit <= 1e-12 * abs(high)
+    y = np.zeros(len(scores)) if flat else centred / deviation
+    return np.where(failed, min(y[good].min(), -1.0) - FAILURE_GAP, y)
+
+
+def _floor(known: np.ndarray, high: float, count: int) -> float:
+    """Where the bad tail is moved to, -inf for nowhere; the twin of ``scores._floor``."""
+    n = len(known)
+    behind = high - known[::-1][max(TOP - 1, n // 4) : 3 * n // 4 + 1]
+    jump = (behind[:-1] > 0) & (behind[1:] > JUMP * behind[:-1])
+    if jump.any():
+        return float(high - REACH * behind[:-1][jump][0])
     median, quartile, upper = (_quantile(known, q) for q in (0.5, 0.25, 0.75))
     span = max(high - median, upper - quartile)
-    if span > 0 and count >= 3:
-        clipped = np.maximum(clipped, median - 3.0 * span)
-    centred = np.where(good, clipped - clipped[good].sum() / count, 0.0)
-    deviation = math.sqrt((centred * centred).sum() / count)
-    flat = deviation <= 1e-12 * max(abs(high), 1e-300)
-    y = np.zeros(len(scores)) if flat else centred / max(deviation, 1e-300)
-    return np.where(failed, min(y[good].min(), -1.0) - FAILURE_GAP, y)
+    return median - 3.0 * span if span > 0 and count >= 3 else -math.inf
+
+
+def _power(size: float) -> float:
+    """The power of two about a size, 1 for 0: dividing by it changes no digit."""
+    return float(size / (2.0 * np.frexp(size)[0])) if size > 0 else 1.0
 
 
 def _quantile(known: np.ndarray, q: float) -> float:
