@@ -247,7 +247,7 @@ def test_noise_that_is_estimated_spares_what_a_small_given_one_stops() -> None:
 
 @pytest.mark.parametrize("name", ["async-halving", "peer-median"])
 def test_finished_trials_that_ended_early_keep_nobody_from_being_judged(name: str) -> None:
-    early = [(TrialState.COMPLETE, {1: 0.9, 2: 0.9})] * 3
+    early = [(TrialState.COMPLETE, {1: 0.5, 2: 0.6})] * 3
     peers = [*early, *[(TrialState.RUNNING, rising(0.9, range(1, 8)))] * 5]
     own = {**rising(0.9), **dict.fromkeys((4, 8), 0.0)}
     said = judged(pruners.create(name, first_step=1, last_step=8), peers, own)
