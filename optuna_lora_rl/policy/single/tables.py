@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from optuna_lora_rl.policy.layout import TURNING
 from optuna_lora_rl.policy.layout import Layout
 from optuna_lora_rl.policy.prior import GUIDE_RATIO
 from optuna_lora_rl.policy.prior import GUIDE_RATIO_SPREAD
@@ -105,7 +106,7 @@ class Tables:
         log_l: mean and deviation of the log lengthscales, shape (D, 2).
         natural: natural values of the roles at the nodes, shape (R, G).
         alpha: column of alpha; -1 without.
-        turns: whether there are rank and alpha, so that the surrogate takes their ratio.
+        turns: whether there are rank and alpha, so that alpha is judged by their ratio.
         present: numbers of the roles that the space has.
     """
 
@@ -124,11 +125,13 @@ class Tables:
         self.present = np.array([r for r, c in enumerate(self.column) if c >= 0], dtype=np.intp)
         self._columns = np.array([self.column[r] for r in self.present], dtype=np.intp)
         self._roles = Table(self.natural[self.present])
-        if self.turns:
-            ends = self.natural[_ALPHA, [0, -1]]
-            self._span = max(float(ends[1] - ends[0]), 1e-3)
-            self._pair = [self._rank, self.alpha]
-            self._turn = Table(self.natural[[_RANK, _ALPHA]])
+        self._ranks = Table(self.natural[[_RANK]])
+        kept, turn = (tensor[0].numpy() for tensor in layout.turn())
+        used = np.flatnonzero(turn.any(0)).tolist()
+        self._turning = [self.column[TURNING[i]] for i in used]
+        self._kept, self._turn = kept, np.ascontiguousarray(turn[:, used].T)
+        self._turned = Table(self.natural[[TURNING[i] for i in used]])
+        self._by_roles = [TURNING[i] for i in used]
 
     def __len__(self) -> int:
         return len(self.default)
@@ -154,37 +157,32 @@ class Tables:
         by_column = self._log_density.at(place)
         log_prior = by_column.sum(1)
         coordinates = x
-        if self.turns:
-            ratio = roles[:, _ALPHA] - roles[:, _RANK]
-            coordinates = x.copy()
-            coordinates[:, self.alpha] = ratio / self._span
-            if self.is_lora:
-                z = (ratio - GUIDE_RATIO) / GUIDE_RATIO_SPREAD
-                log_prior += -np.log1p(0.5 * z * z) * 1.5 - by_column[:, self.alpha]
+        if self._turning:
+            coordinates = x * self._kept + roles[:, self._by_roles] @ self._turn
+        if self.turns and self.is_lora:
+            z = (roles[:, _ALPHA] - roles[:, _RANK] - GUIDE_RATIO) / GUIDE_RATIO_SPREAD
+            log_prior += -np.log1p(0.5 * z * z) * 1.5 - by_column[:, self.alpha]
         return Points(x, coordinates, roles, log_prior)
 
     def model_coordinates(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """The surrogate's coordinates of x (N, D), and how rank and alpha rise there (N, 2)."""
-        if not self.turns:
+        """The surrogate's coordinates of x (N, D), and how the values that turn them rise."""
+        if not self._turning:
             return x, None
-        pair, slopes = self._turn.rise(places(x[:, self._pair]))
-        turned = x.copy()
-        turned[:, self.alpha] = (pair[:, 1] - pair[:, 0]) / self._span
-        return turned, slopes
+        values, slopes = self._turned.rise(places(x[:, self._turning]))
+        return x * self._kept + values @ self._turn, slopes
 
     def pull_back(self, gradient: np.ndarray, slopes: np.ndarray | None) -> np.ndarray:
         """A gradient by the model's coordinates (N, D), changed to one by x."""
         if slopes is None:
             return gradient
-        by_ratio = gradient[:, self.alpha] / self._span
-        gradient[:, self.alpha] = by_ratio * slopes[:, 1]
-        gradient[:, self._rank] -= by_ratio * slopes[:, 0]
+        through = gradient @ self._turn.T * slopes
+        gradient *= self._kept
+        gradient[:, self._turning] += through
         return gradient
 
     def ranks(self, x: np.ndarray) -> np.ndarray:
         """Natural values of the rank at x (N, D), shape (N,)."""
-        place = places(x[:, self._pair])
-        return self._turn.at(place)[:, 0]
+        return self._ranks.at(places(x[:, [self._rank]]))[:, 0]
 
     def nearest_alpha(self, wished: np.ndarray) -> np.ndarray:
         """Unit coordinates whose alpha is nearest to the wished natural values, shape kept."""
