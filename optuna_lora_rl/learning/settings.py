@@ -67,7 +67,7 @@ class TrainingSettings(BaseModel):
     lengths: tuple[Annotated[int, Field(ge=1)], ...] = (5, 8, 10, 12, 16, 20, 30)
     tasks: Annotated[int, Field(ge=1)] = 4000
     measured_share: _Share = 0.65
-    validation_tasks: Annotated[int, Field(ge=4)] = 160
+    validation_tasks: Annotated[int, Field(ge=4)] = 640
     validate_every: Annotated[int, Field(ge=1)] = 25
     width: Annotated[int, Field(ge=1)] = 64
     imitation_learning_rate: _Rate = 1e-3

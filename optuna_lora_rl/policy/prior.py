@@ -43,17 +43,19 @@ _NATURAL_LOG = {
     "batch_size": 2.0,
     "steps": 2.0,
 }
-# Typical distance over which the score changes much, in natural units of the role.
+# Typical distance over which the score changes much, in natural units of the role: half way (in
+# logarithms) from round numbers to what fits tasks of the measured training tables best, since
+# larger models need not be as smooth as those that were measured.
 _NATURAL_LENGTH = {
-    "learning_rate": 0.7,
-    "rank": 4.0,
-    "alpha": 3.0,
-    "alpha_ratio": 3.0,
-    "batch_size": 4.0,
-    "steps": 3.0,
+    "learning_rate": 0.85,
+    "rank": 5.7,
+    "alpha": 4.3,
+    "alpha_ratio": 5.3,
+    "batch_size": 6.3,
+    "steps": 3.4,
 }
-# Roles that matter little: lengthscale as a share of their range.
-_LONG = {"dropout": 2.0, "weight_decay": 3.0, "warmup": 2.0, "targets": 1.5, "layers": 1.0}
+# Roles that matter little: lengthscale as a share of their range; likewise.
+_LONG = {"dropout": 4.4, "weight_decay": 5.7, "warmup": 2.0, "targets": 2.4, "layers": 2.1}
 
 
 def natural_table(dimension: Dimension) -> np.ndarray:
