@@ -35,6 +35,7 @@ from optuna_lora_rl.policy.layout import Layout
 from optuna_lora_rl.policy.layout import Snap
 from optuna_lora_rl.policy.network import Scorer
 from optuna_lora_rl.policy.prior import space_prior
+from optuna_lora_rl.policy.scores import power
 from optuna_lora_rl.policy.surrogate import Surrogate
 from optuna_lora_rl.policy.surrogate import believe
 from optuna_lora_rl.policy.surrogate import fit
@@ -306,15 +307,17 @@ def fit_feasibility(layout: Layout, observed: Observed, constraints: Tensor) -> 
     """
     models = []
     for k in range(constraints.shape[2]):
-        values = constraints[:, :, k].clamp(-1e300, 1e300)
+        values = constraints[:, :, k]
         known = observed.mask & ~values.isnan()
         if not bool(known.any()):
             continue
         y = room(values, known)
         x = layout.model_coordinates(observed.x)
-        flag = ~(known & (values < 0)).any(1, keepdim=True)
         models.append(
-            (flag, fit(x, y, known, layout.unordered, layout.lengthscales(), fit_rows=100))
+            (
+                is_flag(values, known),
+                fit(x, y, known, layout.unordered, layout.lengthscales(), fit_rows=100),
+            )
         )
 
     def log_feasible(x: Tensor) -> Tensor:
@@ -328,21 +331,42 @@ def fit_feasibility(layout: Layout, observed: Observed, constraints: Tensor) -> 
     return log_feasible if models else None
 
 
+def is_flag(values: Tensor, known: Tensor) -> Tensor:
+    """Whether a constraint only says kept or broken, shape (B, 1).
+
+    Either it has no value below 0, or one for all that keep it and one for all that break it.
+    """
+    over = values > 0
+    apart = _alike(values, known & over) & _alike(values, known & ~over)
+    # Of two trials each has its own value anyway.
+    repeated = known.sum(1, keepdim=True) > 2
+    return ~(known & (values < 0)).any(1, keepdim=True) | (apart & repeated)
+
+
+def _alike(values: Tensor, rows: Tensor) -> Tensor:
+    """Whether there are such rows, all with one value, shape (B, 1)."""
+    low = torch.where(rows, values, torch.inf).amin(1, keepdim=True)
+    return rows.any(1, keepdim=True) & (
+        low == torch.where(rows, values, -torch.inf).amax(1, keepdim=True)
+    )
+
+
 def room(values: Tensor, known: Tensor) -> Tensor:
     """How much room constraints leave, about 1 in size, 0 at the limit, shape (B, n).
 
     The unit is the root mean square, not the median: trials gather at the limit, and in a unit
-    that shrinks with them the rest would look like a cliff. Where a constraint only says kept (0)
-    or broken (above 0), it is 1 or -1.
+    that shrinks with them the rest would look like a cliff. Where a constraint only says kept or
+    broken, it is 1 or -1. Infinite values are as far as values can be.
     """
-    size = torch.where(known, values.abs(), torch.nan)
+    size = torch.where(known & values.isfinite(), values.abs(), torch.nan)
     usual = torch.where(size > 0, size, torch.nan).nanmedian(1, keepdim=True).values
-    typical = torch.where(size <= 1e3 * usual, size, torch.nan)
-    unit = typical.square().nanmean(1, keepdim=True).sqrt().nan_to_num(1.0).clamp_min(1e-12)
-    says_how_much = (known & (values < 0)).any(1, keepdim=True)
+    # Squares of values of any size must neither overflow nor vanish.
+    about = power(usual.nan_to_num(1.0))
+    typical = torch.where(size <= 1e3 * usual, size, torch.nan) / about
+    unit = about * typical.square().nanmean(1, keepdim=True).sqrt().nan_to_num(1.0)
     broken = torch.where(values > 0, 1.0, -1.0)
-    room = torch.where(says_how_much, (values / unit).clamp(-_FARTHEST, _FARTHEST), broken)
-    return torch.where(known, -room, 0.0)
+    far = (values / unit).clamp(-_FARTHEST, _FARTHEST)
+    return torch.where(known, -torch.where(is_flag(values, known), broken, far), 0.0)
 
 
 def draw_parameter(

@@ -37,7 +37,7 @@ def standardise(scores: Tensor, good: Tensor, failed: Tensor) -> Tensor:
         return scores
     finite = good & torch.isfinite(scores)
     zero = torch.zeros_like(scores)
-    scores = scores / _power(torch.where(finite, scores.abs(), zero).amax(1, keepdim=True))
+    scores = scores / power(torch.where(finite, scores.abs(), zero).amax(1, keepdim=True))
     known = torch.where(finite, scores, torch.nan)
     high = torch.where(finite, scores, -torch.inf).amax(1, keepdim=True)
     low = torch.where(finite, scores, torch.inf).amin(1, keepdim=True)
@@ -50,7 +50,7 @@ def standardise(scores: Tensor, good: Tensor, failed: Tensor) -> Tensor:
     count = weight.sum(1, keepdim=True).clamp_min(1.0)
     mean = (clipped * weight).sum(1, keepdim=True) / count
     centred = (clipped - mean) * weight
-    unit = _power(centred.abs().amax(1, keepdim=True))
+    unit = power(centred.abs().amax(1, keepdim=True))
     centred = centred / unit
     deviation = ((centred * centred).sum(1, keepdim=True) / count).sqrt()
     flat = deviation * unit <= 1e-12 * high.abs()
@@ -83,7 +83,7 @@ def _floor(known: Tensor, low: Tensor, high: Tensor, good: Tensor) -> Tensor:
     return torch.where(step.isfinite(), high - REACH * step, usual)
 
 
-def _power(size: Tensor) -> Tensor:
+def power(size: Tensor) -> Tensor:
     """The power of two about each size, 1 for 0: dividing by it changes no digit."""
     return torch.where(size > 0, size / (2.0 * torch.frexp(size).mantissa), 1.0)
 

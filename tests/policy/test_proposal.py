@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -195,15 +196,31 @@ def test_an_exhausted_space_repeats_what_did_not_fail() -> None:
     assert _params(space, _decide(space, observed)) == {"x": "b"}
 
 
-def test_feasibility_follows_the_constraint() -> None:
+@pytest.mark.parametrize("unit", [1e-307, 1e-160, 1e6, 1e160, 1e307])
+@pytest.mark.parametrize("farthest", [1.0, math.inf])
+def test_feasibility_follows_the_constraint(unit: float, farthest: float) -> None:
     observed = _observed(PLAIN, [[i / 9, 0.5] for i in range(10)], [0.0] * 10)
-    constraint = (observed.x[:, :, :1] - 0.4) * 1e6
+    constraint = (observed.x[:, :, :1] - 0.4) * unit
+    constraint[0, -2:] *= farthest
     feasible = fit_feasibility(layout_of(PLAIN), observed, constraint)
     assert feasible is not None
     low, high = feasible(torch.tensor([[[0.15, 0.5], [0.85, 0.5]]], dtype=torch.float64))[0].exp()
     assert low > 0.9
     assert high < 0.1
     assert fit_feasibility(layout_of(PLAIN), observed, constraint[:, :, :0]) is None
+
+
+@pytest.mark.parametrize(("broken", "kept"), [(1.0, -1.0), (math.inf, -1.0), (2.0, -math.inf)])
+def test_two_values_are_a_flag_whatever_they_are(broken: float, kept: float) -> None:
+    observed = _observed(PLAIN, [[i / 9, 0.5] for i in range(10)], [0.0] * 10)
+    over = observed.x[:, :, :1] > 0.4
+    models = [
+        fit_feasibility(layout_of(PLAIN), observed, torch.where(over, a, b).double())
+        for a, b in ((1.0, 0.0), (broken, kept))
+    ]
+    x = torch.rand((1, 9, 2), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    flag, told = (model(x) for model in models if model is not None)
+    torch.testing.assert_close(told, flag)
 
 
 def test_a_batch_of_spaces_scores_as_each_alone() -> None:

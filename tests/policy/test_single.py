@@ -109,9 +109,11 @@ def test_both_forms_make_the_same_decision(name: str, kind: str, n: int) -> None
     observed = _observed(space, n, kind)
     constraints = np.zeros((n, 0))
     if kind == "infeasible":
-        constraints = np.random.default_rng(n).normal(size=(n, 2))
+        constraints = np.random.default_rng(n).normal(size=(n, 4))
         constraints[::3, 0] = np.nan
         constraints[:, 1] = constraints[:, 1] > 0  # only says kept or broken
+        constraints[:, 2] = np.where(constraints[:, 2] > 0, np.inf, -1.0)
+        constraints[n // 2 :, 3] *= np.inf
     one, batched = _both(space, observed, constraints)
 
     assert one.candidates.source.tolist() == batched.candidates.source.tolist()

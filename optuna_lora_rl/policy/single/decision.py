@@ -19,6 +19,7 @@ from optuna_lora_rl.policy.proposal import FIRST
 from optuna_lora_rl.policy.proposal import SPREAD
 from optuna_lora_rl.policy.proposal import Decision
 from optuna_lora_rl.policy.proposal import Settings
+from optuna_lora_rl.policy.proposal import is_flag
 from optuna_lora_rl.policy.proposal import room
 from optuna_lora_rl.policy.single.candidates import Snap
 from optuna_lora_rl.policy.single.candidates import Trials
@@ -65,15 +66,16 @@ def fit_feasibility(tables: Tables, trials: Trials, constraints: np.ndarray) -> 
     """A process for each constraint, values (n, k); the twin of ``proposal.fit_feasibility``."""
     models = []
     x = trials.points(tables).coordinates
-    for column in np.clip(constraints.T, -1e300, 1e300):
+    for column in constraints.T:
         known = ~np.isnan(column)
         if not known.any():
             continue
         told = torch.from_numpy(np.ascontiguousarray(column))[None]
-        y = room(told, torch.from_numpy(known)[None])[0].numpy()[known]
+        rows = torch.from_numpy(known)[None]
+        y = room(told, rows)[0].numpy()[known]
         X, none = x[known], np.zeros(int(known.sum()))
         theta = fit_theta(X, y, tables.unordered, tables.log_l, none, iterations=40, fit_rows=100)
-        flag = not (column[known] < 0).any()
+        flag = bool(is_flag(told, rows))
         models.append((flag, Process(X, y, tables.unordered, theta, none)))
 
     def log_feasible(points: Points) -> np.ndarray:
