@@ -8,6 +8,7 @@ a wrong role costs more trials than a missing one.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 
 ROLES = (
@@ -98,7 +99,8 @@ def recognise(
     )
     if role in ("targets", "layers"):
         return None if numeric else role
-    if not numeric:
+    # NaN, infinities, and whole numbers that are too large for a float.
+    if not numeric or not all(abs(value) <= sys.float_info.max for value in numbers):
         return None
     if kind == "categorical":
         low, high = float(min(numbers)), float(max(numbers))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from optuna_lora_rl.policy.dimensions import Dimension
 from optuna_lora_rl.policy.dimensions import make_space
+from optuna_lora_rl.policy.roles import recognise
 
 FLOAT = Dimension("x", "float", -3.0, 7.0)
 LOG = Dimension("x", "float", 1e-6, 1e-1, log=True)
@@ -146,3 +147,10 @@ def test_impossible_dimensions_are_refused(bad: dict) -> None:
 
 def test_a_range_of_one_value_has_one_place() -> None:
     assert Dimension("x", "float", 1.0, 1.0).grid().tolist() == [0.5]
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, 10**400])
+def test_choices_that_are_no_usual_numbers_have_no_role(odd: float) -> None:
+    for name in ("lora_rank", "learning_rate"):
+        assert recognise(name, "categorical", 0.0, 1.0, (8, odd)) is None
+        assert recognise(name, "categorical", 0.0, 1.0, (odd, 8)) is None
