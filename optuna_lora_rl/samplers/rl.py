@@ -69,7 +69,7 @@ _MAX_GRID = 1024
 # is seldom made.
 _FEW_TRIALS, _FEW_ITERATIONS, _MANY_ITERATIONS = 20, 20, 60
 # Thoughts that a proposal may take where other workers keep having the same.
-_ATTEMPTS = 4
+_ATTEMPTS = 16
 
 
 class RLSampler(BaseSampler):

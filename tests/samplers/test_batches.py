@@ -9,12 +9,17 @@ import numpy as np
 import optuna
 import pytest
 import torch
+from optuna.distributions import IntDistribution
+from optuna.trial import TrialState
+from optuna.trial import create_trial
 
+from optuna_lora_rl import RLSampler
 from optuna_lora_rl import samplers
 from optuna_lora_rl.learning.comparison.functions import classic_problems
 from optuna_lora_rl.learning.comparison.problem import Problem
 from optuna_lora_rl.learning.comparison.synthetic import TEST_SEED
 from optuna_lora_rl.learning.comparison.synthetic import synthetic_problems
+from optuna_lora_rl.samplers import rl
 from optuna_lora_rl.samplers.history import space_of
 from tests.samplers.subjects import suggest_lora
 
@@ -122,3 +127,25 @@ def test_eight_at_a_time_finds_better_than_random_search(problems: list[Problem]
         for name in ("rl", "random")
     )
     assert np.median(ours) < 0.7 * np.median(random)
+
+
+def test_it_thinks_on_while_others_take_what_it_thinks_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranges = {"x": IntDistribution(0, 19)}
+    study = optuna.create_study(sampler=RLSampler(seed=0))
+    for x in (0, 19):
+        study.add_trial(create_trial(value=x, params={"x": x}, distributions=ranges))
+    taken: list[int] = []
+    real = rl._chosen
+
+    def chosen(*given: Any) -> Any:
+        point, why = real(*given)
+        if len(taken) < 6:
+            params = space_of(ranges).decode(point)
+            taken.append(params["x"])
+            rival = create_trial(state=TrialState.RUNNING, params=params, distributions=ranges)
+            study.add_trial(rival)
+        return point, why
+
+    monkeypatch.setattr(rl, "_chosen", chosen)
+    assert study.ask(ranges).params["x"] not in {0, 19, *taken}
+    assert len(taken) == 6
