@@ -30,6 +30,7 @@ from optuna_lora_rl.samplers import proposal
 from optuna_lora_rl.samplers.history import History
 from optuna_lora_rl.samplers.history import read_history
 from optuna_lora_rl.samplers.history import space_of
+from optuna_lora_rl.samplers.rl import on_cpu
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -189,13 +190,16 @@ def explain(
     space = space_of({n: d for n, d in distributions.items() if not d.single()}, roles)
     origins = {trial.number: origin(trial) for trial in trials}
     history = read_history(trials, space, study.directions)
-    scored = history.scored
-    if scored.sum() < _FEWEST:
+    # An infinite value has no place in the objective's units.
+    history = history.select(~np.isinf(history.scores[:, objective]))
+    if history.scored.sum() < _FEWEST:
         return Explanation((), math.nan, origins)
-    model = _Model.of(space, history, objective, study.directions[objective])
-    parameters = [model.parameter(column) for column in range(len(space))]
+    with on_cpu(), np.errstate(all="ignore"):
+        model = _Model.of(space, history, objective, study.directions[objective])
+        parameters = [model.parameter(column) for column in range(len(space))]
+        noise = model.noise
     parameters.sort(key=lambda p: -p.importance)
-    return Explanation(tuple(parameters), model.noise, origins)
+    return Explanation(tuple(parameters), noise, origins)
 
 
 def origin(trial: FrozenTrial) -> Origin:
@@ -323,7 +327,11 @@ class _Model:
         other = x.clone()
         shuffle = torch.randperm(_DRAWS, generator=generator)
         other[:, column] = x[shuffle, column]
-        here, there = self.posterior(x)[0], self.posterior(other)[0]
+        # Without the objective's unit, whose square may be too large.
+        here, there = (
+            self.surrogate.posterior(self.layout.model_coordinates(place[None]))[0].numpy()
+            for place in (x, other)
+        )
         variance = float(here.var())
         share = 0.5 * np.mean((here - there) ** 2) / variance if variance > 0 else 0.0
         return float(min(share, 1.0))

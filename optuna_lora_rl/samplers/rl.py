@@ -208,7 +208,7 @@ class RLSampler(BaseSampler):
             history = self._ledger.read(
                 trials, space, study.directions, current=trial.number, unused=True
             )
-            with _on_cpu(), np.errstate(all="ignore"):
+            with on_cpu(), np.errstate(all="ignore"):
                 decision, units = self._think(space, history, study.directions, generator)
             # What another worker took it would also have had for second best: so drawn.
             point, why = _chosen(decision, units, generator if attempt else None)
@@ -252,7 +252,7 @@ class RLSampler(BaseSampler):
         column = space.names.index(param_name)
         given = space.encode(trial.params)
         source = "default" if first else "prior"
-        with _on_cpu():
+        with on_cpu():
             opening = self._earlier.opening(space, column, study.directions) if first else None
             if opening is not None:
                 coordinate, source = opening, "transfer"
@@ -406,7 +406,7 @@ def _generator(seed: int, number: int, names: Sequence[str]) -> torch.Generator:
     return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def _on_cpu() -> AbstractContextManager[object]:
+def on_cpu() -> AbstractContextManager[object]:
     """Keeps the sampler's tensors on the CPU where the objective's program defaults elsewhere."""
     device = torch.device("cpu")
     return nullcontext() if torch.get_default_device() == device else device

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import optuna
 import pytest
+import torch
 
 import optuna_lora_rl
 from optuna_lora_rl.errors import UserError
@@ -136,6 +137,25 @@ def test_the_second_of_two_objectives() -> None:
     assert explain(study, objective=1).parameters[0].name == "y"
     with pytest.raises(UserError, match="objective is 2, but must be between 0 and 1"):
         explain(study, objective=2)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("unit", [1.0, 1e300, math.inf])
+def test_no_device_and_no_value_stops_it(unit: float) -> None:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for number in range(9):
+        trial = study.ask()
+        x = trial.suggest_float("x", 0, 1) + 0 * trial.suggest_float("y", 0, 1)
+        study.tell(trial, (1 + x) * (math.inf if number % 3 == 2 else unit))
+    torch.set_default_device("meta")
+    try:
+        found = explain(study)
+    finally:
+        torch.set_default_device(None)
+    assert [p.name for p in found.parameters] == ([] if math.isinf(unit) else ["x", "y"])
+    for parameter in found.parameters:
+        assert np.isfinite(parameter.mean).all()
+        assert all(math.isfinite(value) for _, value in parameter.trials)
 
 
 def test_the_figure_has_a_panel_for_each_parameter() -> None:
