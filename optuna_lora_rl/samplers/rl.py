@@ -295,7 +295,8 @@ class RLSampler(BaseSampler):
 
         ``points`` (k, d) join the candidates.
         """
-        tables = self._tables.get(space, lambda: Tables(layout_of(space)))
+        written = repr(space)  # Choices may be lists, which are no keys.
+        tables = self._tables.get(written, lambda: Tables(layout_of(space)))
         layout, default = tables.layout, tables.default
         conditions = conditions_of(space, history)
         history = replace(history, points=settle(history.points, conditions, default))
@@ -303,7 +304,7 @@ class RLSampler(BaseSampler):
         def snap(x: np.ndarray) -> np.ndarray:
             return settle(space.snap(x), conditions, default)
 
-        theta = self._hyperparameters(tables, space, history)
+        theta = self._hyperparameters(tables, written, history)
         history = recent_and_best(history)
         weights = objective_weights(len(directions), generator)
         observed = observe(history, layout.default, self._n_trials, weights)
@@ -341,7 +342,7 @@ class RLSampler(BaseSampler):
         return decision, history
 
     def _hyperparameters(
-        self, tables: Tables, space: Space, history: History
+        self, tables: Tables, written: str, history: History
     ) -> np.ndarray | None:
         """The surrogate's, fitted to the study as it was at its last milestone, shape (D + 2,).
 
@@ -352,7 +353,7 @@ class RLSampler(BaseSampler):
             return None
         finished = len(history) - int(history.running.sum())
         told = recent_and_best(history, after=milestone(finished))
-        key = (space, told.points.tobytes(), told.scores.tobytes(), told.violation.tobytes())
+        key = (written, told.points.tobytes(), told.scores.tobytes(), told.violation.tobytes())
 
         def fitted() -> np.ndarray:
             observed = observe(told, tables.layout.default, None, np.ones(1))

@@ -94,7 +94,8 @@ class EarlierStudies:
             fits = (fit_source(layout, space, s, weights) for s in self._sources(directions))
             return [fit for fit in fits if fit is not None]
 
-        return self._fits.get((space, tuple(directions), weights.tobytes()), fitted)
+        key = (repr(space), tuple(directions), weights.tobytes())
+        return self._fits.get(key, fitted)
 
     def opening(
         self, space: Space, column: int, directions: Sequence[StudyDirection]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from typing import Any
 
 import numpy as np
 import optuna
@@ -119,3 +120,15 @@ def test_what_is_no_study_or_says_too_little_is_refused() -> None:
         RLSampler(source_studies=["runs/a"])  # type: ignore[list-item]
     with pytest.raises(UserError, match="must be a list of studies"):
         RLSampler(source_studies=_source(trials=3))  # type: ignore[arg-type]
+
+
+def test_choices_may_be_lists() -> None:
+    def objective(trial: optuna.Trial) -> float:
+        choices: list[Any] = [["q", "v"], ["q"], {"only": "v"}]
+        return float(len(trial.suggest_categorical("targets", choices)))
+
+    study = optuna.create_study(sampler=RLSampler(seed=0))
+    study.optimize(objective, n_trials=4)
+    again = optuna.create_study(sampler=RLSampler(seed=0, source_studies=[study]))
+    again.optimize(objective, n_trials=3)
+    assert len({str(trial.params) for trial in study.trials[:3]}) == 3
