@@ -177,6 +177,13 @@ def _source(
     for trial in told.trials:
         distributions.update(trial.distributions)
     space = space_of({k: v for k, v in distributions.items() if not v.single()}, roles)
+    m = len(told.directions or directions)
+    odd = next((t for t in told.trials if t.values is not None and len(t.values) != m), None)
+    if odd is not None:
+        raise UserError(
+            f"{told.name} has a trial with {len(odd.values)} values, but must have {m}, since a "
+            "list of trials has the new study's directions; give the study that they are of"
+        )
     history = read_history(told.trials, space, told.directions or directions)
     params = {trial.number: trial.params for trial in told.trials}
     return SourceStudy(

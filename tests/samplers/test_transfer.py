@@ -122,6 +122,14 @@ def test_what_is_no_study_or_says_too_little_is_refused() -> None:
         RLSampler(source_studies=_source(trials=3))  # type: ignore[arg-type]
 
 
+def test_a_list_of_trials_must_have_a_value_for_each_direction() -> None:
+    source = optuna.create_study(directions=["minimize", "minimize"])
+    source.optimize(lambda t: (t.suggest_float("x", 0, 1), 1.0), n_trials=4)
+    sampler = RLSampler(seed=0, source_studies=[source.trials])
+    with pytest.raises(UserError, match="a trial with 2 values, but must have 1"):
+        optuna.create_study(sampler=sampler).ask().suggest_float("x", 0, 1)
+
+
 def test_choices_may_be_lists() -> None:
     def objective(trial: optuna.Trial) -> float:
         choices: list[Any] = [["q", "v"], ["q"], {"only": "v"}]
