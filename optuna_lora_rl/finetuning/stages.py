@@ -54,7 +54,6 @@ class Stages:
         self._first = first
         self._measure = measure
         self._known = {1.0: whole}
-        self._order = np.random.default_rng(_SEED).permutation(len(whole.dataset))
 
     def of(self, steps: frozenset[int]) -> dict[int, Stage]:
         """Returns the stage of each step after which a run is evaluated."""
@@ -64,17 +63,20 @@ class Stages:
 
     def _stage(self, share: float) -> Stage:
         if share not in self._known:
-            dataset = self._whole.dataset
-            count = max(1, round(share * len(dataset)))
-            chosen = dataset.select(sorted(self._order[:count].tolist()))
-            asked = _first_of(self._whole.asked, share)
+            dataset, asked = self._whole.dataset, self._whole.asked
+            chosen = dataset.select(_drawn(len(dataset), share))
+            if asked is not None:
+                numbers = _drawn(len(asked.prompts), share)
+                asked = replace(
+                    asked,
+                    prompts=tuple(asked.prompts[i] for i in numbers),
+                    answers=tuple(asked.answers[i] for i in numbers),
+                )
             self._known[share] = Stage(chosen, asked, self._measure(chosen, asked))
         return self._known[share]
 
 
-def _first_of(asked: Questions | None, share: float) -> Questions | None:
-    # Drawn by lot already, so the first ones are as good as any.
-    if asked is None:
-        return None
-    count = max(1, round(share * len(asked.prompts)))
-    return replace(asked, prompts=asked.prompts[:count], answers=asked.answers[:count])
+def _drawn(count: int, share: float) -> list[int]:
+    """Numbers of the examples that are in a share, among them those of any smaller share."""
+    order = np.random.default_rng(_SEED).permutation(count)
+    return sorted(order[: max(1, round(share * count))].tolist())

@@ -19,7 +19,8 @@ Make = Callable[..., FineTuner]
 
 def stages(first: float, measured: list[int]) -> Stages:
     dataset = Dataset.from_dict({"input_ids": [[i] for i in range(100)]})
-    asked = Questions(prompts=tuple((i,) for i in range(8)), answers=("a",) * 8)
+    # In order, as a file sorted by class has them.
+    asked = Questions(prompts=tuple((i,) for i in range(40)), answers=("a",) * 20 + ("b",) * 20)
 
     def measure(part: Dataset, asked: Questions | None) -> Evaluation:
         measured.append(len(part))
@@ -35,12 +36,20 @@ def test_each_evaluation_reads_what_the_one_before_read_and_more() -> None:
     read = [{row[0] for row in course[step].dataset["input_ids"]} for step in (10, 20, 30, 40)]
     assert [len(part) for part in read] == [25, 50, 75, 100]
     assert read[0] < read[1] < read[2] < read[3]
-    assert [len(course[step].asked.prompts) for step in (10, 20, 30, 40)] == [2, 4, 6, 8]  # type: ignore[union-attr]
     assert [course[step].baseline.loss for step in (10, 20, 30, 40)] == [25, 50, 75, 100]
     # Another run reads the same at the same evaluation, and nothing is measured twice.
     again = made.of(frozenset({5, 7, 11, 13}))
     assert again[5].dataset["input_ids"] == course[10].dataset["input_ids"]
     assert measured == [25, 50, 75]
+
+
+def test_questions_are_drawn_by_lot_in_the_same_way() -> None:
+    course = stages(0.25, []).of(frozenset({10, 20, 30, 40}))
+    asked = [course[step].asked for step in (10, 20, 30, 40)]
+    read = [set() if part is None else set(part.prompts) for part in asked]
+    assert [len(part) for part in read] == [10, 20, 30, 40]
+    assert read[0] < read[1] < read[2] < read[3]
+    assert all(part is not None and set(part.answers) == {"a", "b"} for part in asked)
 
 
 def test_all_is_read_each_time_unless_asked_otherwise() -> None:
