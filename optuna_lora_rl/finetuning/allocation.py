@@ -191,7 +191,7 @@ class Allocator:
                 prepared.tokens.train,
                 {plan.steps: prepared.tokens.validation},
                 wanted,
-                replace(plan, evaluated=frozenset()),
+                replace(plan, evaluated={}),
                 training,
                 device=prepared.device,
                 seed=_SEED,

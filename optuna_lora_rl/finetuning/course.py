@@ -94,6 +94,7 @@ class Course:
         total = shared.price.estimated(shared.price.estimate(self.wanted))["total"]
         self.progress = Progress(
             metric=shared.objective.metric,
+            numbers=self._plan.evaluated,
             baselines={step: stage.baseline for step, stage in self._stages.items()},
             charge=shared.objective.cost_weight * total,
             steps=self._plan.steps,

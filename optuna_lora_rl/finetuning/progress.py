@@ -11,7 +11,8 @@ from optuna_lora_rl.finetuning.failure import FineTuningError
 
 # Called at each evaluation with the step, the score of the whole run if it had this quality at its
 # end, and the metrics. The score charges the run's counted cost even where the objective's is
-# measured: what a run takes is known when it is over. It may raise, to end the run.
+# measured: what a run takes is known when it is over. Among the metrics is `evaluation`, the
+# number of this one of `training.evaluations`. It may raise, to end the run.
 Report = Callable[[int, float, Mapping[str, float]], None]
 
 
@@ -20,6 +21,7 @@ class Progress:
 
     Args:
         metric: What quality means.
+        numbers: The number of each step's evaluation.
         baselines: The untuned model's evaluation on what each step's evaluation reads.
         charge: What the whole run's counted cost takes off the score.
         steps: Steps of the whole run.
@@ -37,6 +39,7 @@ class Progress:
         self,
         *,
         metric: str,
+        numbers: Mapping[int, int],
         baselines: Mapping[int, Evaluation],
         charge: float,
         steps: int,
@@ -48,6 +51,7 @@ class Progress:
         self.values: dict[str, float] = {}
         self.stopped_early = False
         self._metric = metric
+        self._numbers = numbers
         self._baselines = baselines
         self._charge = charge
         self._steps = steps
@@ -78,7 +82,8 @@ class Progress:
         self.curve.append(row)
         if self._report is not None:
             try:
-                self._report(step, score, {**values, "quality": quality})
+                number = self._numbers[step]
+                self._report(step, score, {**values, "quality": quality, "evaluation": number})
             except BaseException as error:
                 self._raised = error
                 raise

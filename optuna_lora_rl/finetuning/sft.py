@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from collections.abc import Collection
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -51,14 +52,16 @@ class Plan:
         steps_per_epoch: Optimizer steps of one pass over the data.
         micro_batch_size: Sequences in one forward pass.
         accumulation: Forward passes in one step.
-        evaluated: The steps after which the validation set is read.
+        evaluated: The steps after which the validation set is read, and the number of each such
+            evaluation among ``training.evaluations``. A run of fewer steps leaves some out, so
+            that equal numbers stand for equal shares of the training, and the last is the last.
     """
 
     steps: int
     steps_per_epoch: int
     micro_batch_size: int
     accumulation: int
-    evaluated: frozenset[int]
+    evaluated: dict[int, int]
 
     @classmethod
     def of(cls, configuration: Configuration, options: TrainingOptions, examples: int) -> Plan:
@@ -75,7 +78,10 @@ class Plan:
             steps_per_epoch=per_epoch,
             micro_batch_size=micro,
             accumulation=accumulation,
-            evaluated=frozenset(round(steps * i / count) for i in range(1, count + 1)),
+            evaluated={
+                round(steps * i / count): round(options.evaluations * i / count)
+                for i in range(1, count + 1)
+            },
         )
 
 
@@ -248,7 +254,7 @@ class _Evaluations(TrainerCallback):
             adds its part of its step's.
     """
 
-    def __init__(self, steps: frozenset[int], on_evaluation: OnEvaluation) -> None:
+    def __init__(self, steps: Collection[int], on_evaluation: OnEvaluation) -> None:
         self.raised: BaseException | None = None
         self.losses = 0.0
         self._since = 0

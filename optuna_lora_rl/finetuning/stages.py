@@ -1,13 +1,15 @@
 """Evaluations that read more of the validation set the further a run is.
 
 An early evaluation only tells the hopeless from the hopeful, and need not read everything. All
-runs read the same examples at the same evaluation, each evaluation those of the one before and
-more, and quality compares with the untuned model on the same examples.
+runs read the same examples at the evaluation of the same number, each evaluation those of the one
+before and more, the last one everything, and quality compares with the untuned model on the same
+examples. A run of fewer steps than evaluations has not all of the numbers, but the last.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import replace
 
@@ -55,11 +57,15 @@ class Stages:
         self._measure = measure
         self._known = {1.0: whole}
 
-    def of(self, steps: frozenset[int]) -> dict[int, Stage]:
-        """Returns the stage of each step after which a run is evaluated."""
-        ordered = sorted(steps)
-        shares = np.linspace(self._first, 1.0, len(ordered)) if len(ordered) > 1 else [1.0]
-        return {step: self._stage(float(s)) for step, s in zip(ordered, shares, strict=True)}
+    def of(self, evaluated: Mapping[int, int]) -> dict[int, Stage]:
+        """Returns the stage of each step after which a run is evaluated.
+
+        Args:
+            evaluated: The number of each step's evaluation; the last one reads everything.
+        """
+        last = max(evaluated.values())
+        shares = np.linspace(self._first, 1.0, last) if last > 1 else [1.0]
+        return {step: self._stage(float(shares[n - 1])) for step, n in evaluated.items()}
 
     def _stage(self, share: float) -> Stage:
         if share not in self._known:

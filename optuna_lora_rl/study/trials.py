@@ -54,12 +54,10 @@ class _Running:
 
     Attributes:
         trial: The trial.
-        evaluations: How often it was evaluated.
         seconds: Its share of the time: what passes is divided among the trials that run.
     """
 
     trial: optuna.Trial
-    evaluations: int = 0
     seconds: float = 0.0
 
 
@@ -184,9 +182,10 @@ class Trials:
     def _report(self, running: _Running) -> Report:
         def report(step: int, score: float, metrics: Mapping[str, float]) -> None:
             with self._interruption.shield():
-                running.evaluations += 1
-                self._display.evaluated(running.trial.number, running.evaluations, score, metrics)
-                self._judge(running.trial, running.evaluations, step, score, metrics)
+                values = dict(metrics)
+                evaluation = int(values.pop("evaluation"))
+                self._display.evaluated(running.trial.number, evaluation, score, values)
+                self._judge(running.trial, evaluation, step, score, values)
 
         return report
 

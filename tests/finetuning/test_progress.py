@@ -13,6 +13,7 @@ from optuna_lora_rl.finetuning.progress import Progress
 def progress(**changes: Any) -> Progress:
     settings: dict[str, Any] = {
         "metric": "loss",
+        "numbers": defaultdict(lambda: 3),
         "baselines": defaultdict(lambda: Evaluation(loss=4.0, token_accuracy=0.0)),
         "charge": 0.25,
         "steps": 100,
@@ -34,7 +35,8 @@ def test_each_evaluation_is_scored_and_reported() -> None:
     assert run.curve == [
         {"step": 50, "epoch": 0.5, "loss": 3.0, "token_accuracy": 0.5, "quality": 0.25, "score": 0}
     ]
-    assert seen == [(50, 0.0, {"loss": 3.0, "token_accuracy": 0.5, "quality": 0.25})]
+    told = {"loss": 3.0, "token_accuracy": 0.5, "quality": 0.25, "evaluation": 3}
+    assert seen == [(50, 0.0, told)]
 
 
 @pytest.mark.parametrize(

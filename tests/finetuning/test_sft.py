@@ -27,6 +27,11 @@ def test_every_step_sees_the_whole_batch_and_the_last_is_evaluated(
     assert max(plan.evaluated) == plan.steps
     assert min(plan.evaluated) >= 1
     assert len(plan.evaluated) == min(evaluations, plan.steps)
+    # Numbers stand for shares of the training, and the last step has the last.
+    numbers = list(plan.evaluated.values())
+    assert numbers == sorted(set(numbers)) and numbers[-1] == evaluations
+    for step, number in plan.evaluated.items():
+        assert abs(number / evaluations - step / plan.steps) <= 0.51 / min(evaluations, plan.steps)
 
 
 @pytest.mark.parametrize(

@@ -32,19 +32,22 @@ def stages(first: float, measured: list[int]) -> Stages:
 def test_each_evaluation_reads_what_the_one_before_read_and_more() -> None:
     measured: list[int] = []
     made = stages(0.25, measured)
-    course = made.of(frozenset({10, 20, 30, 40}))
+    course = made.of({10: 1, 20: 2, 30: 3, 40: 4})
     read = [{row[0] for row in course[step].dataset["input_ids"]} for step in (10, 20, 30, 40)]
     assert [len(part) for part in read] == [25, 50, 75, 100]
     assert read[0] < read[1] < read[2] < read[3]
     assert [course[step].baseline.loss for step in (10, 20, 30, 40)] == [25, 50, 75, 100]
     # Another run reads the same at the same evaluation, and nothing is measured twice.
-    again = made.of(frozenset({5, 7, 11, 13}))
+    again = made.of({5: 1, 7: 2, 11: 3, 13: 4})
     assert again[5].dataset["input_ids"] == course[10].dataset["input_ids"]
+    # And so does one that has not the steps for all of them.
+    short = made.of({1: 2, 2: 4})
+    assert [len(short[step].dataset) for step in (1, 2)] == [50, 100]
     assert measured == [25, 50, 75]
 
 
 def test_questions_are_drawn_by_lot_in_the_same_way() -> None:
-    course = stages(0.25, []).of(frozenset({10, 20, 30, 40}))
+    course = stages(0.25, []).of({10: 1, 20: 2, 30: 3, 40: 4})
     asked = [course[step].asked for step in (10, 20, 30, 40)]
     read = [set() if part is None else set(part.prompts) for part in asked]
     assert [len(part) for part in read] == [10, 20, 30, 40]
@@ -54,13 +57,13 @@ def test_questions_are_drawn_by_lot_in_the_same_way() -> None:
 
 def test_all_is_read_each_time_unless_asked_otherwise() -> None:
     measured: list[int] = []
-    course = stages(1.0, measured).of(frozenset({1, 2}))
+    course = stages(1.0, measured).of({1: 1, 2: 2})
     assert course[1] is course[2]
     assert measured == []
 
 
 def test_a_single_evaluation_reads_all() -> None:
-    assert len(stages(0.1, []).of(frozenset({9}))[9].dataset) == 100
+    assert len(stages(0.1, []).of({9: 4})[9].dataset) == 100
 
 
 @pytest.mark.parametrize("packed", [False, True])

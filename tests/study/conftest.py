@@ -143,7 +143,7 @@ class PaperTuner:
             score = share * quality - self.objective.cost_weight * cost
             curve.append({"step": evaluation, "loss": 2 - share * quality, "score": score})
             metrics = {"loss": 2 - share * quality, "quality": share * quality}
-            run.report(evaluation, score, metrics)
+            run.report(evaluation, score, {**metrics, "evaluation": evaluation})
             if evaluation < evaluations:
                 yield None
         run.folder.mkdir(parents=True)

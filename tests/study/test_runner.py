@@ -257,3 +257,11 @@ def test_a_folder_with_another_studys_adapters_is_refused(
         runner.run(make_spec({"name": "other", "budget": 1}))
     assert (first.folder / "best" / "best.json").read_text() == kept
     runner.run(make_spec({"budget": 2}))
+
+
+def test_a_short_run_is_judged_at_the_same_shares_of_its_training(make_spec: MakeSpec) -> None:
+    # Of four steps, and evaluated after each.
+    spec = make_spec({"budget": 1, "training.evaluations": 8})
+    (trial,) = runner.run(spec).study.trials
+    assert sorted(trial.intermediate_values) == [2, 4, 6, 8]
+    assert "evaluation" not in trial.user_attrs
