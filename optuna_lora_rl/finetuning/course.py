@@ -155,6 +155,11 @@ class Course:
         if not adapter.changed():
             rate = wanted.learning_rate
             raise FineTuningError("error", f"training left the adapter as it was (at rate {rate})")
+        if self._stages[self._steps] is not self._stages[self._plan.steps]:
+            # Stopped early, and others' last evaluation reads everything.
+            tokens, asked = prepared.tokens, prepared.asked
+            values = shared.evaluate(adapter.model, tokens.validation, asked)
+            self.progress.ended(values, shared.baseline)
         if self._changing is not None and self._changing.changes:
             self._ranks = self._spells()[-1][1]
             for change in self._changing.changes:

@@ -187,7 +187,8 @@ class TrainingOptions(Section):
         le=1,
         description="Share of the validation set that the first evaluation reads; the next ones "
         "read more in equal steps, the last one all of it. Early evaluations then cost less, and "
-        "say less. Quality is always the gain over the untuned model on the same examples.",
+        "say less. Quality is always the gain over the untuned model on the same examples. A run "
+        "that is stopped early is evaluated once more, on everything.",
         examples=[1.0, 0.25],
     )
     micro_batch_size: PositiveInt | None = Field(

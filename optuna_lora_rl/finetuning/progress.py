@@ -68,10 +68,7 @@ class Progress:
             Exception: Whatever the caller's function raises.
         """
         values = evaluation.teacher_forced(metrics)
-        if not evaluation.is_finite(values):
-            raise FineTuningError(
-                "diverged", f"the evaluation loss was {values['loss']} at step {step}"
-            )
+        _check_finite(values, step)
         values.update(self._generate(step))
         quality = evaluation.quality(self._metric, values, self._baselines[step])
         score = quality - self._charge
@@ -90,11 +87,36 @@ class Progress:
         self.stopped_early = step < self._steps and self._is_stagnant()
         return self.stopped_early
 
+    def ended(self, values: dict[str, float], baseline: Evaluation) -> None:
+        """Puts an evaluation of everything in place of the last, which read a part.
+
+        Args:
+            values: Its metrics.
+            baseline: The untuned model's, of everything too.
+
+        Raises:
+            FineTuningError: When the loss is no finite number.
+        """
+        row = self.curve[-1]
+        _check_finite(values, int(row["step"]))
+        quality = evaluation.quality(self._metric, values, baseline)
+        self.values = values
+        row.update(values, quality=quality, score=quality - self._charge)
+
     def is_callers(self, error: BaseException) -> bool:
         """Whether the caller's function raised this error."""
         return error is self._raised
 
     def _is_stagnant(self) -> bool:
+        # Where evaluations read ever more, each quality is the gain over the untuned model on the
+        # same examples: they compare but for the scatter of a part around the whole.
         qualities = [point["quality"] for point in self.curve]
         since_best = len(qualities) - 1 - qualities.index(max(qualities))
         return 0 < self._patience <= since_best
+
+
+def _check_finite(values: Mapping[str, float], step: int) -> None:
+    if not evaluation.is_finite(values):
+        raise FineTuningError(
+            "diverged", f"the evaluation loss was {values['loss']} at step {step}"
+        )

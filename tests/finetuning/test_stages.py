@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import Dataset
@@ -13,6 +15,7 @@ from optuna_lora_rl.finetuning.stages import Stage
 from optuna_lora_rl.finetuning.stages import Stages
 from optuna_lora_rl.finetuning.trial import FineTuner
 from optuna_lora_rl.finetuning.trial import Run
+from tests.finetuning.runs import loss_of_saved
 
 Make = Callable[..., FineTuner]
 
@@ -64,6 +67,30 @@ def test_all_is_read_each_time_unless_asked_otherwise() -> None:
 
 def test_a_single_evaluation_reads_all() -> None:
     assert len(stages(0.1, []).of({9: 4})[9].dataset) == 100
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_run_that_is_stopped_early_ends_with_an_evaluation_of_everything(
+    make_tuner: Make, tmp_path: Path, packed: bool
+) -> None:
+    growing = make_tuner(first_evaluation=0.1, evaluations=4, early_stopping_patience=1)
+    # So fast that it grows worse at once.
+    wanted = {"max_steps": 4, "learning_rate": 0.3, "max_grad_norm": 0.0}
+    reported: list[float] = []
+    run = Run(0, wanted, report=lambda n, score, _: reported.append(score), folder=tmp_path)
+    if packed:
+        runs, results = iter([run]), list[Any]()
+        growing.run_packed(lambda: next(runs, None), lambda _, result: results.append(result))
+        (result,) = results
+    else:
+        result = growing.run(wanted, report=run.report, folder=tmp_path)
+    assert result.stopped_early and result.steps < 4
+    loss = loss_of_saved(growing, tmp_path)
+    baseline = growing.baseline()
+    assert result.metrics["loss"] == pytest.approx(loss, rel=1e-4)
+    assert result.quality == pytest.approx((baseline.loss - loss) / baseline.loss, rel=1e-4)
+    assert result.curve[-1]["quality"] == result.quality
+    assert result.curve[-1]["score"] != reported[-1]
 
 
 @pytest.mark.parametrize("packed", [False, True])
