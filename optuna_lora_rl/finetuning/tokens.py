@@ -184,6 +184,7 @@ def _preparation(extra: dict[str, Any]) -> dict[str, Any]:
         "dataset_num_proc",
         "eos_token",
         "packing_strategy",
+        "truncation_mode",
     )
     return {name: value for name, value in extra.items() if name in names}
 

@@ -29,9 +29,12 @@ def base(random_llama: Path) -> Any:
     return model.load(ModelOptions(name=str(random_llama)), torch.device("cpu"))
 
 
-def made(base: Any, kind: Kind, rows: list[dict[str, Any]], max_length: int = 16) -> Tokens:
+def made(
+    base: Any, kind: Kind, rows: list[dict[str, Any]], max_length: int = 16, **extra: Any
+) -> Tokens:
     splits = Splits(kind=kind, train=rows, validation=rows, test=None)
-    return tokenise(splits, base, TrainingOptions(), max_length=max_length, use_cpu=True)
+    training = TrainingOptions(extra=extra)
+    return tokenise(splits, base, training, max_length=max_length, use_cpu=True)
 
 
 def learnt(base: Any, tokens: Tokens) -> list[str]:
@@ -65,6 +68,13 @@ def test_long_examples_are_cut_and_those_without_anything_to_learn_counted(base:
     assert learnt(base, tokens) == ["345"]
     # Once in training, once in validation.
     assert tokens.unlearnable == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*keep_end:FutureWarning")
+def test_long_examples_are_cut_at_the_end_that_trl_is_told(base: Any) -> None:
+    rows = [{"text": "12345678"}]
+    for mode, kept in (("keep_start", "12345"), ("keep_end", "5678</s>")):
+        assert learnt(base, made(base, "text", rows, 5, truncation_mode=mode)) == [kept]
 
 
 def test_nothing_to_learn_at_all_is_refused(base: Any) -> None:
