@@ -24,6 +24,8 @@ _OPTIONS = {
     "bf16": "training.precision",
     "fp16": "training.precision",
     "data_seed": "training.seed",
+    "dataset_text_field": "data.columns",
+    "eval_on_start": "training.evaluations, and the untuned model is measured in any case",
     "eval_steps": "training.evaluations",
     "eval_strategy": "training.evaluations",
     "gradient_checkpointing": "training.gradient_checkpointing",

@@ -36,6 +36,7 @@ def test_every_option_is_described_with_a_valid_example(section: type[BaseModel]
         (TrainingOptions, {"seed": 2**32}, "less than or equal to 4294967295"),
         (TrainingOptions, {"report_to": ["neptune"]}, "report_to"),
         (TrainingOptions, {"extra": {"bf16": True}}, "said by training.precision"),
+        (TrainingOptions, {"extra": {"eval_on_start": True}}, "untuned model is measured"),
         (TrainingOptions, {"extra": {"learning_rate": 1}}, "'learning_rate' in the space"),
         (TrainingOptions, {"extra": {"output_dir": "x"}}, "kept by the study"),
         (TrainingOptions, {"extra": {"neftune_noise_alpa": 5}}, "'neftune_noise_alpha'"),
