@@ -26,6 +26,9 @@ from optuna_lora_rl.finetuning import hub
 from optuna_lora_rl.finetuning.architecture import Architecture
 from optuna_lora_rl.finetuning.options import ModelOptions
 
+# What a model's folder holds beside its weights: configuration, tokenizer, templates, code.
+_READ_WHOLE = (".json", ".jinja", ".txt", ".model", ".spm", ".tiktoken", ".vocab", ".bpe", ".py")
+
 
 @dataclass(frozen=True)
 class Base:
@@ -136,11 +139,15 @@ def _fingerprint(name: str, model: PreTrainedModel) -> str:
     if not folder.is_dir():
         digest.update(f"{name} {model.config._commit_hash}".encode())
         return digest.hexdigest()
-    for file in sorted(folder.iterdir()):
-        if file.suffix in (".json", ".jinja", ".txt", ".model"):
-            digest.update(file.name.encode() + file.read_bytes())
+    for file in sorted(folder.rglob("*")):
+        path = file.relative_to(folder).as_posix()
+        if path.startswith(".") or "/." in path:
+            # A clone's history, which is not loaded.
+            continue
+        if file.suffix in _READ_WHOLE:
+            digest.update(path.encode() + file.read_bytes())
         elif file.suffix in (".safetensors", ".bin"):
-            digest.update(file.name.encode() + _sample(file))
+            digest.update(path.encode() + _sample(file))
     return digest.hexdigest()
 
 

@@ -57,6 +57,22 @@ def test_the_fingerprint_follows_the_weights(random_llama: Path, tmp_path: Path)
     assert load(random_llama, dtype="bfloat16").fingerprint != load(random_llama).fingerprint
 
 
+def test_the_fingerprint_follows_whatever_is_loaded(random_llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(random_llama, tmp_path / "copy")
+    shell = load(folder).model
+
+    def written(name: str) -> str:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("new", encoding="utf-8")
+        return model._fingerprint(str(folder), shell)
+
+    before = model._fingerprint(str(folder), shell)
+    loaded = ("qwen.tiktoken", "source.spm", "modeling_own.py", "templates/tool.jinja")
+    assert len({before, *map(written, loaded)}) == 5
+    before = model._fingerprint(str(folder), shell)
+    assert written(".git/HEAD.json") == written("README.md") == before
+
+
 @pytest.mark.parametrize("end", [".safetensors", ".bin"])
 def test_the_fingerprint_sees_a_merged_adapter(tmp_path: Path, end: str) -> None:
     from safetensors.torch import save_file
