@@ -108,8 +108,6 @@ class Pack:
         Raises:
             BaseException: What ``jobs`` and ``done`` raise; the runs are abandoned.
         """
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
         try:
             while self._fill(jobs):
                 looking = [seat for seat in self._seats if not seat.takes().trains]
@@ -345,10 +343,13 @@ class Pack:
     @contextmanager
     def _charged(self, seats: Sequence[Seat]) -> Iterator[None]:
         """Counts the time of the block, in equal parts, and looks at the memory after it."""
+        on_gpu = self._device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(self._device)
         started = time.perf_counter()
         yield
         took = (time.perf_counter() - started) / len(seats)
-        if self._device.type == "cuda":
+        if on_gpu:
             peak = torch.cuda.max_memory_allocated(self._device)
         else:
             peak = self._process.memory_info().rss

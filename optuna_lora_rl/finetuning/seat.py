@@ -33,7 +33,8 @@ class Seat:
         member: Its own side.
         coroutine: Where it runs.
         batch: The batch that it gave last.
-        took: Its seconds so far, and the peak of memory while it was there.
+        seconds: Its share of the time so far.
+        peak_bytes: The peak of memory while it was at work, the others' memory included.
     """
 
     def __init__(self, job: Job) -> None:
