@@ -71,13 +71,17 @@ class Member:
         """Calls a function in the thread of the pack; what it raises is raised here."""
         return self._ask(Call(function, arguments))
 
-    def join(self, adapter: Adapter, *, subtracts_start: bool) -> None:
+    def join(
+        self, adapter: Adapter, *, subtracts_start: bool, parted: Callable[[str], None]
+    ) -> None:
         """Sends the adapter's model through the shared base from now on.
 
         Args:
             adapter: In a model of its own, with the weights of the shared one.
             subtracts_start: Whether the initialisation took the adapter's first update out of
                 these weights (PiSSA, OLoRA); the shared ones still have it.
+            parted: Called in the thread of the pack, once, with the reason, when the model is
+                called in a way that cannot be shared, and so computes by itself.
         """
         model = adapter.model.get_base_model()
         for name, layer in model.named_modules():
@@ -88,7 +92,7 @@ class Member:
             self.trained[name] = Factors(a, b, scale, p)
             if subtracts_start:
                 self.fixed[name] = Factors(a.detach().clone(), b.detach().clone(), -scale)
-        self._redirect(adapter, model.base_model)
+        self._redirect(adapter, model.base_model, parted)
         _spare_walks(adapter.model)
 
     def after_backward(self) -> None:
@@ -101,14 +105,18 @@ class Member:
         factors = self.trained.values()
         return [t for f in factors for t in (f.a, f.b) if t.requires_grad]
 
-    def _redirect(self, adapter: Adapter, backbone: Any) -> None:
-        own = backbone.forward
+    def _redirect(self, adapter: Adapter, backbone: Any, parted: Callable[[str], None]) -> None:
+        own, said = backbone.forward, False
 
         @wraps(own)
         def forward(*args: Any, **kwargs: Any) -> Any:
+            nonlocal said
             wanted = {name for name, v in kwargs.items() if v is not None and v is not False}
             if args or wanted != {"input_ids", "attention_mask"}:
-                # Generation, with its cache. The model is whole and can do it by itself.
+                # Most often generation, with its cache. The model is whole and can do it itself.
+                if "use_cache" not in wanted and not said:
+                    said = True
+                    self.call(parted, f"its model is called with {', '.join(sorted(wanted))}")
                 return own(*args, **kwargs)
             if self.hidden is not None:
                 raise RuntimeError("two forward passes in one training step cannot be packed")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from transformers import set_seed
@@ -86,7 +87,7 @@ class SideBySide:
         """Returns the next run that can be packed; those before it are over when it comes."""
         while (run := self._runs()) is not None:
             try:
-                packed = _PackedRun(self._shared, run, self._done, self._by_itself)
+                packed = _PackedRun(self._shared, run, self._done, self._by_itself, self._parted)
             except FineTuningError as error:
                 self._done(run, error)
                 continue
@@ -96,8 +97,11 @@ class SideBySide:
             self._by_itself(run, reason)
         return None
 
-    def _by_itself(self, run: Run, reason: str) -> None:
+    def _parted(self, run: Run, reason: str) -> None:
         self._says(f"trial {run.number} runs alone: {reason}")
+
+    def _by_itself(self, run: Run, reason: str) -> None:
+        self._parted(run, reason)
         try:
             result: TrialResult | Exception = self._alone(run)
         except Exception as error:
@@ -139,11 +143,13 @@ class _PackedRun:
         run: Run,
         done: Callable[[Run, TrialResult | Exception], None],
         by_itself: Callable[[Run, str], None],
+        parted: Callable[[Run, str], None],
     ) -> None:
         self._base = shared.prepared.base.model
         self._run = run
         self._done = done
         self._by_itself = by_itself
+        self._parted = partial(parted, run)
         self._reached = 0
         self._member: Member | None = None
         self.course = Course(shared, run, self._reported)
@@ -157,7 +163,7 @@ class _PackedRun:
             with failures(course.progress.is_callers):
                 set_seed(course.seed)
                 adapter = placed(model.twin(self._base, moved), course.config, course.start)
-                member.join(adapter, subtracts_start=changes_base)
+                member.join(adapter, subtracts_start=changes_base, parted=self._parted)
                 course.train(adapter, member.after_backward)
         finally:
             course.close()

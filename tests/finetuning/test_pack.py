@@ -16,6 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from optuna_lora_rl.finetuning import sft
 from optuna_lora_rl.finetuning.trial import FineTuner
 from optuna_lora_rl.finetuning.trial import FineTuningError
 from optuna_lora_rl.finetuning.trial import Run
@@ -63,6 +64,25 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
     lines = [f'{{"text": "{"ab " * (i % 9 + 1)}{i}"}}\n' for i in range(40)]
     path.write_text("".join(lines), encoding="utf-8")
     return str(path)
+
+
+def test_a_model_that_is_called_in_an_own_way_computes_by_itself_and_says_so(
+    tuner: FineTuner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = sft._Trainer.compute_loss
+
+    def with_positions(trainer: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        positions = torch.arange(inputs["input_ids"].shape[1])[None]
+        return loss(trainer, model, {**inputs, "position_ids": positions}, *args, **kwargs)
+
+    runs = runs_of([{"lora_rank": 2}, {"lora_rank": 3}])
+    with monkeypatch.context() as patch:
+        patch.setattr(sft._Trainer, "compute_loss", with_positions)
+        outcomes, notes = packed(tuner, runs)
+    reason = "its model is called with attention_mask, input_ids, position_ids"
+    assert notes == [f"trial {i} runs alone: {reason}" for i in (0, 1)]
+    for run, outcome in zip(runs, outcomes, strict=True):
+        assert_same(outcome, alone(tuner, run))
 
 
 def test_runs_of_all_kinds_give_what_they_give_alone(
