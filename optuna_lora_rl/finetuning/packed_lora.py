@@ -138,7 +138,8 @@ class PackedBatch:
     def _kept(self, name: str, run: _Run, x: Tensor) -> Tensor | None:
         """Returns what dropout multiplies X by, (n, L, inputs), or None.
 
-        Drawn as ``nn.Dropout`` draws it for the adapter alone: over its own rows and length.
+        Drawn as ``nn.Dropout`` draws it for the adapter alone: over its own rows and length, and
+        by the same function, which on a GPU gives numbers to elements in an order of its own.
         """
         if not self._drops or all(factors.dropout == 0 for _, factors in run):
             return None
@@ -147,9 +148,9 @@ class PackedBatch:
         for i, (share, factors) in enumerate(run):
             if factors.dropout == 0:
                 continue
-            own = torch.empty(b, share.length, inputs, device=x.device)
-            own.bernoulli_(1 - factors.dropout, generator=self._generator(share, name))
-            kept[i, :, : share.length] = own.div_(1 - factors.dropout)
+            own = torch.ones(b, share.length, inputs, device=x.device)
+            with _going_on(self._generator(share, name)):
+                kept[i, :, : share.length] = nn.functional.dropout(own, factors.dropout)
         return kept.view(len(run), b * T, inputs)
 
     def _generator(self, share: Share, module: str) -> torch.Generator:
@@ -164,6 +165,21 @@ class PackedBatch:
         again = torch.Generator(share.generator.device)
         again.set_state(self._before[key])
         return again
+
+
+@contextmanager
+def _going_on(generator: torch.Generator) -> Iterator[None]:
+    """Has dropout, which knows only the device's own numbers, draw a generator's instead."""
+    device, own = generator.device, torch.default_generator
+    if device.type == "cuda":
+        own = torch.cuda.default_generators[device.index or 0]
+    before = own.get_state()
+    own.set_state(generator.get_state())
+    try:
+        yield
+    finally:
+        generator.set_state(own.get_state())
+        own.set_state(before)
 
 
 @dataclass(frozen=True)

@@ -176,6 +176,36 @@ def test_dropout_is_drawn_for_each_adapter_as_if_it_were_alone(
         torch.testing.assert_close(ours, own, rtol=1e-6, atol=1e-6)
 
 
+GPU = pytest.param(
+    "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_dropout_is_that_of_the_device_and_goes_on_where_it_stands(device: str) -> None:
+    linear, eye = nn.Linear(24, 24, bias=False, device=device), torch.eye(24, device=device)
+    nn.init.zeros_(linear.weight)
+    x = torch.rand(3, 7, 24, device=device)
+    generators = [torch.Generator(device).manual_seed(seed) for seed in (1, 2)]
+    shares = [
+        Share({"0": Factors(eye, eye, 1.0, 0.3)}, {}, rows, 5 + rows[0], generator)
+        for rows, generator in zip([(0, 1), (1, 3)], generators, strict=True)
+    ]
+    torch.manual_seed(0)
+    batch = PackedBatch(shares, drops=True, replays=False)
+    with batch.within(nn.Sequential(linear)):
+        found = [linear(x), linear(x)]
+    untouched = torch.rand(2, device=device)
+    torch.manual_seed(0)
+    torch.testing.assert_close(untouched, torch.rand(2, device=device), rtol=0, atol=0)
+    for seed, share in zip((1, 2), shares, strict=True):
+        torch.manual_seed(seed)
+        for output in found:
+            own = (slice(*share.rows), slice(share.length))
+            expected = nn.functional.dropout(x[own].contiguous(), 0.3)
+            torch.testing.assert_close(output[own], expected)
+
+
 def test_one_adapters_nan_stays_in_its_rows() -> None:
     case = {
         "kinds": [
