@@ -167,8 +167,10 @@ class FineTuner:
     ) -> None:
         """Trains and evaluates adapters side by side, over one forward pass of the base model.
 
-        Each run gives what it gives alone, to float tolerance. What cannot be packed runs alone,
-        while the others wait. All functions are called in the caller's thread, one at a time.
+        Each run gives what it gives alone, to float tolerance (tests compare on a CPU). What
+        cannot be packed runs alone, while the others wait; a run whose own part of a step finds
+        no memory beside others runs again, alone. All functions are called in the caller's
+        thread, one at a time.
 
         Args:
             runs: Called whenever a place is free; None for "nothing now", asked again when a

@@ -18,8 +18,9 @@ class AsyncHalvingPruner(PeerPruner):
     """Keep the best 1/``reduction_factor`` of the trials at each rung, without waiting.
 
     Rungs stand at ``min_resource * reduction_factor ** k``. A trial is judged as it reports at a
-    rung, or first past it, against all trials that have reported so far: running, pruned and
-    finished ones, at the very same step. This is the stopping rule of asynchronous successive
+    rung, or first past it, against all trials that have come as far: running, pruned and finished
+    ones, at the same step, where a trial that reported before and after it but not there is
+    taken to lie on the straight line between. This is the stopping rule of asynchronous successive
     halving (ASHA: Li et al. 2020, MLSys, arXiv 1810.05934; there trials are promoted, here they
     go on unless they fall behind, as in Ray Tune and Syne Tune). Two things are ours: fewer than
     ``n_min_trials`` others judge nobody, so that the first trials of a study are not cut down to

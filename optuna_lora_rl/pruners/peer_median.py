@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 class PeerMedianPruner(PeerPruner):
     """Stop a trial that is behind the median of its peers at the same step.
 
-    Peers are all other trials, running, pruned and finished, that have reported at the step;
-    Optuna's ``MedianPruner`` compares with finished trials alone and so judges nobody as long as
-    all run at once. Those that were pruned before the step count as behind: without them the
-    median would be that of the survivors of every earlier median, and eight evaluations in a row
-    would leave one in 256. The rule is the median stopping rule of Google Vizier (Golovin et al.
+    Peers are all other trials, running, pruned and finished, that have reported at the step, or
+    before and after it, and are then taken to lie on the straight line between; Optuna's
+    ``MedianPruner`` compares with finished trials alone and so judges nobody as long as all run
+    at once. Those that were pruned before the step count as behind: without them the median would
+    be that of the survivors of every earlier median, and eight evaluations in a row would leave
+    one in 256. The rule is the median stopping rule of Google Vizier (Golovin et al.
     2017, KDD, section 3.2.2), with the latest report in place of running averages. Trials behind
     the median by less than the noise go on.
 
