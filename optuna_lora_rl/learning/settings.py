@@ -61,7 +61,7 @@ class TrainingSettings(BaseModel):
 
     seed: Annotated[int, Field(ge=0)] = 0
     curriculum_updates: Annotated[int, Field(ge=0)] = 20
-    imitation_updates: Annotated[int, Field(ge=0)] = 240
+    imitation_updates: Annotated[int, Field(ge=0)] = 140
     ppo_updates: Annotated[int, Field(ge=0)] = 60
     transitions: Annotated[int, Field(ge=50)] = 2048
     lengths: tuple[Annotated[int, Field(ge=1)], ...] = (5, 8, 10, 12, 16, 20, 30)
