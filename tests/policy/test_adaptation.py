@@ -89,7 +89,8 @@ def test_what_is_learnt_does_not_depend_on_the_program_around_it(
         ]
         learnt = adapt(copied, seen, torch.Generator().manual_seed(0)).last.weight
     assert not learnt.is_inference()
-    assert torch.equal(learnt, usual)
+    # To rounding: where a copy lies in memory moves the last digit.
+    assert torch.allclose(learnt, usual, rtol=1e-4, atol=1e-6)
     assert not torch.equal(learnt, old.last.weight)
 
 
