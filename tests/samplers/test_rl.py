@@ -225,8 +225,18 @@ def test_roles_and_the_horizon_can_be_given() -> None:
 
 
 def test_without_its_network_it_still_proposes() -> None:
-    with_network, without = _study(_lora(1e-3), 4), _study(_lora(1e-3), 4, learned=False)
+    with_network, without = _study(_lora(1e-3), 6), _study(_lora(1e-3), 6, learned=False)
     assert with_network.trials[0].params == without.trials[0].params
+    assert [t.params for t in with_network.trials] != [t.params for t in without.trials]
+
+
+def test_its_network_is_silent_where_it_recognises_nothing() -> None:
+    def plain(trial: optuna.Trial) -> float:
+        x, y = (trial.suggest_float(name, -5.0, 5.0) for name in ("x0", "x1"))
+        return (x - 1) ** 2 + 3 * (y + 2) ** 2
+
+    with_network, without = _study(plain, 8), _study(plain, 8, learned=False)
+    assert [t.params for t in with_network.trials] == [t.params for t in without.trials]
 
 
 @pytest.mark.parametrize(
