@@ -27,6 +27,8 @@ ATTRIBUTES = ("ranks", "rank_changes", "truncation")
 MONITOR = "monitor"
 _PANEL = (400, 230)
 _HEADS = ("layer", "rank", "parameters", "update", "trend", "gradient", "trend")
+# More of them are folded away in the HTML report.
+_FEW_CHANGES = 12
 _LEGEND = (
     "Update: Frobenius norm of the layer's dW. Gradient: norm of its factors' gradients, after "
     "clipping. Trends: mean change from one reading to the next, over the last five."
@@ -206,7 +208,11 @@ def _changes_section(attrs: dict[str, Any]) -> str:
     if not rows:
         return ""
     heads = ("after step", "layer", "rank", "because")
-    return f"<h2>How they changed in training</h2>{_html(heads, rows)}"
+    shown = "open" if len(rows) <= _FEW_CHANGES else ""
+    return (
+        f"<h2>How they changed in training</h2><details {shown}><summary>Changes: {len(rows)}"
+        f"</summary>{_html(heads, rows)}</details>"
+    )
 
 
 def _monitor_section(read: dict[str, Any], said: Sequence[str]) -> str:

@@ -107,4 +107,5 @@ def test_the_command_reports_a_real_study(
 def test_the_page_escapes_what_it_quotes(make_spec: MakeSpec) -> None:
     page = rank_report.section(completed(monitor=READ, rank_changes=[CHANGE]), make_spec())
     assert "too &lt;fast&gt;" in page and "How they changed in training" in page
+    assert "<details open><summary>Changes: " in page
     assert page.count("<svg") == 2
