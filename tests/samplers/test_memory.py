@@ -17,7 +17,7 @@ def test_a_memo_computes_once_and_forgets_the_oldest() -> None:
 
 
 def test_milestones_are_every_trial_at_first_and_seldom_later() -> None:
-    assert [milestone(n) for n in range(10)] == list(range(10))
+    assert [milestone(n) for n in range(9)] == list(range(9))
     passed = {milestone(n) for n in range(10_000)}
     assert len(passed) < 80
-    assert all(milestone(n) <= n < 1.2 * milestone(n) + 1 for n in range(10_000))
+    assert all(milestone(n) <= n < 1.25 * milestone(n) + 1 for n in range(10_000))
