@@ -76,10 +76,13 @@ def curves(
 
 
 def sections(problems: Sequence[Problem]) -> dict[str, list[str]]:
-    """Names of problems: those of each domain together, then those of each group."""
+    """Names of problems: those of each domain, those on measured surfaces, those of each group."""
     found: dict[str, list[str]] = {}
     for problem in sorted(problems, key=lambda p: p.domain):
         found.setdefault(f"all that is {problem.domain}", []).append(problem.name)
+    measured = [problem.name for problem in problems if problem.surface]
+    if measured and measured not in found.values():
+        found["all measured tables"] = measured
     for problem in problems:
         found.setdefault(problem.group, []).append(problem.name)
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from optuna_lora_rl.learning.comparison import figures
 from optuna_lora_rl.learning.comparison import summary
 from optuna_lora_rl.learning.comparison.problems import build
@@ -37,6 +39,14 @@ def test_differences_are_paired_and_said_from_the_reference() -> None:
     assert tpe["won_tied_lost"]["4"] == (2, 0, 0)
     assert tpe["reference_reaches_its_last"][0] == 2
     assert results["seconds_a_study"] == {"rl": 2.0, "tpe": 2.0}
+
+
+def test_measured_surfaces_have_a_section_of_their_own() -> None:
+    measured = replace(PROBLEMS[0], name="table", surface="task")
+    sections = summary.sections([measured, *PROBLEMS])
+    assert sections["all measured tables"] == ["table"]
+    assert "all measured tables" not in summary.sections([measured])
+    assert "all measured tables" not in summary.sections(PROBLEMS)
 
 
 def test_the_page_has_a_row_for_every_sampler_and_the_command() -> None:
