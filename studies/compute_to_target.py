@@ -297,7 +297,9 @@ def measure(
 
 
 def arms(given: argparse.Namespace) -> list[Arm]:
-    return [arm for arm in ARMS if given.training or arm.name != "options"]
+    return [
+        arm for arm in ARMS if arm.name in given.arms and (given.training or arm.name != "options")
+    ]
 
 
 def _job(
@@ -361,10 +363,20 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=1, help="of every arm")
     parser.add_argument(
+        "--arms",
+        default=[arm.name for arm in ARMS],
+        type=measuring.words,
+        help="of those above, separated by commas; the naive one is always needed",
+    )
+    parser.add_argument(
         "--records", type=Path, default=measuring.FOLDER.parent / "logs/compute_to_target.jsonl"
     )
     parser.add_argument("--output", type=Path, default=measuring.RESULTS)
     given = parser.parse_args(arguments)
+    if unknown := set(given.arms) - {arm.name for arm in ARMS}:
+        parser.error(f"--arms names {', '.join(sorted(unknown))}, which is none of them")
+    if "naive" not in given.arms:
+        parser.error("--arms has to name naive, whose result is the others' target")
     if given.steps % given.evaluations:
         parser.error("--steps has to be a multiple of --evaluations, for equal work")
     return given
