@@ -114,8 +114,10 @@ def _tables(entry: Mapping[str, Any]) -> list[str]:
     trials = s["trials"]
     lines = [
         f"{found['pairs']} pairs of task ({', '.join(s['tasks'])}) and seed; {s['steps']} steps, "
-        f"{s['evaluations']} evaluations a trial; packs of {s['size']}, pruner `{s['pruner']}`"
-        + (f", options {s['training']}" if s["training"] else "")
+        f"{s['evaluations']} evaluations a trial"
+        + (f"; pruner `{s['pruner']}`" if "pruner" in found["arms"] else "")
+        + (f"; options {s['training']}" if "options" in found["arms"] else "")
+        + (f"; packs of {s['size']}" if "packing" in found["arms"] else "")
         + ".",
         "",
         f"| with | reached | median trials | tokens, x of {trials} trials | seconds, x of "
