@@ -151,6 +151,7 @@ class Course:
             log_every=shared.training.rank_change.loss.every
             if wanted.rank_change == "loss"
             else None,
+            merges=adapter.has_base,
         )
         if not adapter.changed():
             rate = wanted.learning_rate

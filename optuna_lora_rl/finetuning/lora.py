@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from typing import cast
@@ -50,11 +51,13 @@ class Adapter:
         model: The base model with the adapter in it.
         initial: The adapter's weights before training, on the CPU.
         start: What of them the base weights make up for.
+        has_base: Whether nobody else computes with the base weights while it is there.
     """
 
     model: PeftModel
     initial: dict[str, Tensor]
     start: Start = field(default_factory=Start)
+    has_base: bool = False
 
     def weights(self) -> dict[str, Tensor]:
         return _weights(self.model)
@@ -209,7 +212,7 @@ def attached(
     CPU, and the patches of trainer and gradient checkpointing are removed.
     """
     with restored(base, _at_risk(base, config, chosen, start)):
-        yield placed(base, config, start)
+        yield replace(placed(base, config, start), has_base=True)
 
 
 def placed(model: PreTrainedModel, config: LoraConfig, start: OwnStart | None = None) -> Adapter:

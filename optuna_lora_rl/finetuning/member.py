@@ -8,9 +8,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
-from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from optuna_lora_rl.finetuning.lora import Adapter
@@ -93,7 +91,6 @@ class Member:
             if subtracts_start:
                 self.fixed[name] = Factors(a.detach().clone(), b.detach().clone(), -scale)
         self._redirect(adapter, model.base_model, parted)
-        _spare_walks(adapter.model)
 
     def after_backward(self) -> None:
         """Takes the gradient of the hidden states on into the adapter's weights."""
@@ -137,14 +134,3 @@ class Member:
             return BaseModelOutputWithPast(last_hidden_state=hidden)
 
         backbone.forward = forward
-
-
-def _spare_walks(model: PeftModel) -> None:
-    """Remembers what a trainer would walk all modules for, three times in every step."""
-    parameters, train = list(model.parameters()), model.train
-
-    def switch(mode: bool = True) -> nn.Module:
-        return train(mode) if mode != model.training else model
-
-    model.parameters = lambda recurse=True: iter(parameters)
-    model.train = switch

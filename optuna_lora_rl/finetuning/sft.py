@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -35,6 +36,7 @@ from optuna_lora_rl.finetuning.configuration import Configuration
 from optuna_lora_rl.finetuning.failure import FineTuningError
 from optuna_lora_rl.finetuning.hub import first_line
 from optuna_lora_rl.finetuning.learnt import learnt_only
+from optuna_lora_rl.finetuning.merged import merged
 from optuna_lora_rl.finetuning.options import TrainingOptions
 from optuna_lora_rl.finetuning.quiet import quiet
 
@@ -134,6 +136,7 @@ def train(
     after_backward: Callable[[], None] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     log_every: int | None = None,
+    merges: bool = False,
 ) -> int:
     """Trains the adapter in ``model`` and returns the steps done.
 
@@ -154,6 +157,7 @@ def train(
         after_backward: Called in each step between the backward pass and the optimizer.
         callbacks: Further callbacks of the trainer.
         log_every: Steps from one training loss for the callbacks to the next.
+        merges: Whether evaluations may add the updates to the base weights for their time.
 
     Raises:
         FineTuningError: When the loss is no finite number, or TRL refuses the configuration.
@@ -183,8 +187,11 @@ def train(
         trainer.evaluations = callback
         trainer.optimizer = _optimizer(trainer, model, configuration)
         trainer.after_backward = after_backward
+        trainer.merges = merges and not (trainer.args.bf16 or trainer.args.fp16)
     except (ValueError, TypeError, ImportError) as error:
         raise FineTuningError("configuration", first_line(error)) from error
+    if configuration.rank_change == "none" and not {"deepspeed", "fsdp"} & set(options.extra):
+        _spare_walks(model)
     with _closing(trainer, options):
         trainer.train()
     if callback.raised is not None:
@@ -213,12 +220,17 @@ class _Trainer(SFTTrainer):
     after_backward: Callable[[], None] | None = None
     stages: Mapping[int, Dataset] | None = None
     evaluations: _Evaluations | None = None
+    merges = False
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         if self.stages is not None:
             self.eval_dataset = self.stages[self.state.global_step]
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         return metrics
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        with merged(self.model) if self.merges else nullcontext():
+            return super().evaluation_loop(*args, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
@@ -277,6 +289,17 @@ class _Evaluations(TrainerCallback):
         except Exception as error:
             self.raised, stop = error, True
         control.should_training_stop = control.should_training_stop or stop
+
+
+def _spare_walks(model: PeftModel) -> None:
+    """Remembers what a trainer would walk all modules for, three times in every step."""
+    parameters, train = list(model.parameters()), model.train
+
+    def switch(mode: bool = True) -> nn.Module:
+        return train(mode) if mode != model.training else model
+
+    model.parameters = lambda recurse=True: iter(parameters)
+    model.train = switch
 
 
 def _trainer(
