@@ -13,8 +13,11 @@ counted in the naive arm; the package's one preparation is counted apart and wit
 
 The naive arm (``studies/naive.py``) has torch's own number of threads. The package has that which
 its runner takes (one for the built-in model, torch's own for others), or ``--threads``. How much
-this matters shows in ``naive, 1 thread``. Arms "x2" are two worker processes that share the list,
-each with half of the cores.
+this matters shows in ``naive, 1 thread``. ``naive, TRL's defaults`` leaves gradient checkpointing
+on and the evaluation batch at eight, as one does who does not know of them. ``shared base, growing
+evaluations`` has the same training and the same last evaluation, but the evaluations before read a
+quarter, a half and three quarters of the validation set (``training.first_evaluation``). Arms "x2"
+are two worker processes that share the list, each with half of the cores.
 
 Model ``30m`` is a Llama of 31.5 million parameters with random weights, made on the spot: time
 does not depend on what the weights are. What the records hold is not measured again, so remove
@@ -65,6 +68,7 @@ class Arm:
         processes: Worker processes.
         one_thread: Whether each process shall have one thread, whatever its usual number.
         defaults: Whether the naive arm keeps TRL's defaults (``naive.Setup``).
+        growing: Whether early evaluations read a part of the validation set.
     """
 
     kind: str
@@ -72,12 +76,14 @@ class Arm:
     processes: int = 1
     one_thread: bool = False
     defaults: bool = False
+    growing: bool = False
 
     @property
     def name(self) -> str:
         name = {"naive": "naive", "shared": "shared base"}.get(self.kind, f"packed {self.size}")
         name += ", 1 thread" if self.one_thread else ""
         name += ", TRL's defaults" if self.defaults else ""
+        name += ", growing evaluations" if self.growing else ""
         return name + (f" x{self.processes}" if self.processes > 1 else "")
 
 
@@ -89,10 +95,11 @@ def arms(sizes: Sequence[int], pairs: Sequence[int]) -> list[Arm]:
         pairs: Of packs in two processes; with any, the other arms run in two processes as well.
     """
     chosen = [Arm("naive"), Arm("naive", one_thread=True), Arm("naive", defaults=True)]
-    chosen.append(Arm("shared"))
+    chosen += [Arm("shared"), Arm("shared", growing=True)]
     chosen += [Arm("packed", size) for size in sizes]
     if pairs:
         chosen += [Arm("naive", processes=2), Arm("shared", processes=2)]
+        chosen.append(Arm("shared", processes=2, growing=True))
     return chosen + [Arm("packed", size, processes=2) for size in pairs]
 
 
@@ -289,6 +296,7 @@ def _jobs(given: argparse.Namespace, kind: str, arm: Arm) -> list[measuring.Job]
         "kind": arm.kind,
         "size": arm.size,
         "defaults": arm.defaults,
+        "training": {"first_evaluation": 0.25} if arm.growing else {},
         "set": kind,
         "threads": 1 if arm.one_thread else threads,
     }

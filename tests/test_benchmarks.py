@@ -83,9 +83,11 @@ def test_throughput_measures_equal_work(
         "naive, 1 thread",
         "naive, TRL's defaults",
         "shared base",
+        "shared base, growing evaluations",
         "packed 2",
         "naive x2",
         "shared base x2",
+        "shared base, growing evaluations x2",
         "packed 2 x2",
     ]
     # Smaller evaluation batches are averaged in another way.
