@@ -134,9 +134,7 @@ class TuningEnvironment:
             feasibility=feasibility,
             start=self._theta,
         )
-        fitted = decision.surrogate
-        self._theta = torch.cat([fitted.log_l, fitted.log_s[:, None], fitted.log_v[:, None]], 1)
-        self._decision = decision
+        self._theta, self._decision = decision.theta, decision
         return decision
 
     def step(self, action: Tensor) -> Transition:

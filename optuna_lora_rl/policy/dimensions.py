@@ -201,6 +201,11 @@ class Space:
         return len(self.dimensions)
 
     @cached_property
+    def written(self) -> str:
+        """The space as text: a key even where choices are lists, and 0 is not False."""
+        return repr(self)
+
+    @cached_property
     def role_columns(self) -> dict[str, int]:
         """Column of each role that the space has (the first dimension that bears it)."""
         columns: dict[str, int] = {}

@@ -96,7 +96,7 @@ class Decision:
         features: the network's input.
         residual: logits without the network, shape (B, N); -inf where not allowed.
         logits: logits with it.
-        surrogate: the fitted process (its hyperparameters can start the next fit).
+        theta: the surrogate's hyperparameters, which can start the next fit, shape (B, D + 2).
         trust: how far earlier studies are believed, from 0 (or none) to 1.
     """
 
@@ -106,7 +106,7 @@ class Decision:
     features: Features
     residual: Tensor
     logits: Tensor
-    surrogate: Surrogate
+    theta: Tensor
     trust: float = 0.0
 
     def explain(self, row: int, choice: int) -> dict[str, float | str]:
@@ -269,7 +269,7 @@ def decide(
     first = 1 if sources else 0
     residual = residual_logits(candidates, view, layout, observed, settings, trust, first)
     logits = residual if network is None else residual + (1.0 - trust) * network(seen).double()
-    return Decision(observed, candidates, view, seen, residual, logits, own, trust)
+    return Decision(observed, candidates, view, seen, residual, logits, own.theta, trust)
 
 
 def _failure_noise(observed: Observed, settings: Settings) -> Tensor:

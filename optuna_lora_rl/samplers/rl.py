@@ -297,16 +297,16 @@ class RLSampler(BaseSampler):
 
         ``points`` (k, d) join the candidates.
         """
-        written = repr(space)  # Choices may be lists, which are no keys.
-        tables = self._tables.get(written, lambda: Tables(layout_of(space)))
+        tables = self._tables.get(space.written, lambda: Tables(layout_of(space)))
         layout, default = tables.layout, tables.default
         conditions = conditions_of(space, history)
-        history = replace(history, points=settle(history.points, conditions, default))
+        if conditions:
+            history = replace(history, points=settle(history.points, conditions, default))
 
         def snap(x: np.ndarray) -> np.ndarray:
             return settle(space.snap(x), conditions, default)
 
-        theta = self._hyperparameters(tables, written, history)
+        theta = self._hyperparameters(tables, space.written, history)
         history = recent_and_best(history)
         weights = objective_weights(len(directions), generator)
         observed = observe(history, layout.default, self._n_trials, weights)

@@ -23,6 +23,7 @@ from optuna_lora_rl.policy.prior import GUIDE_RATIO
 from optuna_lora_rl.policy.prior import GUIDE_RATIO_SPREAD
 from optuna_lora_rl.policy.roles import ROLES
 from optuna_lora_rl.policy.single.process import Process
+from optuna_lora_rl.policy.single.process import log_improvement
 from optuna_lora_rl.policy.single.tables import Points
 from optuna_lora_rl.policy.single.tables import Tables
 from optuna_lora_rl.policy.single.tables import rand
@@ -138,9 +139,12 @@ def same(x: np.ndarray, others: np.ndarray) -> np.ndarray:
     # Whatever is the same in every column lies no farther apart along the direction.
     reach = SAME * direction.sum() + 1e-12
     first, last = np.searchsorted(line, at - reach), np.searchsorted(line, at + reach, "right")
-    for i in np.flatnonzero(last > first):
-        there = others[order[first[i] : last[i]]]
-        found[i] = (np.abs(there - x[i]).max(1) < SAME).any()
+    left = np.flatnonzero(last > first)
+    while len(left):
+        there = others.take(order[first[left]], 0)
+        found[left] |= np.abs(there - x.take(left, 0)).max(1) < SAME
+        first[left] += 1
+        left = left[first[left] < last[left]]
     return found
 
 
@@ -159,6 +163,12 @@ def _net(count: int, dimensions: int) -> np.ndarray:
 def _single(*values: float) -> np.ndarray:
     """Values in torch's default precision, in which the batched form keeps its constants."""
     return np.array(values, dtype=np.float32).astype(float)
+
+
+@cache
+def _scales(count: int, *values: float) -> np.ndarray:
+    """The values again and again, shape (count, 1)."""
+    return np.resize(_single(*values), count)[:, None]
 
 
 def _prior_points(tables: Tables, count: int, generator: torch.Generator) -> np.ndarray:
@@ -230,7 +240,7 @@ def proposals(
         ("axis", _axis_points(anchors, tables, 3 * share, generator)),
     ]
     parents = anchors[np.arange(3 * share) % len(anchors)]
-    scale = np.tile(_single(0.03, 0.1, 0.3), share)[:, None]
+    scale = _scales(3 * share, 0.03, 0.1, 0.3)
     chance = float(_single(max(0.25, 1.5 / D))[0])
     sets.append(("mutation", perturb(parents, tables.unordered, scale, chance, generator)))
     if grid is not None:
@@ -256,7 +266,7 @@ def children(
     climbers = snap(climb(x[_dense(len(x), max(len(x) // 4, 2))]))
     parents = np.concatenate([climbers, x])
     scale = 0.15 * 0.3**turn
-    widths = np.resize(_single(scale, 0.3 * scale), len(parents))[:, None]
+    widths = _scales(len(parents), scale, 0.3 * scale)
     chance = float(_single(max(0.34, 2.0 / x.shape[1]))[0])
     moved = perturb(parents, tables.unordered, widths, chance, generator)
     return np.concatenate([climbers, snap(moved)])
@@ -274,20 +284,20 @@ def climb(x: np.ndarray, tables: Tables, process: Process, best: float, steps: i
     step = np.broadcast_to(first, x.shape)
     top, top_value = x.copy(), np.full(len(x), -np.inf)
     previous, apart = np.zeros(x.shape), process.apart(x)
-    for turn in range(steps):
+    for _ in range(steps - 1):
         coordinates, slopes = tables.model_coordinates(x)
         value, gradient = process.slope(coordinates, best, apart)
         better = value > top_value
         np.copyto(top, x, where=better[:, None])
-        if turn == steps - 1:
-            break
         np.copyto(top_value, value, where=better)
         sign = np.sign(tables.pull_back(gradient, slopes))
         agreement = (sign * previous).astype(np.int8)
         step = step * _GROWTH[agreement]
         previous = sign * (agreement >= 0)
         x = np.minimum(np.maximum(x + previous * step, 0.0), 1.0)
-    return top
+    coordinates, _ = tables.model_coordinates(x)
+    value = log_improvement(*process.posterior(coordinates), best).value
+    return np.where((value > top_value)[:, None], x, top)
 
 
 def allowed(x: np.ndarray, close: Closeness, trials: Trials) -> np.ndarray:

@@ -150,7 +150,7 @@ def decide(
         points, view = points.with_(born), view.with_(look(born))
         close = close.with_(closeness(born.x, trials))
     rows = np.concatenate([np.arange(len(x)), rows])
-    points, view, close = points[rows], view[rows], close[rows]
+    points, view, close = points[rows], view.at(rows), close[rows]
     source = np.concatenate([source, np.full(len(rows) - len(x), _IMPROVEMENT)])
     valid = allowed(points.x, close, trials)
     residual = _residual(source, valid, view, tables, trials, settings, weight)
@@ -170,7 +170,7 @@ def decide(
         features=features,
         residual=_batch(residual),
         logits=_batch(logits),
-        surrogate=own.batched(),
+        theta=_batch(theta),
     )
 
 
@@ -206,7 +206,7 @@ def _features(
 ) -> Features:
     at = trials.best_at()
     known = at is not None
-    top_points = tables.usual if at is None else trials.points(tables)[at : at + 1]
+    top_points = tables.usual if at is None else trials.points(tables)[np.array([at])]
     each = values(points, source, valid, view, tables, trials, best, top_points, known)
     whole = context(tables, trials, process, scaled_roles(top_points, tables)[0], known)
     return Features(_batch(each), _batch(whole).float(), _batch(valid))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from dataclasses import fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,8 +28,7 @@ _PLACE_AT = CANDIDATE_FEATURES.index("place_in_learning_rate_range")
 _SOURCE_AT = _PLACE_AT + 1
 
 
-@dataclass(frozen=True)
-class View:
+class View(NamedTuple):
     """The surrogate's and the prior's judgement of points, each of shape (N,)."""
 
     mean: np.ndarray
@@ -39,17 +37,13 @@ class View:
     log_prior: np.ndarray
     log_feasible: np.ndarray
 
-    def __getitem__(self, rows: np.ndarray) -> View:
-        return View(*(getattr(self, field.name)[rows] for field in fields(self)))
+    def at(self, rows: np.ndarray) -> View:
+        """Of some of the points."""
+        return View(*(column[rows] for column in self))
 
     def with_(self, other: View) -> View:
         """These, then those."""
-        return View(
-            *(
-                np.concatenate([getattr(self, field.name), getattr(other, field.name)])
-                for field in fields(self)
-            )
-        )
+        return View(*map(np.concatenate, zip(self, other, strict=True)))
 
 
 def values(

@@ -21,7 +21,6 @@ import torch
 from optuna_lora_rl.policy.surrogate import LOG_S_PRIOR
 from optuna_lora_rl.policy.surrogate import LOG_V_MIN
 from optuna_lora_rl.policy.surrogate import LOG_V_PRIOR
-from optuna_lora_rl.policy.surrogate import Surrogate
 from optuna_lora_rl.policy.surrogate import factor
 
 # In place of a squared distance of 0, whose root has no slope (times 5, as all of them here).
@@ -90,45 +89,36 @@ class Process:
     ) -> None:
         self.X, self.y, self.unordered, self.theta, self.extra = X, y, unordered, theta, extra
         self.s = float(np.exp(theta[-2]))
-        self._scale = np.where(unordered, 0.0, np.exp(-theta[:-2]))
+        scale = np.where(unordered, 0.0, np.exp(-theta[:-2]))
         # Distances come with the 5 of the kernel, so that it need not be multiplied in each time.
-        self._stretch = _SQRT5 * self._scale
+        self._stretch = _SQRT5 * scale
+        self._pull = (5.0 / 3.0) * scale * scale
         self._odd = [(int(j), 5.0 * math.exp(-2.0 * theta[j])) for j in np.flatnonzero(unordered)]
-        self._p = X * self._stretch
-        self._p2 = (self._p * self._p).sum(1)[:, None]
+        p = X * self._stretch
+        self._p2, self._minus_2p = (p * p).sum(1)[:, None], -2.0 * p
         K, _ = self._kernel(X, self.apart(X))
         diagonal = K.reshape(-1)[:: len(X) + 1]
         diagonal[:] = self.s
         self._at_trials = K.copy()
         diagonal += math.exp(theta[-1]) + extra
-        self.L = factor(torch.from_numpy(K)[None])[0]
+        L = factor(torch.from_numpy(K)[None])[0]
         # The inverse of L once: the climb multiplies by it again and again.
         eye = torch.eye(len(X), dtype=torch.float64)
-        inverse = torch.linalg.solve_triangular(self.L, eye, upper=False)
+        inverse = torch.linalg.solve_triangular(L, eye, upper=False)
         self._inverse: np.ndarray = np.ascontiguousarray(inverse.numpy())
         self._alpha: np.ndarray = self._inverse.T @ (self._inverse @ y)
 
-    def batched(self) -> Surrogate:
-        """The same as a batch of one."""
-        tensors = (self.X, np.ones(len(self.X), dtype=bool), self.unordered)
-        X, mask, unordered = (torch.from_numpy(array[None]) for array in tensors)
-        theta = torch.from_numpy(self.theta[None])
-        alpha = torch.from_numpy(self._alpha[None])
-        return Surrogate(
-            X, mask, unordered, theta[:, :-2], theta[:, -2], theta[:, -1], self.L[None], alpha
-        )
-
     def apart(self, x: np.ndarray) -> np.ndarray:
-        """The part of 5 r^2 that does not change while only ordered coordinates move, (n, N)."""
-        r2 = np.repeat(self._p2, len(x), axis=1)
+        """The part of 5 r^2 that stays while only ordered coordinates move, (n, N) or (n, 1)."""
+        r2 = self._p2
         for j, weight in self._odd:
-            r2 += weight * (np.abs(self.X[:, j, None] - x[:, j]) > 1e-6)
+            r2 = r2 + weight * (np.abs(self.X[:, j, None] - x[:, j]) > 1e-6)
         return r2
 
     def _kernel(self, x: np.ndarray, apart: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The kernel between X and x, shape (n, N), and (1 + r) s exp(-r) for its slope."""
         q = x * self._stretch
-        r: np.ndarray = self._p @ (-2.0 * q.T)
+        r: np.ndarray = self._minus_2p @ q.T
         r += apart
         r += (q * q).sum(1)
         np.maximum(r, _ZERO, out=r)
@@ -164,7 +154,7 @@ class Process:
         pull -= u
         pull *= slope
         gradient = pull.T @ self.X - pull.sum(0)[:, None] * x
-        gradient *= (5.0 / 3.0) * self._scale * self._scale
+        gradient *= self._pull
         return gain.value, gradient
 
     def incumbent(self, eligible: np.ndarray) -> float:
