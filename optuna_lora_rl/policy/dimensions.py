@@ -156,9 +156,9 @@ class Dimension:
 
     def snap(self, coordinates: np.ndarray) -> np.ndarray:
         """Move coordinates to the nearest place that some value has; NaN stays NaN."""
-        u = np.minimum(np.maximum(np.asarray(coordinates, dtype=float), 0.0), 1.0)
+        u = np.asarray(coordinates, dtype=float)
         if self.n_levels is None:
-            return u
+            return np.minimum(np.maximum(u, 0.0), 1.0)
         low, high = self._bounds
         if high <= low:
             return np.where(np.isnan(u), u, 0.5)

@@ -245,7 +245,7 @@ class Ledger:
         """The history; see :func:`read_history`."""
         sign = np.array([1.0 if d == StudyDirection.MAXIMIZE else -1.0 for d in directions])
         with self._lock:
-            self._update(trials, space, sign, unused)
+            self._update(trials, space, sign, current, unused)
             n = len(trials)
             order = np.flatnonzero(self._bears[:n] & (self._numbers[:n] != current))
             numbers = self._numbers[order]
@@ -276,7 +276,12 @@ class Ledger:
         )
 
     def _update(
-        self, trials: Sequence[FrozenTrial], space: Space, sign: np.ndarray, unused: bool
+        self,
+        trials: Sequence[FrozenTrial],
+        space: Space,
+        sign: np.ndarray,
+        current: int | None,
+        unused: bool,
     ) -> None:
         key = (space, sign.tobytes(), unused)
         if key != self._key:
@@ -290,13 +295,14 @@ class Ledger:
         self._rows += [_NOTHING] * missing
         for i in fresh:
             trial = trials[i]
-            self._seen[i] = trial if trial.state.is_finished() else None
+            finished = trial.state.is_finished()
+            self._seen[i] = trial if finished else None
             constraints, reports = trial.constraints, _reports(trial, len(sign))
             self._rows[i] = _Row(constraints, reports) if constraints or reports else _NOTHING
             self._more |= bool(constraints) or trial.state == TrialState.PRUNED
             self._numbers[i], self._states[i] = trial.number, trial.state
             self._bears[i] = False
-            if trial.state != TrialState.WAITING:
+            if finished or (trial.state == TrialState.RUNNING and trial.number != current):
                 self._points[i] = space.encode(parameters_of(trial, unused=unused))
                 self._bears[i] = not np.isnan(self._points[i]).all()
                 self._asked[i] = [name in trial.params for name in space.names]

@@ -392,7 +392,7 @@ def _chosen(
     """
     logits = decision.logits[0]
     if generator is None:
-        choice = int(logits.argmax())
+        choice = int(logits.numpy().argmax())
     else:
         choice = int(torch.multinomial(logits.softmax(0), 1, generator=generator))
     why = decision.explain(0, choice)

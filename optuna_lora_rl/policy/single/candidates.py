@@ -75,6 +75,7 @@ class Trials:
         real = self.good[order]
         return np.where(real[:, None], self.x[order], default), real
 
+    @cached_property
     def best_at(self) -> int | None:
         """The best trial's place; ``None`` without a good one."""
         if not self.good.any():
@@ -207,12 +208,12 @@ def _axis_points(
     rows = np.arange(count)
     x = anchors[rows % len(anchors)]
     moved = perturb(x, tables.unordered, _single(0.3), 0.0, generator)
-    size = 0.33 * 1.6 ** (4.0 * rand(count, generator=generator))
-    up = rand(count, generator=generator) < 0.5
+    size, up = rand(2, count, generator=generator)
+    size = 0.33 * 1.6 ** (4.0 * size)
     column = tables.column[_LEARNING_RATE]
     if column >= 0:
         table = tables.natural[_LEARNING_RATE]
-        step = np.where(up, size, -size) / max(float(table[-1] - table[0]), 0.3)
+        step = np.where(up < 0.5, size, -size) / max(float(table[-1] - table[0]), 0.3)
         use = rows // len(anchors) % 2 == 0
         along = x[use]
         along[:, column] = np.minimum(np.maximum(along[:, column] + step[use], 0.0), 1.0)

@@ -204,12 +204,13 @@ def _features(
     process: Process,
     best: float,
 ) -> Features:
-    at = trials.best_at()
+    at = trials.best_at
     known = at is not None
     top_points = tables.usual if at is None else trials.points(tables)[np.array([at])]
-    each = values(points, source, valid, view, tables, trials, best, top_points, known)
-    whole = context(tables, trials, process, scaled_roles(top_points, tables)[0], known)
-    return Features(_batch(each), _batch(whole).float(), _batch(valid))
+    top = scaled_roles(top_points, tables)
+    each = values(points, source, valid, view, tables, trials, best, top_points, top, known)
+    whole = context(tables, trials, process, top[0], known)
+    return Features(_batch(each), _batch(whole), _batch(valid))
 
 
 def _batch(array: np.ndarray) -> Tensor:

@@ -55,6 +55,7 @@ def values(
     trials: Trials,
     best: float,
     top: Points,
+    top_roles: np.ndarray,
     known: bool,
 ) -> np.ndarray:
     """The features of candidates, shape (N, len(CANDIDATE_FEATURES)); see ``features.features``.
@@ -68,13 +69,14 @@ def values(
         trials: of the study.
         best: the incumbent's score.
         top: the best trial, or the default.
+        top_roles: its roles, scaled.
         known: whether it is a trial.
     """
     x, N = points.x, len(points)
     table = np.zeros((N, len(CANDIDATE_FEATURES)), dtype=np.float32)
     lead = view.mean - best
     z = torch.from_numpy(lead / view.deviation)
-    roles, top_roles = scaled_roles(points, tables), scaled_roles(top, tables)
+    roles = scaled_roles(points, tables)
     columns = [
         lead,
         view.deviation,
@@ -109,7 +111,7 @@ def scaled_roles(points: Points, tables: Tables) -> np.ndarray:
     """Natural values of the roles, scaled to about [-2, 2], shape (N, R); 0 where absent."""
     scaled = np.zeros_like(points.roles)
     present = tables.present
-    own = (points.roles[:, present] - _CENTRE[present]) / _SCALE[present]
+    own = (points.roles.take(present, 1) - _CENTRE[present]) / _SCALE[present]
     scaled[:, present] = np.minimum(np.maximum(own, -4.0), 4.0)
     return scaled
 
@@ -182,7 +184,7 @@ def context(
     else:
         row += [0.0] * 6
     row += [float(column >= 0) for column in tables.column]
-    return np.minimum(np.maximum(row, -8.0), 8.0)
+    return np.minimum(np.maximum(row, -8.0), 8.0).astype(np.float32)
 
 
 def _agreement(tables: Tables, trials: Trials) -> float:
@@ -196,7 +198,7 @@ def _agreement(tables: Tables, trials: Trials) -> float:
 
 def _progress(trials: Trials) -> tuple[float, float]:
     """Trials since the best one (log scale) and its lead over the first trial."""
-    best = trials.best_at()
+    best = trials.best_at
     if best is None:
         return 0.0, 0.0
     gain = float(trials.y[best] - trials.y[0])

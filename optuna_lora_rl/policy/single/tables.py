@@ -160,7 +160,7 @@ class Tables:
         log_prior = by_column.sum(1)
         coordinates = x
         if len(self._turning):
-            coordinates = x * self._kept + roles.take(self._by_roles, 1) @ self._turn
+            coordinates = x * self._kept + roles.take(self._by_roles, 1).dot(self._turn)
         if self.turns and self.is_lora:
             z = (roles[:, _ALPHA] - roles[:, _RANK] - GUIDE_RATIO) / GUIDE_RATIO_SPREAD
             log_prior += -np.log1p(0.5 * z * z) * 1.5 - by_column[:, self.alpha]
@@ -171,13 +171,13 @@ class Tables:
         if not len(self._turning):
             return x, None
         values, slopes = self._turned.rise(places(x.take(self._turning, 1)))
-        return x * self._kept + values @ self._turn, slopes
+        return x * self._kept + values.dot(self._turn), slopes
 
     def pull_back(self, gradient: np.ndarray, slopes: np.ndarray | None) -> np.ndarray:
         """A gradient by the model's coordinates (N, D), changed to one by x."""
         if slopes is None:
             return gradient
-        through = gradient @ self._turn.T * slopes
+        through = gradient.dot(self._turn.T) * slopes
         gradient *= self._kept
         gradient[:, self._turning] += through
         return gradient
