@@ -113,7 +113,7 @@ def summarise(
 def _section(protocol: Protocol, found: Curves) -> dict[str, Any]:
     reference, after = protocol.against, protocol.checkpoints
     ours, rank = found.regret[reference], statistics.ranks(found.regret)
-    clusters = found.clusters
+    clusters, floor = found.clusters, protocol.floor
     samplers: dict[str, Any] = {}
     for label, curve in found.regret.items():
         said: dict[str, Any] = {
@@ -122,7 +122,7 @@ def _section(protocol: Protocol, found: Curves) -> dict[str, Any]:
             "rank": {str(k): float(rank[label][:, :, k - 1].mean()) for k in after},
         }
         if label != reference:
-            logs = statistics.log_regret(curve) - statistics.log_regret(ours)
+            logs = statistics.log_regret(curve, floor) - statistics.log_regret(ours, floor)
             said["difference"] = _by_trial(after, curve - ours, clusters)
             said["log10_difference"] = _by_trial(after, logs, clusters)
             said["won_tied_lost"] = {
@@ -159,7 +159,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         "(problems that share a measured surface count as one): one that holds 0 is a tie.",
     ]
     for name, section in results["sections"].items():
-        lines += _page(name, section, reference, results["after"])
+        lines += _page(name, section, reference, results["after"], protocol["floor"])
     lines += ["", "## Processor seconds of a study", ""]
     lines += table(
         ["sampler", "seconds"],
@@ -170,7 +170,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def _page(
-    name: str, section: Mapping[str, Any], reference: str, after: Sequence[int]
+    name: str, section: Mapping[str, Any], reference: str, after: Sequence[int], floor: float
 ) -> list[str]:
     samplers, keys = section["samplers"], [str(k) for k in after]
     others = {label: found for label, found in samplers.items() if label != reference}
@@ -201,7 +201,7 @@ def _page(
             for label, found in others.items()
         ),
     )
-    lines += ["", f"Difference of log10(regret + {statistics.FLOOR:g}):", ""]
+    lines += ["", f"Difference of log10(regret + {floor:g}):", ""]
     lines += table(
         ["sampler", *keys],
         (

@@ -164,10 +164,11 @@ class TableProblem:
         """Return the normalised regret: 0 for the best known score, 1 for the median one."""
         return (self.best - score) / (self.best - self.median)
 
-    def outcomes(self, drawn: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor, Tensor]:
+    def outcomes(
+        self, configurations: Sequence[Mapping[str, Any]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Noise-free quality, cost and divergence of N configurations, each of shape (N,)."""
-        x = self._points(drawn)
-        of = self._surface
+        x, of = self._points(configurations), self._surface
         return of.quality(x)[0], of.cost(x)[0], of.diverges(x)[0]
 
     @property
@@ -204,7 +205,7 @@ class TableProblem:
     def _trade_offs(
         self, drawn: Sequence[Mapping[str, Any]]
     ) -> tuple[list[Mapping[str, Any]], np.ndarray]:
-        """Return what no other one dominates, and its cost and quality."""
+        """Return those that no other one dominates, and their cost and quality."""
         quality, cost, diverged = self.outcomes(drawn)
         kept = torch.where(~(diverged & self.failures))[0]
         found = torch.stack([cost, quality], 1)[kept].numpy()

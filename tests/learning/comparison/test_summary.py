@@ -41,6 +41,21 @@ def test_differences_are_paired_and_said_from_the_reference() -> None:
     assert results["seconds_a_study"] == {"rl": 2.0, "tpe": 2.0}
 
 
+def test_a_lower_floor_tells_small_regrets_apart() -> None:
+    found = {}
+    for floor in (0.01, 0.0001):
+        own = PROTOCOL.model_copy(update={"floor": floor})
+        tiny = {
+            key: replace(record, regret=[r / 1000 for r in record.regret])
+            for key, record in RECORDS.items()
+        }
+        results = summary.summarise(own, PROBLEMS, tiny) | {"command": ""}
+        assert f"Difference of log10(regret + {floor:g}):" in summary.markdown(results)
+        samplers = results["sections"]["all that is not LoRA"]["samplers"]
+        found[floor] = samplers["tpe"]["log10_difference"]["2"]["mean"]
+    assert 0 < found[0.01] < 0.05 < found[0.0001]
+
+
 def test_measured_surfaces_have_a_section_of_their_own() -> None:
     measured = replace(PROBLEMS[0], name="table", surface="task")
     sections = summary.sections([measured, *PROBLEMS])
