@@ -188,15 +188,29 @@ def run(problem: Problem, entry: SamplerEntry, seed: int, trials: int) -> measur
     return {"hypervolume": volumes, "failed": trials - len(found), "seconds": seconds}
 
 
-# Hypervolume after each trial, shape (problems, seeds, trials), by sampler.
-Curves = Mapping[str, np.ndarray]
+@dataclass(frozen=True)
+class Found:
+    """What the studies of one sampler found.
+
+    Args:
+        curve: normalised hypervolume after each trial, shape (problems, seeds, trials).
+        failed: trials that failed, shape (problems, seeds).
+    """
+
+    curve: np.ndarray
+    failed: np.ndarray
+
+    def of(self, rows: Sequence[int]) -> Found:
+        """That of some of the problems."""
+        return Found(self.curve[rows], self.failed[rows])
 
 
 def studies(
     problems: Sequence[Problem], seeds: int, trials: int, records: measuring.Records
-) -> Curves:
+) -> dict[str, Found]:
     """Run what is not recorded, seed by seed, so that an early look at the records is fair."""
-    curves = {label: np.empty((len(problems), seeds, trials)) for label in SAMPLERS}
+    shape = (len(problems), seeds)
+    found = {label: Found(np.empty((*shape, trials)), np.empty(shape)) for label in SAMPLERS}
     makers = {label: running.made_by(entry) for label, entry in SAMPLERS.items()}
     for seed in range(seeds):
         for row, problem in enumerate(problems):
@@ -209,31 +223,39 @@ def studies(
                     records.add(key, result)
                     said = f"{problem.name} {label} seed {seed}: {result['hypervolume'][-1]:.3f}"
                     print(f"{said}, {result['seconds']:.1f} s", flush=True)
-                curves[label][row, seed] = result["hypervolume"]
-    return curves
+                found[label].curve[row, seed] = result["hypervolume"]
+                found[label].failed[row, seed] = result["failed"]
+    return found
 
 
-def summarise(problems: Sequence[Problem], curves: Curves, after: Sequence[int]) -> dict[str, Any]:
+def summarise(
+    problems: Sequence[Problem], found: Mapping[str, Found], after: Sequence[int]
+) -> dict[str, Any]:
     """Means and paired differences of each group and of each problem."""
     rows: dict[str, list[int]] = {}
     for row, problem in enumerate(problems):
         rows.setdefault(problem.group, []).append(row)
+
+    def section(rows: list[int]) -> dict[str, Any]:
+        return _section({label: one.of(rows) for label, one in found.items()}, after)
+
     return {
         "counts": {name: len(of) for name, of in rows.items()},
-        "groups": {name: _section(curves, of, after) for name, of in rows.items()},
-        "problems": {p.name: _section(curves, [row], after) for row, p in enumerate(problems)},
+        "groups": {name: section(of) for name, of in rows.items()},
+        "problems": {problem.name: section([row]) for row, problem in enumerate(problems)},
     }
 
 
-def _section(curves: Curves, rows: Sequence[int], after: Sequence[int]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for label, curve in curves.items():
-        values = {str(k): curve[rows, :, k - 1] for k in after}
-        found[label] = {"hypervolume": {k: statistics.interval(v) for k, v in values.items()}}
-        if label != OURS:
-            ahead = {k: curves[OURS][rows, :, int(k) - 1] - v for k, v in values.items()}
-            found[label]["behind"] = {k: statistics.interval(v) for k, v in ahead.items()}
-    return found
+def _section(found: Mapping[str, Found], after: Sequence[int]) -> dict[str, Any]:
+    said: dict[str, Any] = {}
+    for label, one in found.items():
+        ahead = found[OURS].curve - one.curve
+        said[label] = {
+            "hypervolume": {str(k): statistics.interval(one.curve[:, :, k - 1]) for k in after},
+            "behind": {str(k): statistics.interval(ahead[:, :, k - 1]) for k in after},
+            "failed": float(one.failed.mean()),
+        }
+    return said
 
 
 def page(record: Mapping[str, Any]) -> str:
@@ -247,7 +269,8 @@ def page(record: Mapping[str, Any]) -> str:
         of = f"{record['counts'][name]} problems, {record['seeds']} seeds"
         lines += [f"{of}. Normalised hypervolume after so many trials:", ""]
         lines += writing.table(
-            ["sampler", *after], ([f"`{s}`", *_means(found[s], after)] for s in SAMPLERS)
+            ["sampler", *after, "failed trials"],
+            ([f"`{s}`", *_means(found[s], after), _failed(found[s])] for s in SAMPLERS),
         )
         lines += ["", "rl's less the other's:", ""]
         lines += writing.table(
@@ -267,7 +290,20 @@ def page(record: Mapping[str, Any]) -> str:
             for name, found in record["problems"].items()
         ),
     )
+    lines += ["", "Failed trials of a study, mean, where there are any:", ""]
+    lines += writing.table(
+        ["problem", *(f"`{label}`" for label in SAMPLERS)],
+        (
+            [name, *(_failed(found[s]) for s in SAMPLERS)]
+            for name, found in record["problems"].items()
+            if any(found[s]["failed"] for s in SAMPLERS)
+        ),
+    )
     return "\n".join([*lines, "", *measuring.provenance(record)])
+
+
+def _failed(found: Mapping[str, Any]) -> str:
+    return f"{found['failed']:.1f}"
 
 
 def _means(found: Mapping[str, Any], after: Sequence[str]) -> list[str]:
@@ -294,15 +330,15 @@ def main(arguments: Sequence[str]) -> None:
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     after = sorted({k for k in AFTER if k < given.trials} | {given.trials})
     problems, records = build(given.tables, given.dimensions), measuring.Records(given.records)
-    curves = studies(problems, given.seeds, given.trials, records)
+    found = studies(problems, given.seeds, given.trials, records)
     record = {
         **measuring.circumstances(FILE, arguments, records.revisions),
         "note": given.note,
         "seeds": given.seeds,
         "after": after,
-        **summarise(problems, curves, after),
+        **summarise(problems, found, after),
         "curves": {
-            problem.name: {label: curve[row].tolist() for label, curve in curves.items()}
+            problem.name: {label: one.curve[row].tolist() for label, one in found.items()}
             for row, problem in enumerate(problems)
         },
     }

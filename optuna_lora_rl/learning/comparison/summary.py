@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -32,12 +33,14 @@ class Curves:
         clusters: a number for each; problems of one surface have the same.
         regret: of the best configuration so far, by sampler.
         chosen: of the one that looked best.
+        failed: share of a study's trials that failed, shape (P, S), by sampler.
     """
 
     problems: tuple[str, ...]
     clusters: tuple[int, ...]
     regret: Mapping[str, np.ndarray]
     chosen: Mapping[str, np.ndarray]
+    failed: Mapping[str, np.ndarray]
 
     def of(self, names: Sequence[str]) -> Curves:
         """Those of some of the problems."""
@@ -47,6 +50,7 @@ class Curves:
             tuple(self.clusters[row] for row in rows),
             {label: curve[rows] for label, curve in self.regret.items()},
             {label: curve[rows] for label, curve in self.chosen.items()},
+            {label: share[rows] for label, share in self.failed.items()},
         )
 
 
@@ -55,23 +59,21 @@ def curves(
 ) -> Curves:
     """The records as arrays."""
 
-    def array(label: str, what: str) -> np.ndarray:
+    def array(label: str, of: Callable[[Record], Any]) -> np.ndarray:
         return np.array(
             [
-                [
-                    getattr(records[label, problem.name, seed], what)[: protocol.trials]
-                    for seed in range(protocol.seeds)
-                ]
+                [of(records[label, problem.name, seed]) for seed in range(protocol.seeds)]
                 for problem in problems
             ]
         )
 
-    surfaces = [problem.surface or problem.name for problem in problems]
+    surfaces, T = [problem.surface or problem.name for problem in problems], protocol.trials
     return Curves(
         tuple(problem.name for problem in problems),
         tuple(surfaces.index(problem.surface or problem.name) for problem in problems),
-        {label: array(label, "regret") for label in protocol.samplers},
-        {label: array(label, "chosen") for label in protocol.samplers},
+        {label: array(label, lambda r: r.regret[:T]) for label in protocol.samplers},
+        {label: array(label, lambda r: r.chosen[:T]) for label in protocol.samplers},
+        {label: array(label, lambda r: r.failed / len(r.regret)) for label in protocol.samplers},
     )
 
 
@@ -120,6 +122,7 @@ def _section(protocol: Protocol, found: Curves) -> dict[str, Any]:
             "regret": _by_trial(after, curve, clusters),
             "chosen": {str(k): float(found.chosen[label][:, :, k - 1].mean()) for k in after},
             "rank": {str(k): float(rank[label][:, :, k - 1].mean()) for k in after},
+            "failed": float(found.failed[label].mean()),
         }
         if label != reference:
             logs = statistics.log_regret(curve, floor) - statistics.log_regret(ours, floor)
@@ -181,12 +184,13 @@ def _page(
     said += f" over {surfaces} surfaces" if surfaces < count else ""
     lines += [f"{said}. Mean regret after trials:", ""]
     lines += table(
-        ["sampler", *keys, "mean rank at the end"],
+        ["sampler", *keys, "mean rank at the end", "failed trials"],
         (
             [
                 f"`{label}`",
                 *(f"{found['regret'][k]['mean']:.3f}" for k in keys),
                 f"{found['rank'][keys[-1]]:.1f}",
+                f"{found['failed']:.0%}",
             ]
             for label, found in samplers.items()
         ),
