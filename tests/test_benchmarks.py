@@ -125,6 +125,44 @@ def test_compute_to_target_adds_one_part_after_another(
     assert not launched
 
 
+def test_fronts_run_once_and_compare_all_samplers(
+    studies: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--trials", "12", "--seeds", "2", "--dimensions", "2"]
+    command += ["--tables", "tiny/cipher-ample", "--output", str(tmp_path)]
+    command += ["--records", str(tmp_path / "records.jsonl")]
+    benchmark = studies("fronts")
+    benchmark.main(command)
+    record = json.loads((tmp_path / "fronts.json").read_text())
+    assert list(record["problems"]) == ["tiny-cipher-ample", "zdt1-2d", "zdt2-2d", "zdt3-2d"]
+    for found in record["curves"].values():
+        for volumes in found.values():
+            assert np.shape(volumes) == (2, 12)
+            assert (np.diff(volumes) >= 0).all() and 0 <= np.min(volumes) <= np.max(volumes) < 1.01
+    group = record["groups"]["ZDT"]
+    behind = group["rl"]["hypervolume"]["12"]["mean"] - group["gp"]["hypervolume"]["12"]["mean"]
+    assert group["gp"]["behind"]["12"]["mean"] == pytest.approx(behind)
+    page = (tmp_path / "fronts.md").read_text()
+    assert all(f"| `{label}` |" in page for label in benchmark.SAMPLERS)
+    capsys.readouterr()
+    benchmark.main(command)
+    assert "seed" not in capsys.readouterr().out.split("#")[0]  # nothing ran again
+    assert (tmp_path / "fronts.md").read_text() == page
+
+
+def test_hypervolumes_are_shares_of_the_ideal_one(studies: Any) -> None:
+    problem = studies("fronts").zdt_problem(1, 3)
+    assert problem.hypervolume(problem.front) == 1.0
+    assert problem.ideal == pytest.approx(1.1**2 - 1 / 3, abs=1e-3)
+    assert problem.hypervolume(np.empty((0, 2))) == 0.0
+    assert problem.hypervolume(np.array([[0.0, 1.2]])) == 0.0
+    best = problem.evaluate({"x0": 0.25, "x1": 0.0, "x2": 0.0}, np.random.default_rng(0))[1]
+    assert best.tolist() == [0.25, 0.5]
+    assert problem.hypervolume(best[None]) == pytest.approx(0.85 * 0.6 / problem.ideal)
+    # In five pieces, whose best second value is below 0.
+    assert studies("fronts").zdt_problem(3, 3).front.min() == pytest.approx(-0.7734, abs=1e-3)
+
+
 def test_ratios_and_shares(studies: Any) -> None:
     def result(spent: float, *, reached: bool = True, best: float = 0.5) -> dict[str, Any]:
         ends = [

@@ -14,6 +14,7 @@ from pydantic import model_validator
 from optuna_lora_rl.learning.comparison.functions import BBOB
 from optuna_lora_rl.learning.comparison.measured import GUISES
 from optuna_lora_rl.learning.comparison.peers import NAMES
+from optuna_lora_rl.learning.comparison.statistics import FLOOR
 from optuna_lora_rl.learning.comparison.synthetic import TEST_SEED
 
 Count = Annotated[int, Field(ge=1)]
@@ -108,6 +109,9 @@ class Protocol(BaseModel):
     reference: str = Field(default="", description="The others are compared with it; the first.")
     after: list[Count] = Field(
         default=[1, 3, 5, 10, 20, 30, 50], min_length=1, description="Trials to look after."
+    )
+    floor: float = Field(
+        default=FLOOR, gt=0, description="Regret below which it does not matter in logarithms."
     )
     output: str = Field(default="", description="Folder for the results; `runs/<name>`.")
 

@@ -68,9 +68,9 @@ def interval(values: np.ndarray, clusters: Sequence[int] | None = None) -> Inter
     return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
 
 
-def log_regret(regret: np.ndarray) -> np.ndarray:
-    """log10 of the regret, which is no smaller than ``FLOOR`` for it."""
-    return np.log10(regret + FLOOR)
+def log_regret(regret: np.ndarray, floor: float = FLOOR) -> np.ndarray:
+    """log10 of the regret, which is no smaller than ``floor`` for it."""
+    return np.log10(regret + floor)
 
 
 def ranks(curves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

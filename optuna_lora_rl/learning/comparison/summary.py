@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -32,12 +33,14 @@ class Curves:
         clusters: a number for each; problems of one surface have the same.
         regret: of the best configuration so far, by sampler.
         chosen: of the one that looked best.
+        failed: share of a study's trials that failed, shape (P, S), by sampler.
     """
 
     problems: tuple[str, ...]
     clusters: tuple[int, ...]
     regret: Mapping[str, np.ndarray]
     chosen: Mapping[str, np.ndarray]
+    failed: Mapping[str, np.ndarray]
 
     def of(self, names: Sequence[str]) -> Curves:
         """Those of some of the problems."""
@@ -47,6 +50,7 @@ class Curves:
             tuple(self.clusters[row] for row in rows),
             {label: curve[rows] for label, curve in self.regret.items()},
             {label: curve[rows] for label, curve in self.chosen.items()},
+            {label: share[rows] for label, share in self.failed.items()},
         )
 
 
@@ -55,23 +59,21 @@ def curves(
 ) -> Curves:
     """The records as arrays."""
 
-    def array(label: str, what: str) -> np.ndarray:
+    def array(label: str, of: Callable[[Record], Any]) -> np.ndarray:
         return np.array(
             [
-                [
-                    getattr(records[label, problem.name, seed], what)[: protocol.trials]
-                    for seed in range(protocol.seeds)
-                ]
+                [of(records[label, problem.name, seed]) for seed in range(protocol.seeds)]
                 for problem in problems
             ]
         )
 
-    surfaces = [problem.surface or problem.name for problem in problems]
+    surfaces, T = [problem.surface or problem.name for problem in problems], protocol.trials
     return Curves(
         tuple(problem.name for problem in problems),
         tuple(surfaces.index(problem.surface or problem.name) for problem in problems),
-        {label: array(label, "regret") for label in protocol.samplers},
-        {label: array(label, "chosen") for label in protocol.samplers},
+        {label: array(label, lambda r: r.regret[:T]) for label in protocol.samplers},
+        {label: array(label, lambda r: r.chosen[:T]) for label in protocol.samplers},
+        {label: array(label, lambda r: r.failed / len(r.regret)) for label in protocol.samplers},
     )
 
 
@@ -113,16 +115,17 @@ def summarise(
 def _section(protocol: Protocol, found: Curves) -> dict[str, Any]:
     reference, after = protocol.against, protocol.checkpoints
     ours, rank = found.regret[reference], statistics.ranks(found.regret)
-    clusters = found.clusters
+    clusters, floor = found.clusters, protocol.floor
     samplers: dict[str, Any] = {}
     for label, curve in found.regret.items():
         said: dict[str, Any] = {
             "regret": _by_trial(after, curve, clusters),
             "chosen": {str(k): float(found.chosen[label][:, :, k - 1].mean()) for k in after},
             "rank": {str(k): float(rank[label][:, :, k - 1].mean()) for k in after},
+            "failed": float(found.failed[label].mean()),
         }
         if label != reference:
-            logs = statistics.log_regret(curve) - statistics.log_regret(ours)
+            logs = statistics.log_regret(curve, floor) - statistics.log_regret(ours, floor)
             said["difference"] = _by_trial(after, curve - ours, clusters)
             said["log10_difference"] = _by_trial(after, logs, clusters)
             said["won_tied_lost"] = {
@@ -159,7 +162,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         "(problems that share a measured surface count as one): one that holds 0 is a tie.",
     ]
     for name, section in results["sections"].items():
-        lines += _page(name, section, reference, results["after"])
+        lines += _page(name, section, reference, results["after"], protocol["floor"])
     lines += ["", "## Processor seconds of a study", ""]
     lines += table(
         ["sampler", "seconds"],
@@ -170,7 +173,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def _page(
-    name: str, section: Mapping[str, Any], reference: str, after: Sequence[int]
+    name: str, section: Mapping[str, Any], reference: str, after: Sequence[int], floor: float
 ) -> list[str]:
     samplers, keys = section["samplers"], [str(k) for k in after]
     others = {label: found for label, found in samplers.items() if label != reference}
@@ -181,12 +184,13 @@ def _page(
     said += f" over {surfaces} surfaces" if surfaces < count else ""
     lines += [f"{said}. Mean regret after trials:", ""]
     lines += table(
-        ["sampler", *keys, "mean rank at the end"],
+        ["sampler", *keys, "mean rank at the end", "failed trials"],
         (
             [
                 f"`{label}`",
                 *(f"{found['regret'][k]['mean']:.3f}" for k in keys),
                 f"{found['rank'][keys[-1]]:.1f}",
+                f"{found['failed']:.0%}",
             ]
             for label, found in samplers.items()
         ),
@@ -201,7 +205,7 @@ def _page(
             for label, found in others.items()
         ),
     )
-    lines += ["", f"Difference of log10(regret + {statistics.FLOOR:g}):", ""]
+    lines += ["", f"Difference of log10(regret + {floor:g}):", ""]
     lines += table(
         ["sampler", *keys],
         (

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from functools import cache
 from functools import cached_property
+from itertools import repeat
 from typing import TYPE_CHECKING
 from typing import Any
 
@@ -55,6 +56,7 @@ DEFAULTS: dict[str, Any] = {
 
 _WHOLE = ("lora_rank", "batch_size", "max_steps")
 _SEARCH_POINTS, _SEARCH_ROUNDS = 2048, 8
+_FRONT_ROUNDS, _FRONT_BORN = 40, 512
 
 
 @cache
@@ -162,6 +164,13 @@ class TableProblem:
         """Return the normalised regret: 0 for the best known score, 1 for the median one."""
         return (self.best - score) / (self.best - self.median)
 
+    def outcomes(
+        self, configurations: Sequence[Mapping[str, Any]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise-free quality, cost and divergence of N configurations, each of shape (N,)."""
+        x, of = self._points(configurations), self._surface
+        return of.quality(x)[0], of.cost(x)[0], of.diverges(x)[0]
+
     @property
     def best(self) -> float:
         """The best noise-free score that a long search found."""
@@ -176,6 +185,32 @@ class TableProblem:
     def best_params(self) -> dict[str, Any]:
         """The configuration with the best known score."""
         return self._searched[0]
+
+    @cached_property
+    def front(self) -> np.ndarray:
+        """Cost and quality, shape (n, 2), of the best trade-offs that a long search found.
+
+        By cost; no noise, and none that diverges where ``failures`` is on.
+        """
+        sampler = np.random.default_rng(0)
+        drawn: list[Mapping[str, Any]] = [self._draw(sampler) for _ in range(_SEARCH_POINTS)]
+        for _ in range(_FRONT_ROUNDS):
+            top = self._trade_offs(drawn)[0]
+            parents = [top[k % len(top)] for k in range(_FRONT_BORN)]
+            scales = 0.3 * 10.0 ** -sampler.uniform(0.0, 2.0, _FRONT_BORN)
+            born = map(self._mutate, parents, scales, repeat(sampler))
+            drawn = [*top, *born]
+        return self._trade_offs(drawn)[1]
+
+    def _trade_offs(
+        self, drawn: Sequence[Mapping[str, Any]]
+    ) -> tuple[list[Mapping[str, Any]], np.ndarray]:
+        """Return those that no other one dominates, and their cost and quality."""
+        quality, cost, diverged = self.outcomes(drawn)
+        kept = torch.where(~(diverged & self.failures))[0]
+        found = torch.stack([cost, quality], 1)[kept].numpy()
+        best = undominated(found * [1.0, -1.0])
+        return [drawn[place] for place in kept[best].tolist()], found[best]
 
     @cached_property
     def _extremes(self) -> tuple[float, float]:
@@ -263,6 +298,14 @@ class TableProblem:
             trial.report(quality - charge, max(1, round(share * steps)))
             if trial.should_prune():
                 raise optuna.TrialPruned
+
+
+def undominated(losses: np.ndarray) -> np.ndarray:
+    """Places of the rows of losses (n, 2) than which no other is as low in both, by the first."""
+    order = np.lexsort(losses.T[::-1])
+    second = losses[order, 1]
+    lowest = np.minimum.accumulate(np.concatenate([[np.inf], second[:-1]]))
+    return order[second < lowest]
 
 
 def _check_names(names: Any) -> None:

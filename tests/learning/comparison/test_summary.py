@@ -19,7 +19,7 @@ CURVES = {"rl": [0.5, 0.2, 0.1, 0.1], "tpe": [0.9, 0.9, 0.3, 0.2]}
 PROBLEMS = build(PROTOCOL.problems)
 RECORDS = {
     (label, problem.name, seed): Record(
-        label, problem.name, seed, "", [r + 0.1 * seed for r in curve], curve, 0, 2.0
+        label, problem.name, seed, "", [r + 0.1 * seed for r in curve], curve, 1, 2.0
     )
     for label, curve in CURVES.items()
     for problem in PROBLEMS
@@ -41,6 +41,21 @@ def test_differences_are_paired_and_said_from_the_reference() -> None:
     assert results["seconds_a_study"] == {"rl": 2.0, "tpe": 2.0}
 
 
+def test_a_lower_floor_tells_small_regrets_apart() -> None:
+    found = {}
+    for floor in (0.01, 0.0001):
+        own = PROTOCOL.model_copy(update={"floor": floor})
+        tiny = {
+            key: replace(record, regret=[r / 1000 for r in record.regret])
+            for key, record in RECORDS.items()
+        }
+        results = summary.summarise(own, PROBLEMS, tiny) | {"command": ""}
+        assert f"Difference of log10(regret + {floor:g}):" in summary.markdown(results)
+        samplers = results["sections"]["all that is not LoRA"]["samplers"]
+        found[floor] = samplers["tpe"]["log10_difference"]["2"]["mean"]
+    assert 0 < found[0.01] < 0.05 < found[0.0001]
+
+
 def test_measured_surfaces_have_a_section_of_their_own() -> None:
     measured = replace(PROBLEMS[0], name="table", surface="task")
     sections = summary.sections([measured, *PROBLEMS])
@@ -52,7 +67,7 @@ def test_measured_surfaces_have_a_section_of_their_own() -> None:
 def test_the_page_has_a_row_for_every_sampler_and_the_command() -> None:
     results = summary.summarise(PROTOCOL, PROBLEMS, RECORDS) | {"command": "compare it"}
     page = summary.markdown(results)
-    assert "| `rl` | 0.250 | 0.150 | 1.0 |" in page
+    assert "| `rl` | 0.250 | 0.150 | 1.0 | 25% |" in page
     assert "| `tpe` | +0.700 [+0.700, +0.700] |" in page
     assert "`compare it`" in page and "optuna 5" in page
 

@@ -5,6 +5,7 @@ import statistics
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 import torch
@@ -16,6 +17,7 @@ from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.learning.tables import design
 from optuna_lora_rl.learning.tables.problem import DEFAULTS
 from optuna_lora_rl.learning.tables.problem import TableProblem
+from optuna_lora_rl.learning.tables.problem import undominated
 from optuna_lora_rl.learning.tables.surfaces import Surfaces
 from tests.learning.tables.conftest import NAMES
 from tests.learning.tables.conftest import places
@@ -58,6 +60,21 @@ def test_the_score_is_quality_minus_weighted_cost(fitted: Surfaces) -> None:
         problem = TableProblem(TASK, cost_weight=weight, shipped=fitted)
         quality, cost = float(fitted.quality(x)[0, 0]), float(fitted.cost(x)[0, 0])
         assert problem.evaluate(wanted) == pytest.approx(quality - weight * cost)
+
+
+def test_the_front_holds_the_best_trade_off_at_every_weight(fitted: Surfaces) -> None:
+    tuned = ["learning_rate", "lora_rank", "target_modules", "batch_size"]
+    front = TableProblem(TASK, tuned=tuned, failures=True, shipped=fitted).front
+    cost, quality = front.T
+    assert (np.diff(cost) > 0).all() and (np.diff(quality) > 0).all()
+    for weight in (0.0, 0.1, 0.5):
+        of = TableProblem(TASK, tuned=tuned, cost_weight=weight, failures=True, shipped=fitted)
+        assert abs(of.regret(float((quality - weight * cost).max()))) < 0.02
+
+
+def test_only_the_undominated_are_left() -> None:
+    losses = np.array([[2.0, 1.0], [1.0, 2.0], [2.0, 2.0], [1.0, 2.0], [0.0, 3.0], [3.0, 1.0]])
+    assert losses[undominated(losses)].tolist() == [[0.0, 3.0], [1.0, 2.0], [2.0, 1.0]]
 
 
 def test_some_parameters_can_be_tuned_and_ranges_narrowed(fitted: Surfaces) -> None:
