@@ -17,6 +17,9 @@ from peft.tuners.lora import Linear
 
 from optuna_lora_rl.rank import layers
 
+# For its time the sums lie beside the weights; of larger models they could be what does not fit.
+_MOST_BYTES = 2**30
+
 
 @contextmanager
 def merged(model: PeftModel) -> Iterator[None]:
@@ -36,6 +39,8 @@ def merged(model: PeftModel) -> Iterator[None]:
         and all(p.dtype == torch.float32 and p.device.type == "cpu" for p in layer.parameters())
     ]
     weights = [layer.get_base_layer().weight for layer in found]
+    if sum(weight.nbytes for weight in weights) > _MOST_BYTES:
+        found, weights = [], []
     originals = [weight.data for weight in weights]
     try:
         for layer, weight in zip(found, weights, strict=True):

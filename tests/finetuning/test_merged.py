@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers import GPT2Config
 from transformers import GPT2LMHeadModel
 
+from optuna_lora_rl.finetuning import merged as merging
 from optuna_lora_rl.finetuning import sft
 from optuna_lora_rl.finetuning.merged import merged
 from optuna_lora_rl.finetuning.trial import FineTuner
@@ -91,6 +92,17 @@ def test_a_head_that_is_the_embeddings_too_stays_apart(random_llama: Any) -> Non
     base.tie_weights()
     model = adapted(base, target_modules=["lm_head", "q_proj"])
     assert len(changed(model)) == 2
+
+
+def test_weights_that_are_too_many_to_lie_there_twice_stay_apart(
+    random_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(llama(random_llama), target_modules=["q_proj"])
+    own = sum(p.nbytes for name, p in weights(model).items() if "q_proj" in name)
+    monkeypatch.setattr(merging, "_MOST_BYTES", own)
+    assert len(changed(model)) == 2
+    monkeypatch.setattr(merging, "_MOST_BYTES", own - 1)
+    assert not changed(model)
 
 
 def test_an_error_leaves_nothing_behind(random_llama: Any) -> None:
