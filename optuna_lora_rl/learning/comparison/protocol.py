@@ -31,10 +31,15 @@ class SamplerEntry(BaseModel):
         description="What a person tries before the sampler takes over: nothing, the guides' "
         "defaults, or an expert's sweep of five learning rates.",
     )
+    failures: Literal["failed", "worst"] = Field(
+        default="failed",
+        description="What it is told of a run that fails: that it failed, which TPE and GP leave "
+        "out of account, or the worst score so far, as a person may do for them.",
+    )
 
     @property
     def options(self) -> dict[str, Any]:
-        """The keys beside name and start."""
+        """The keys that are none of these."""
         return dict(self.__pydantic_extra__ or {})
 
 

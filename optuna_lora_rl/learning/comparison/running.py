@@ -78,7 +78,7 @@ def study(problem: Problem, entry: SamplerEntry, key: Key, made_by: str, trials:
     run = optuna.create_study(direction="maximize", sampler=sampler)
     opened: list[float | None] | None = []
     regret, chosen = np.full(trials, MOST), np.full(trials, MOST)
-    best, failed = -np.inf, 0
+    best, worst, failed = -np.inf, np.inf, 0
     for number in range(trials):
         first = None if opened is None else opening(opened)
         if first is None:
@@ -91,13 +91,17 @@ def study(problem: Problem, entry: SamplerEntry, key: Key, made_by: str, trials:
             # Every sampler meets the same noise.
             score, true = problem.run(trial, np.random.default_rng([seed, number]))
             run.tell(trial, score)
+            worst = min(worst, score)
             regret[number] = min(true, MOST)
             if score > best:
                 best = score
                 chosen[number:] = regret[number]
         except FloatingPointError:
             failed += 1
-            run.tell(trial, state=optuna.trial.TrialState.FAIL)
+            if entry.failures == "worst" and np.isfinite(worst):
+                run.tell(trial, worst)
+            else:
+                run.tell(trial, state=optuna.trial.TrialState.FAIL)
         if opened is not None:
             opened.append(score)
     return Record(

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
+from optuna.trial import TrialState
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.learning.comparison import running
@@ -107,6 +109,32 @@ def test_the_chosen_configuration_is_the_one_that_looked_best() -> None:
     # Noise makes a worse one look best.
     assert record.chosen[-1] > record.regret[-1]
     assert all(c >= r for c, r in zip(record.chosen, record.regret, strict=True))
+
+
+def test_failures_can_be_told_as_the_worst_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, list[tuple[Any, float | None]]] = {}
+    tell = optuna.Study.tell
+
+    def kept(self: optuna.Study, *args: Any, **kwargs: Any) -> Any:
+        frozen = tell(self, *args, **kwargs)
+        told[failures].append((frozen.state, frozen.value))
+        return frozen
+
+    monkeypatch.setattr(optuna.Study, "tell", kept)
+    records = {}
+    for failures in ("failed", "worst"):
+        told[failures] = []
+        entry = SamplerEntry(name="random", failures=failures)
+        records[failures] = running.study(NOISY, entry, ("random", "noisy", 0), "me", 30)
+    assert records["failed"].regret == records["worst"].regret
+    assert records["failed"].failed == records["worst"].failed > 2
+    known: list[float] = []
+    for (state, value), (_, instead) in zip(told["failed"], told["worst"], strict=True):
+        if state == TrialState.FAIL:
+            assert instead == (min(known) if known else None)
+        else:
+            assert instead == value
+            known.append(value)
 
 
 def test_records_of_other_weights_do_not_count(tmp_path: Path) -> None:
