@@ -15,8 +15,6 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import Linear
 
-from optuna_lora_rl.rank import layers
-
 # For its time the sums lie beside the weights; of larger models they could be what does not fit.
 _MOST_BYTES = 2**30
 
@@ -31,7 +29,7 @@ def merged(model: PeftModel) -> Iterator[None]:
     embedded = model.get_input_embeddings().weight
     found: list[Any] = [
         layer
-        for layer in layers.lora_layers(model).values()
+        for layer in model.modules()
         # Not a quantised layer, DoRA or another variant, nor a head that is the embeddings too.
         if isinstance(layer, Linear)
         and not layer.lora_variant
