@@ -118,7 +118,7 @@ class SideBySide:
     def _room(self) -> int:
         """Estimates how many reference runs fit into the free memory beside the base model.
 
-        On a CPU, one: a batch keeps a core busy by itself, and packs were three to nine percent
+        On a CPU, one: a batch keeps a core busy by itself, and packs were six to ten percent
         slower than runs in turn (studies/results/throughput.md).
         """
         device = self._shared.prepared.device

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import AdaLoraConfig
 from peft import LoraConfig
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
@@ -84,6 +85,11 @@ def test_what_would_not_be_exact_stays_apart(
     random_llama: Any, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
     assert not changed(adapted(llama(random_llama, dtype), **options))
+
+
+def test_an_adapter_that_is_no_lora_stays_apart(random_llama: Any) -> None:
+    config = AdaLoraConfig(target_modules=["q_proj"], total_step=10)
+    assert not changed(get_peft_model(llama(random_llama), config))
 
 
 def test_a_head_that_is_the_embeddings_too_stays_apart(random_llama: Any) -> None:

@@ -39,7 +39,7 @@ class SamplerEntry(BaseModel):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The keys that are none of these."""
+        """The sampler's own, which are all further keys."""
         return dict(self.__pydantic_extra__ or {})
 
 
