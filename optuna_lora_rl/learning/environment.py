@@ -32,7 +32,7 @@ from optuna_lora_rl.policy.roles import ROLES
 from optuna_lora_rl.policy.scores import standardise
 
 # Cheaper than at work: the surrogate's fit starts from the last step's.
-SETTINGS = Settings(candidates=64, rounds=2, steps=4, iterations=7, fit_rows=60)
+SETTINGS = Settings(candidates=64, rounds=2, steps=3, iterations=7, fit_rows=60)
 _PENDING = 3
 _WORST = 3.0
 # A pruner compares a trial with at least so many finished ones, by a curve that is less certain

@@ -22,29 +22,23 @@ FIRST_STEP, LONGEST = 0.15, 0.7
 
 
 def climb(x: Tensor, layout: Layout, surrogate: Surrogate, best: Tensor, steps: int) -> Tensor:
-    """The highest points met on the way up from x, shape (B, K, D), not yet snapped.
+    """Where so many steps uphill from x lead, shape (B, K, D), not yet snapped.
 
     Args:
         x: where to start.
         layout: the spaces.
         surrogate: the process that judges.
         best: score to improve on, shape (B,).
-        steps: evaluations of the gradient.
+        steps: uphill.
     """
     first = FIRST_STEP * surrogate.log_l.exp().clamp_max(LONGEST)[:, None]
     step = first.expand_as(x)
-    top, top_value = x, torch.full(x.shape[:2], -torch.inf, dtype=x.dtype)
     previous = torch.zeros_like(x)
-    for turn in range(steps):
-        value, gradient = surrogate.slope(layout.model_coordinates(x), best)
-        better = value > top_value
-        top = torch.where(better[:, :, None], x, top)
-        top_value = torch.where(better, value, top_value)
-        if turn == steps - 1:
-            break
+    for _ in range(steps):
+        _, gradient = surrogate.slope(layout.model_coordinates(x), best)
         sign = layout.pull_back(x, gradient).sign()
         agreement = sign * previous
         step = step * (1.0 + 0.3 * agreement.clamp_min(0.0) + 0.5 * agreement.clamp_max(0.0))
         previous = sign * (agreement >= 0)
         x = (x + previous * step).clamp(0.0, 1.0)
-    return top
+    return x

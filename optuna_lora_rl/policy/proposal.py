@@ -80,7 +80,7 @@ class Settings:
     failure_noise: float = 0.05
     candidates: int = 256
     rounds: int = 1
-    steps: int = 10
+    steps: int = 3
     iterations: int = 40
     fit_rows: int = 100
 

@@ -23,7 +23,6 @@ from optuna_lora_rl.policy.prior import GUIDE_RATIO
 from optuna_lora_rl.policy.prior import GUIDE_RATIO_SPREAD
 from optuna_lora_rl.policy.roles import ROLES
 from optuna_lora_rl.policy.single.process import Process
-from optuna_lora_rl.policy.single.process import log_improvement
 from optuna_lora_rl.policy.single.tables import Points
 from optuna_lora_rl.policy.single.tables import Tables
 from optuna_lora_rl.policy.single.tables import rand
@@ -280,25 +279,18 @@ def _dense(n: int, count: int) -> np.ndarray:
 
 
 def climb(x: np.ndarray, tables: Tables, process: Process, best: float, steps: int) -> np.ndarray:
-    """The highest points met on the way up from x (K, D); the twin of ``ascent.climb``."""
-    first = FIRST_STEP * np.minimum(np.exp(process.theta[:-2]), LONGEST)
-    step = np.broadcast_to(first, x.shape)
-    top, top_value = x.copy(), np.full(len(x), -np.inf)
+    """Where steps uphill from x (K, D) lead; the twin of ``ascent.climb``."""
+    step = FIRST_STEP * np.minimum(np.exp(process.theta[:-2]), LONGEST)
     previous, apart = np.zeros(x.shape), process.apart(x)
-    for _ in range(steps - 1):
+    for _ in range(steps):
         coordinates, slopes = tables.model_coordinates(x)
-        value, gradient = process.slope(coordinates, best, apart)
-        better = value > top_value
-        np.copyto(top, x, where=better[:, None])
-        np.copyto(top_value, value, where=better)
+        gradient = process.slope(coordinates, best, apart)
         sign = np.sign(tables.pull_back(gradient, slopes))
         agreement = (sign * previous).astype(np.int8)
         step = step * _GROWTH[agreement]
         previous = sign * (agreement >= 0)
         x = np.minimum(np.maximum(x + previous * step, 0.0), 1.0)
-    coordinates, _ = tables.model_coordinates(x)
-    value = log_improvement(*process.posterior(coordinates), best).value
-    return np.where((value > top_value)[:, None], x, top)
+    return x
 
 
 def allowed(x: np.ndarray, close: Closeness, trials: Trials) -> np.ndarray:

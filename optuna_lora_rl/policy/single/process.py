@@ -136,10 +136,8 @@ class Process:
         variance = self.s - np.einsum("nj,nj->j", v, v)
         return self._alpha.dot(k), np.sqrt(np.maximum(variance, 1e-10))
 
-    def slope(
-        self, x: np.ndarray, best: float, apart: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Log expected improvement over ``best`` at x, shape (N,), and its gradient, (N, D).
+    def slope(self, x: np.ndarray, best: float, apart: np.ndarray) -> np.ndarray:
+        """Gradient of the log expected improvement over ``best`` at x, in x's shape.
 
         ``apart`` of x stays as it is on the way up: only ordered coordinates move.
         """
@@ -157,7 +155,7 @@ class Process:
         pull *= slope
         gradient: np.ndarray = pull.T.dot(self.X) - pull.sum(0)[:, None] * x
         gradient *= self._pull
-        return gain.value, gradient
+        return gradient
 
     def incumbent(self, eligible: np.ndarray) -> float:
         """The best posterior mean at an eligible trial, shape (n,); see the batched twin."""
