@@ -26,7 +26,7 @@ U = np.linspace(0.0, 1.0, NODES)
 
 # log10 of the guides' learning rate, its spread over models, and how far (in decades) the centre
 # of a range usually lies from the best value.
-GUIDE_LR, GUIDE_LR_SPREAD, RANGE_SPREAD = math.log10(2.5e-4), 0.4, 0.4
+GUIDE_LR, GUIDE_LR_SPREAD, RANGE_SPREAD = math.log10(2.5e-4), 0.4, 0.7
 # Rows of the sweep that is among the candidates: eight learning rates at three sizes of a run.
 SWEEP = 24
 # log2 of the rank and of the batch size.
