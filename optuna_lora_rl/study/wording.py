@@ -73,11 +73,17 @@ def _order(configuration: Mapping[str, Any]) -> list[str]:
     return [n for n in first if n in configuration] + [n for n in configuration if n not in first]
 
 
+# What is left of 0.1 - 0.1 and the like: no parameter is meant to be so small.
+_ROUNDING = 1e-15
+
+
 def number(value: Any) -> str:
     """A parameter's value: three digits, and powers of ten as people write them."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
-    if value != 0 and not 1e-2 <= abs(value) < 1e5:
+    if abs(value) < _ROUNDING:
+        return "0"
+    if not 1e-2 <= abs(value) < 1e5:
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"

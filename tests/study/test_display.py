@@ -84,6 +84,7 @@ def test_a_terminal_is_left_as_it_was(study_file: Callable[..., Path]) -> None:
 
 def test_numbers_are_written_as_people_write_them() -> None:
     assert wording.number(3.2e-4) == "3.2e-4" and wording.number(0.05) == "0.05"
+    assert wording.number(0.0) == "0" and wording.number(2.5e-17) == "0"
     assert wording.number(16) == "16" and wording.number(1234567) == "1.23e6"
     assert wording.number(True) == "True" and wording.number("qv") == "qv"
     assert wording.duration(4.21) == "4.2 s" and wording.duration(3725) == "1:02:05"
