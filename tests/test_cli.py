@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
+import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 
 from optuna_lora_rl import cli
@@ -113,26 +118,45 @@ def test_a_study_that_cannot_work_ends_with_status_1(
     assert "all failed the same way: RuntimeError: no such kernel" in printed.out
 
 
-def test_the_dashboard_is_started_on_the_study_and_its_artifacts(
-    paper: type[PaperTuner],
-    make_spec: MakeSpec,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def begun(paper: type[PaperTuner], make_spec: MakeSpec, tmp_path: Path) -> Path:
+    """The file of a study that has begun."""
     pytest.importorskip("optuna_dashboard")
-    spec = make_spec()
-    runner.run(spec)
-    started: list[list[str]] = []
+    runner.run(make_spec({"budget": 1}))
+    return tmp_path / "small.yaml"
 
-    def start(arguments: list[str]) -> subprocess.CompletedProcess:
-        started.append(arguments)
-        return subprocess.CompletedProcess(arguments, 0)
 
-    monkeypatch.setattr(subprocess, "run", start)
-    with pytest.raises(SystemExit):
-        cli.main(["dashboard", str(tmp_path / "small.yaml"), "--port", "8099"])
-    assert spec.storage_url in started[0] and "8099" in started[0]
-    assert str(spec.folder / "artifacts") in started[0]
+def test_the_dashboard_serves_the_study_and_no_argument_shows_its_storage(begun: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "optuna_lora_rl", "dashboard", str(begun), "--port", "0"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        (url,) = re.findall(r"http://[\d.:]+/", process.stdout.readline())
+        with urllib.request.urlopen(f"{url}api/studies") as answer:
+            assert json.load(answer)["study_summaries"][0]["study_name"] == "small"
+        own = psutil.Process(process.pid)
+        seen = [" ".join(one.cmdline()) for one in (own, *own.children(recursive=True))]
+        assert not any("sqlite:" in line for line in seen), seen
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "no.such.host.invalid"])
+def test_a_dashboard_that_cannot_listen_is_one_sentence(begun: Path, host: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = command("dashboard", str(begun), "--host", host, "--port", str(port))
+    assert said.returncode == 2
+    assert re.fullmatch(
+        rf"error: the dashboard cannot listen on {host}, port {port} \([^()]+\); give another with"
+        r" --host and --port\n",
+        said.stderr,
+    ), said.stderr
 
 
 def test_init_then_validate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

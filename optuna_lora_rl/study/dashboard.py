@@ -5,12 +5,14 @@ optuna-dashboard is an optional package: without it the study goes on, and artif
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING
+from wsgiref.simple_server import WSGIRequestHandler
+from wsgiref.simple_server import WSGIServer
+from wsgiref.simple_server import make_server
 
 import optuna
 from optuna.artifacts import FileSystemArtifactStore
@@ -77,24 +79,53 @@ def annotate(study: optuna.Study, spec: StudySpec) -> None:
 
 
 def serve(spec: StudySpec, *, host: str, port: int) -> int:
-    """Runs optuna-dashboard on the study's storage until Ctrl-C; returns its exit status.
+    """Serves optuna-dashboard on the study's storage until Ctrl-C; returns its exit status.
+
+    It runs in this process, so that no argument shows the storage's URL and its password to who
+    lists processes.
 
     Raises:
-        UserError: If optuna-dashboard is not installed or the study has not begun.
+        UserError: If optuna-dashboard is not installed, the study has not begun, or nothing can
+            listen there.
     """
     if not find_spec("optuna_dashboard"):
         raise UserError(
             "optuna-dashboard is not installed: pip install 'optuna_lora_rl[dashboard]'"
         )
-    load_study(spec)
+    from optuna_dashboard import wsgi
+
+    study = load_study(spec)
     folder = artifact_folder(spec.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-c", "from optuna_dashboard._cli import main; main()"]
-    command += [spec.storage_url, "--host", host, "--port", str(port)]
+    app = wsgi(study._storage, artifact_store=FileSystemArtifactStore(str(folder)))
     try:
-        return subprocess.run([*command, "--artifact-dir", str(folder)]).returncode
-    except KeyboardInterrupt:
-        return 0
+        server = make_server(host, port, app, server_class=_Server, handler_class=_Handler)
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or wording.first_line(error)
+        raise UserError(
+            f"the dashboard cannot listen on {host}, port {port} ({reason}); give another with "
+            "--host and --port"
+        ) from None
+    print(f"listening on http://{host}:{server.server_port}/ until Ctrl-C", flush=True)
+    with server:
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            return 0
+    return 0
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    """Answers every request in a thread of its own: a page makes many at once."""
+
+    daemon_threads = True
+
+
+class _Handler(WSGIRequestHandler):
+    """Says nothing of each request."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
 
 
 def _trial_note(trial: optuna.Trial, before: float | None) -> str:
