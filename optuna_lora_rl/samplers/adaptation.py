@@ -33,7 +33,7 @@ AFTER = (8, 16, 32, 64)
 _KEPT = 8
 _SAME = 1e-6
 
-# Makes the decision before a trial once more: from the trials that ended before it, its number,
+# Makes the decision before a trial once more: from the trials that ended before it, its turn,
 # and points (k, d) that are to be among the candidates.
 Rebuild = Callable[["History", int, np.ndarray], "Decision"]
 
@@ -81,12 +81,12 @@ class Adaptation:
 
 def _step(told: History, row: int, reward: float, rebuild: Rebuild) -> Step | None:
     """A trial as a step; ``None`` for what the policy could not have chosen (a repeat)."""
-    before, number = told.select(np.arange(row)), int(told.numbers[row])
+    before, turn = told.select(np.arange(row)), int(told.turns[row])
     point = told.points[row]
-    decision = rebuild(before, number, point[:0].reshape(0, len(point)))
+    decision = rebuild(before, turn, point[:0].reshape(0, len(point)))
     action = _find(decision, point)
     if action is None:  # enqueued, added, or proposed with another seed
-        decision = rebuild(before, number, point[None])
+        decision = rebuild(before, turn, point[None])
         action = _find(decision, point)
     if action is None:
         return None
@@ -115,6 +115,6 @@ def _scores(told: History) -> np.ndarray:
 
 def _digest(space: Space, told: History) -> bytes:
     content = hashlib.sha256(repr(space).encode())
-    for array in (told.numbers, told.points, told.scores, told.failed, told.constraints):
+    for array in (told.turns, told.points, told.scores, told.failed, told.constraints):
         content.update(np.ascontiguousarray(array).tobytes())
     return content.digest()

@@ -153,7 +153,6 @@ class BanditSampler(BaseSampler):
         *,
         repeats: bool,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        rng = self._random(trial.number, distributions)
         space = space_of(distributions, self._roles)
         try:
             grid = make_grid(space, self._levels)
@@ -162,6 +161,7 @@ class BanditSampler(BaseSampler):
         history = read_history(
             study.get_trials(deepcopy=False), space, study.directions, current=trial.number
         )
+        rng = self._random(history.turn, distributions)
         bandit = self._bandit(grid, history, rng, repeats=repeats)
         cell = bandit.propose(rng)
         params = space.decode(grid.points(cell[None, :])[0])
@@ -204,10 +204,10 @@ class BanditSampler(BaseSampler):
             },
         }
 
-    def _random(self, number: int, distributions: Mapping[str, BaseDistribution]) -> Any:
+    def _random(self, turn: int, distributions: Mapping[str, BaseDistribution]) -> Any:
         # crc32, since Python's own hash of a text differs between processes.
         names = zlib.crc32("\n".join(sorted(distributions)).encode())
-        return np.random.default_rng([self._seed, number, names])
+        return np.random.default_rng([self._seed, turn, names])
 
 
 def _common(spaces: Iterable[dict[str, BaseDistribution]]) -> dict[str, BaseDistribution]:

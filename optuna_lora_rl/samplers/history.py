@@ -33,6 +33,8 @@ from optuna_lora_rl.policy.dimensions import Dimension
 from optuna_lora_rl.policy.dimensions import Space
 from optuna_lora_rl.policy.dimensions import make_space
 from optuna_lora_rl.pruners.pareto import REPORTED
+from optuna_lora_rl.samplers.cut_short import is_cut_short
+from optuna_lora_rl.samplers.cut_short import repeats
 from optuna_lora_rl.samplers.memory import unlike
 
 if TYPE_CHECKING:
@@ -51,8 +53,11 @@ RELATIVE_PARAMS_KEY = "optuna_lora_rl:relative_params"
 class History:
     """Trials as arrays, in the order of their numbers.
 
+    Trials that were cut short (:mod:`optuna_lora_rl.samplers.cut_short`) are left out.
+
     Args:
         numbers: trial numbers, shape (n,).
+        turns: the same less the trials before each that were cut short, shape (n,).
         points: configurations in the unit cube, shape (n, d); NaN where a parameter is absent.
         asked: which parameters the objective asked for, shape (n, d); elsewhere a point may hold
             what was only proposed.
@@ -64,9 +69,11 @@ class History:
         constraints: their values, shape (n, number of constraints), feasible when all <= 0; NaN
             where a trial did not set one.
         unfinished: places, in the list that was read, of trials that had not finished.
+        turn: of the trial that is being proposed; 0 where none is.
     """
 
     numbers: np.ndarray
+    turns: np.ndarray
     points: np.ndarray
     asked: np.ndarray
     scores: np.ndarray
@@ -76,6 +83,7 @@ class History:
     violation: np.ndarray
     constraints: np.ndarray
     unfinished: tuple[int, ...] = ()
+    turn: int = 0
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -86,9 +94,10 @@ class History:
         return ~(self.failed | self.running) & ~np.isnan(self.scores).any(axis=1)
 
     def select(self, rows: np.ndarray) -> History:
-        """The trials at ``rows`` (indices or a mask); what is ``unfinished`` is left out."""
+        """The trials at ``rows`` (indices or a mask); what is not known of each is left out."""
         return History(
             self.numbers[rows],
+            self.turns[rows],
             self.points[rows],
             self.asked[rows],
             self.scores[rows],
@@ -228,6 +237,9 @@ class Ledger:
         self._points = np.zeros((0, 0))
         # Whether a trial has begun and has a parameter of the space.
         self._bears = np.zeros(0, dtype=bool)
+        # Whether it was cut short, for all that is known, and if another trial repeats it.
+        self._cut_short = np.zeros((0, 2), dtype=bool)
+        self._repeats: dict[int, set[int]] = {}
         self._asked = np.zeros((0, 0), dtype=bool)
         self._values = np.zeros((0, 0))
         self._numbers = np.zeros(0, dtype=int)
@@ -247,8 +259,10 @@ class Ledger:
         with self._lock:
             self._update(trials, space, sign, current, unused)
             n = len(trials)
-            order = np.flatnonzero(self._bears[:n] & (self._numbers[:n] != current))
+            gone = self._gone(n)
+            order = np.flatnonzero(self._bears[:n] & ~gone & (self._numbers[:n] != current))
             numbers = self._numbers[order]
+            cut_short = np.sort(self._numbers[:n][gone])
             if not (numbers[1:] >= numbers[:-1]).all():
                 order = order[np.argsort(numbers, kind="stable")]
                 numbers = self._numbers[order]
@@ -264,6 +278,7 @@ class Ledger:
         running = states == _RUNNING
         return History(
             numbers=numbers,
+            turns=numbers - np.searchsorted(cut_short, numbers),
             points=points,
             asked=asked,
             scores=scores,
@@ -273,6 +288,7 @@ class Ledger:
             violation=np.where(constraints > 0.0, constraints, 0.0).sum(axis=1),
             constraints=constraints,
             unfinished=unfinished,
+            turn=0 if current is None else current - int(np.searchsorted(cut_short, current)),
         )
 
     def _update(
@@ -286,6 +302,7 @@ class Ledger:
         key = (space, sign.tobytes(), unused)
         if key != self._key:
             self._key, self._seen, self._rows, self._more = key, [], [], False
+            self._repeats = {}
         known = len(self._seen)
         fresh = unlike(trials, self._seen)
         fresh += range(known, len(trials))
@@ -301,6 +318,10 @@ class Ledger:
             self._rows[i] = _Row(constraints, reports) if constraints or reports else _NOTHING
             self._more |= bool(constraints) or trial.state == TrialState.PRUNED
             self._numbers[i], self._states[i] = trial.number, trial.state
+            self._cut_short[i] = is_cut_short(trial, set()), is_cut_short(trial, {trial.number})
+            self._repeats.pop(i, None)
+            if again := repeats(trial):
+                self._repeats[i] = again
             self._bears[i] = False
             if finished or (trial.state == TrialState.RUNNING and trial.number != current):
                 self._points[i] = space.encode(parameters_of(trial, unused=unused))
@@ -311,12 +332,19 @@ class Ledger:
                 self._values[i] = sign * np.array(trial.values, dtype=float)
         self._open = tuple(i for i in fresh if self._seen[i] is None)
 
+    def _gone(self, n: int) -> np.ndarray:
+        """Which of the first n trials were cut short."""
+        repeated: set[int] = set().union(*(self._repeats[i] for i in self._repeats if i < n))
+        again = np.isin(self._numbers[:n], list(repeated)) if repeated else np.False_
+        return self._cut_short[:n, 0] | (self._cut_short[:n, 1] & again)
+
     def _make_room(self, n: int, d: int, m: int) -> None:
         size = len(self._numbers)
         if n <= size and self._points.shape[1] == d and self._values.shape[1] == m:
             return
         size = max(2 * n, 64) if n > size else size
-        for name, width in (("_points", d), ("_asked", d), ("_values", m)):
+        widths = (("_points", d), ("_asked", d), ("_values", m), ("_cut_short", 2))
+        for name, width in widths:
             old = getattr(self, name)
             new = np.zeros((size, width), dtype=old.dtype)
             if old.shape[1] == width:

@@ -38,6 +38,7 @@ from optuna_lora_rl.samplers.adaptation import Adaptation
 from optuna_lora_rl.samplers.arguments import checked_roles
 from optuna_lora_rl.samplers.arguments import checked_seed
 from optuna_lora_rl.samplers.arguments import fresh_seed
+from optuna_lora_rl.samplers.cut_short import turn_of
 from optuna_lora_rl.samplers.history import History
 from optuna_lora_rl.samplers.history import Ledger
 from optuna_lora_rl.samplers.history import is_taken
@@ -86,7 +87,8 @@ class RLSampler(BaseSampler):
     conditional), one or several objectives, constraints (``trial.set_constraint``), and learns
     from pruned, failed, running, enqueued and added trials. A proposal is a pure function of the
     study's trials, the space, the weights, the seed and the trial's number: what is kept between
-    calls only saves time, so studies resume and distribute without further state.
+    calls only saves time, so studies resume and distribute without further state. Trials that
+    were cut short by the end of their process count as if they had never been, their numbers too.
 
     >>> import optuna
     >>> from optuna_lora_rl import RLSampler
@@ -201,13 +203,13 @@ class RLSampler(BaseSampler):
         with self._lock:
             seed = self._seed
         for attempt in range(_ATTEMPTS):
-            generator = _generator(seed, trial.number, space.names + ("again",) * attempt)
             trials = study.get_trials(deepcopy=False)
             # A conditional parameter that was proposed and not asked for counts as tried:
             # otherwise the surrogate would take it for unexplored, and propose it without end.
             history = self._ledger.read(
                 trials, space, study.directions, current=trial.number, unused=True
             )
+            generator = _generator(seed, history.turn, space.names + ("again",) * attempt)
             with on_cpu(), np.errstate(all="ignore"):
                 decision, units = self._think(space, history, study.directions, generator)
             # What another worker took it would also have had for second best: so drawn.
@@ -242,10 +244,11 @@ class RLSampler(BaseSampler):
         space = space_of({**known, param_name: param_distribution}, self._roles)
         with self._lock:
             seed = self._seed
-        generator = _generator(seed, trial.number, (param_name,))
         trials = study.get_trials(deepcopy=False)
+        turn = turn_of(trial.number, trials)
+        generator = _generator(seed, turn, (param_name,))
         # A trial that another worker has just begun may not have chosen anything yet.
-        first = not any(
+        first = turn == 0 or not any(
             t.number < trial.number and (t.distributions or t.state == TrialState.RUNNING)
             for t in trials
         )
@@ -276,8 +279,8 @@ class RLSampler(BaseSampler):
         if self._adaptation is not None:
             seed = self._adaptation.seed
 
-            def rebuild(before: History, number: int, points: np.ndarray) -> Decision:
-                again = _generator(seed, number, space.names)
+            def rebuild(before: History, turn: int, points: np.ndarray) -> Decision:
+                again = _generator(seed, turn, space.names)
                 return self._decide(space, before, directions, again, None, points)[0]
 
             network = self._adaptation.network(space, history, rebuild)
@@ -403,9 +406,9 @@ def _chosen(
     return decision.candidates.x[0, choice].numpy(), why
 
 
-def _generator(seed: int, number: int, names: Sequence[str]) -> torch.Generator:
-    """A private generator; the trial's number makes workers with one seed differ."""
-    digest = hashlib.sha256(repr((seed, number, tuple(names))).encode()).digest()
+def _generator(seed: int, turn: int, names: Sequence[str]) -> torch.Generator:
+    """A private generator; the trial's turn makes workers with one seed differ."""
+    digest = hashlib.sha256(repr((seed, turn, tuple(names))).encode()).digest()
     return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 

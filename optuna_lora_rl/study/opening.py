@@ -17,6 +17,7 @@ from optuna.study import StudyDirection
 from optuna_lora_rl import pruners
 from optuna_lora_rl import samplers
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.samplers.cut_short import turn_of
 from optuna_lora_rl.study import earlier
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import problem
@@ -100,21 +101,21 @@ def load_study(spec: StudySpec) -> optuna.Study:
 
 
 def create_sampler(
-    spec: StudySpec, *, number: int | None = None, source_studies: Sequence[optuna.Study] = ()
+    spec: StudySpec, *, turn: int | None = None, source_studies: Sequence[optuna.Study] = ()
 ) -> optuna.samplers.BaseSampler:
     """The sampler that the file asks for.
 
     Args:
         spec: The study.
-        number: Number of the trial that it is for. It is mixed into the seeds of samplers that
-            would otherwise propose their first points again in every new process.
+        turn: Of the trial that it is for (``turn_of``). It is mixed into the seeds of samplers
+            that would otherwise propose their first points again in every new process.
         source_studies: Earlier studies to start from.
     """
     name, seed, options = spec.sampler.name, spec.sampler.seed, dict(spec.sampler.options)
     if name == "rl" and spec.budget.trials is not None:
         options.setdefault("n_trials", spec.budget.trials)
-    if name in _FORGETFUL and number is not None:
-        seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+    if name in _FORGETFUL and turn is not None:
+        seed = int(np.random.SeedSequence([seed, turn]).generate_state(1)[0])
     return samplers.create(name, seed=seed, options=options, source_studies=source_studies)
 
 
@@ -131,7 +132,8 @@ def create_pruner(spec: StudySpec) -> optuna.pruners.BasePruner:
 def propose(spec: StudySpec, trial: optuna.Trial) -> Configuration:
     """Asks the sampler for the trial's configuration, and writes down who proposed it."""
     if spec.sampler.name in _FORGETFUL:
-        trial.study.sampler = create_sampler(spec, number=trial.number)
+        turn = turn_of(trial.number, trial.study.get_trials(deepcopy=False))
+        trial.study.sampler = create_sampler(spec, turn=turn)
     configuration = spec.lora_space().suggest(trial)
     # Only a frozen trial shows its system attributes.
     frozen = trial.study.get_trials(deepcopy=False)[trial.number]

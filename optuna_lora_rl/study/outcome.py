@@ -13,19 +13,20 @@ import psutil
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
+from optuna_lora_rl.samplers import cut_short
 from optuna_lora_rl.study import wording
 
 if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
 
-FAILURE = "failure"
+FAILURE = cut_short.FAILURE
 MESSAGE = "failure_message"
-KILLED = "killed"
-INTERRUPTED = "interrupted"
+KILLED = cut_short.KILLED
+INTERRUPTED = cut_short.INTERRUPTED
 # The trial did nothing wrong: it is run again and counts against no budget.
 NOT_ITS_OWN_FAULT = {KILLED, INTERRUPTED}
-RETRY_OF = "retry_of"
+RETRY_OF = cut_short.RETRY_OF
 # Whether the trial ran in a pack, and if not, why.
 PACKED = "packed"
 ALONE = "alone"

@@ -44,6 +44,40 @@ def test_failed_running_and_waiting_trials() -> None:
     assert not history.scored.any()
 
 
+KILLED, INTERRUPTED = {"failure": "killed"}, {"failure": "interrupted"}
+
+
+def _bears(trials: list[dict]) -> tuple[list[int], list[int]]:
+    study = optuna.create_study()
+    for trial in trials:
+        _add(study, 0.5, **trial)
+    space = space_of(X)
+    history = read_history(study.trials, space, study.directions)
+    ledger = Ledger()
+    for n in range(1, len(trials) + 1):
+        grown = ledger.read(study.trials[:n], space, study.directions)
+    assert grown.numbers.tolist() == history.numbers.tolist()
+    assert grown.turns.tolist() == history.turns.tolist()
+    return history.numbers.tolist(), history.turns.tolist()
+
+
+def test_trials_that_their_process_cut_short_are_no_evidence() -> None:
+    fail, done = {"state": TrialState.FAIL}, {"value": 1.0}
+    retry = {"user_attrs": {"retry_of": 0}}
+    killed = fail | {"user_attrs": KILLED}
+    assert _bears([killed, done | retry]) == ([1], [0])
+    assert _bears([done, fail | {"user_attrs": INTERRUPTED}, done, fail]) == ([0, 2, 3], [0, 1, 2])
+    # Killed once more, it may be what kills the process.
+    assert _bears([killed, fail | {"user_attrs": KILLED | {"retry_of": 0}}]) == ([1], [0])
+    # Another worker noticed the silence of a dead one; Optuna's callback says so its own way.
+    assert _bears([fail, done | retry]) == ([1], [0])
+    optunas = {"system_attrs": {"failed_trial": 1, "retry_history": [1]}}
+    assert _bears([done, fail, done | optunas]) == ([0, 2], [0, 1])
+    # What came to a result is evidence, whoever repeats it.
+    assert _bears([done, done | retry]) == ([0, 1], [0, 1])
+    assert _bears([fail | {"user_attrs": {"failure": "out-of-memory"}}, done]) == ([0, 1], [0, 1])
+
+
 def test_a_proposal_is_seen_before_the_objective_suggests_it() -> None:
     study = optuna.create_study(storage="sqlite://")
     trial = study.ask()

@@ -67,20 +67,22 @@ def test_the_same_file_twice_gives_the_same_trials(
     assert scores(first.study) == scores(again.study)
 
 
-@pytest.mark.parametrize("sampler", ["rl", "tpe", "random", "gp"])
+@pytest.mark.parametrize("sampler", ["rl", "bandit", "tpe", "random", "gp", "qmc", "nsgaii"])
 def test_an_interrupted_study_proposes_what_an_uninterrupted_one_does(
     paper: type[PaperTuner], make_spec: MakeSpec, tmp_path: Path, sampler: str
 ) -> None:
     # rl is told how many trials there will be, so the number is the same in both.
-    changes = {"budget": 6, "sampler": sampler}
+    changes = {"budget": 12, "sampler": sampler}
     whole = runner.run(make_spec(changes | {"output": str(tmp_path / "whole")}))
-    paper.failures = [None, None, None, KeyboardInterrupt()]
     broken = make_spec(changes | {"output": str(tmp_path / "broken")})
-    assert runner.run(broken).ended_by == "interruption"
+    for began in (0, 3, 4):
+        paper.failures = [None] * began + [KeyboardInterrupt()]
+        assert runner.run(broken).ended_by == "interruption"
     resumed = runner.run(broken)
     kept = [trial for trial in resumed.study.trials if trial.state == TrialState.COMPLETE]
-    assert [t.params for t in kept[:4]] == [t.params for t in whole.study.trials[:4]]
-    assert len(kept) == 6
+    assert len(resumed.study.trials) == 15
+    assert [t.params for t in kept] == [t.params for t in whole.study.trials]
+    assert [t.values for t in kept] == [t.values for t in whole.study.trials]
 
 
 def test_running_again_goes_on_to_the_wished_number(
