@@ -21,6 +21,7 @@ from optuna_lora_rl.rank import advisor
 from optuna_lora_rl.rank import capacity
 from optuna_lora_rl.rank import importance
 from optuna_lora_rl.rank import layers
+from optuna_lora_rl.rank import merging
 from optuna_lora_rl.rank import places
 from optuna_lora_rl.rank import saved
 from optuna_lora_rl.rank import spectrum
@@ -200,7 +201,7 @@ def truncate(
     if energy is None and rank is None:
         if output is not None:
             raise UserError("truncate takes either --energy or --rank to write an adapter")
-        sizes = truncation.sizes(saved.read(adapter).factors)
+        sizes = truncation.sizes(truncation.cuttable(adapter).factors)
         console.print(tables.sizes(sizes, None if qualities is None else qualities()))
         again = shlex.join(["optuna-lora-rl", "truncate", str(adapter)])
         _say(console, f"Choose one: {again} --energy 0.95 --output FOLDER")
@@ -236,11 +237,14 @@ def merge(console: Console, adapter: Path, model: str | None, output: Path) -> N
     from optuna_lora_rl.finetuning.options import ModelOptions
     from optuna_lora_rl.finetuning.quiet import quiet
 
-    base = model or saved.read(adapter).config.get("base_model_name_or_path")
+    config = saved.check(adapter)
+    base = model or config.get("base_model_name_or_path")
     if not base:
         raise UserError(f"the adapter in {str(adapter)!r} names no base model; give --model")
+    revision = None if model else config.get("revision")
     with console.status(f"merging into {escape(base)}"), quiet():
-        count = truncation.merge(path_of(ModelOptions(name=base)), adapter, output)
+        path = path_of(ModelOptions(name=base))
+        count = merging.merge(path, adapter, output, revision=revision)
     _say(console, f"wrote the merged model to {output} ({tables.size(count)})")
 
 
@@ -283,6 +287,7 @@ def _updates(
     dtype: str,
 ) -> tuple[dict[str, Spectrum], dict[str, dict[str, float]]]:
     own = saved.read(adapter)
+    own.check_plain()
     factors = {name: own.factors[name] for name in places.chosen(own.factors, modules)}
     found = spectrum.of_all(factors)
     more: dict[str, dict[str, float]] = {"r": {name: one.rank for name, one in factors.items()}}

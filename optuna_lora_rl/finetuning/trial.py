@@ -233,10 +233,9 @@ class FineTuner:
         from optuna_lora_rl.finetuning.quiet import quiet
         from optuna_lora_rl.rank import layers
         from optuna_lora_rl.rank import resizing
-        from optuna_lora_rl.rank import saved
         from optuna_lora_rl.rank import truncation
 
-        own, shared, prepared = saved.read(adapter), self._shared, self._prepared
+        own, shared, prepared = truncation.cuttable(adapter), self._shared, self._prepared
         base, baseline = prepared.base.model, shared.baseline
         own.check_fits(layers.shapes_of(base, with_head=True), prepared.base.name)
         found: list[float] = []

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 from typing import Any
 
+from pydantic import AfterValidator
+from pydantic import BaseModel
+from pydantic import ConfigDict
+from pydantic import Field
+from pydantic import ValidationError
 from torch import Tensor
 
 from optuna_lora_rl.errors import UserError
@@ -19,6 +26,42 @@ from optuna_lora_rl.rank.layers import Factors
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _A, _B = ".lora_A.weight", ".lora_B.weight"
+# Starts at which PEFT changes the base weights: the update is what the factors moved since.
+_MUTATING = ("pissa", "olora", "corda", "lora_ga", "loftq")
+# Kinds of LoRA whose update is not scaling * B A, or that have further parts of the rank's shape.
+_OTHER_KINDS = ("kasa_config", "arrow_config", "monteclora_config")
+# Kinds whose factors are not of the layer's shape.
+_OTHER_SHAPES = ("use_bdlora", "use_qalora")
+_DEFAULTS = {"r": 8, "lora_alpha": 8}
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{pattern[:40]!r} is no regular expression: {error}") from None
+    return pattern
+
+
+_Pattern = Annotated[str, AfterValidator(_compiles)]
+
+
+class _Config(BaseModel):
+    """What is read of an ``adapter_config.json``."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    peft_type: str
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    r: Annotated[int, Field(ge=1)] = _DEFAULTS["r"]
+    lora_alpha: _Finite = _DEFAULTS["lora_alpha"]
+    rank_pattern: dict[_Pattern, int] | None = None
+    alpha_pattern: dict[_Pattern, _Finite] | None = None
+    target_parameters: list[str] | None = None
+    init_lora_weights: bool | str = True
+    use_rslora: bool = False
 
 
 @dataclass(frozen=True)
@@ -26,11 +69,13 @@ class SavedAdapter:
     """A LoRA adapter as it lies in a folder.
 
     Attributes:
+        folder: The folder.
         config: The contents of its ``adapter_config.json``.
         tensors: All its tensors, by PEFT's names.
-        factors: The updates of its linear layers, by the layers' names.
+        factors: The factors of its linear layers, by the layers' names.
     """
 
+    folder: Path
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     factors: dict[str, Factors]
@@ -38,6 +83,24 @@ class SavedAdapter:
     @property
     def parameters(self) -> int:
         return sum(tensor.numel() for tensor in self.tensors.values())
+
+    def check_plain(self) -> None:
+        """Checks that the factors are the adapter's whole update of the original base.
+
+        Raises:
+            UserError: When the configuration asks for another reading.
+        """
+        start = str(self.config.get("init_lora_weights"))
+        if start.startswith(_MUTATING):
+            raise UserError(
+                f"the adapter in {str(self.folder)!r} began with init_lora_weights {start}, which "
+                "changes the base weights, so that its factors are not its update; save it anew "
+                "with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+            )
+        _refuse(self.folder, self.config, _OTHER_KINDS)
+        for name, one in self.factors.items():
+            if not (one.a.isfinite().all() and one.b.isfinite().all()):
+                raise _unreadable(self.folder, WEIGHTS_FILE, f"{name} is not finite")
 
     def check_fits(self, shapes: Mapping[str, tuple[int, int]], base: str) -> None:
         """Checks that a model has the layers that the adapter is for.
@@ -71,21 +134,67 @@ def read(folder: str | Path) -> SavedAdapter:
     from safetensors.torch import load_file
 
     folder = Path(folder)
+    config = check(folder)
+    _refuse(folder, config, _OTHER_SHAPES)
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS_FILE)
-    except FileNotFoundError as error:
-        missing = Path(error.filename or WEIGHTS_FILE).name
-        raise UserError(f"the folder {str(folder)!r} holds no adapter: no {missing}") from None
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"the adapter in {str(folder)!r} cannot be read: {error}") from None
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise UserError(f"the adapter in {str(folder)!r} is of type {kind}, not LORA")
-    factors = _factors(config, tensors)
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(folder, WEIGHTS_FILE, error) from None
+    factors = _factors(folder, config, tensors)
     if not factors:
         raise UserError(f"the adapter in {str(folder)!r} has no linear LoRA layers")
-    return SavedAdapter(config=config, tensors=tensors, factors=factors)
+    return SavedAdapter(folder=folder, config=config, tensors=tensors, factors=factors)
+
+
+def check(folder: str | Path) -> dict[str, Any]:
+    """Reads a saved adapter's configuration, and of its weights whether the file is whole.
+
+    Returns:
+        The contents of its ``adapter_config.json``.
+
+    Raises:
+        UserError: When the folder holds no LoRA adapter in safetensors format.
+    """
+    from safetensors import SafetensorError
+    from safetensors import safe_open
+
+    folder = Path(folder)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            what = f"{name} is no file" if (folder / name).exists() else f"no {name}"
+            raise UserError(f"the folder {str(folder)!r} holds no adapter: {what}")
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        _Config.model_validate(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        what = f"{key}: {first['msg']}" if key else "it is no mapping"
+        raise _unreadable(folder, CONFIG_FILE, what) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unreadable(folder, CONFIG_FILE, error) from None
+    if config["peft_type"] != "LORA":
+        kind = str(config["peft_type"])[:40]
+        raise UserError(f"the adapter in {str(folder)!r} is of type {kind}, not LORA")
+    try:
+        with safe_open(folder / WEIGHTS_FILE, framework="pt"):
+            return {**_DEFAULTS, **config}
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(folder, WEIGHTS_FILE, error) from None
+
+
+def _refuse(folder: Path, config: Mapping[str, Any], kinds: Iterable[str]) -> None:
+    for kind in kinds:
+        if config.get(kind):
+            raise UserError(
+                f"the adapter in {str(folder)!r} has {kind}, so that its update is not the "
+                "product of its factors A and B, and cannot be read from them"
+            )
+
+
+def _unreadable(folder: Path, name: str, why: object) -> UserError:
+    reason = (str(why).splitlines() or [type(why).__name__])[0][:200]
+    return UserError(f"the adapter in {str(folder)!r} cannot be read: {name}: {reason}")
 
 
 def write(
@@ -168,7 +277,9 @@ def _is_expert(name: str, experts: Iterable[str]) -> bool:
     return any(f".{own}".endswith(f".{path}") for path in experts if path)
 
 
-def _factors(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
+def _factors(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> dict[str, Factors]:
     from peft.utils.other import get_pattern_key
 
     alphas = config.get("alpha_pattern") or {}
@@ -180,6 +291,9 @@ def _factors(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[s
         name = key.removesuffix(_A).removeprefix(layers.PREFIX)
         if not key.endswith(_A) or b is None or a.ndim != 2 or _is_expert(name, experts):
             continue
+        if b.ndim != 2 or 0 in (*a.shape, *b.shape) or a.shape[0] != b.shape[1]:
+            shapes = f"A {tuple(a.shape)} and B {tuple(b.shape)} of {name} are no factors"
+            raise _unreadable(folder, WEIGHTS_FILE, shapes)
         # The rank is that of the tensors; alpha has no other place than the configuration.
         alpha = alphas.get(get_pattern_key(alphas.keys(), name), config["lora_alpha"])
         scaling = layers.scaling_of(alpha, a.shape[0], bool(config.get("use_rslora")))

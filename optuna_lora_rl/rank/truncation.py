@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -22,6 +21,7 @@ from optuna_lora_rl.rank import resizing
 from optuna_lora_rl.rank import saved
 from optuna_lora_rl.rank import spectrum
 from optuna_lora_rl.rank.layers import Factors
+from optuna_lora_rl.rank.saved import SavedAdapter
 from optuna_lora_rl.rank.spectrum import Spectrum
 
 
@@ -90,7 +90,7 @@ def truncate(
             or a folder cannot be read or written.
     """
     _check(energy, rank)
-    adapter = saved.read(source)
+    adapter = cuttable(source)
     spectra = spectrum.of_all(adapter.factors)
     ranks = _ranks(adapter.factors, spectra, energy, rank)
     cut = {
@@ -99,6 +99,23 @@ def truncate(
     }
     saved.write(target, adapter.config, adapter.tensors, cut)
     return _report(adapter.factors, spectra, ranks)
+
+
+def cuttable(folder: str | Path) -> SavedAdapter:
+    """Reads a saved adapter whose layers can each be cut to a rank of their own.
+
+    Raises:
+        UserError: When it cannot be read, or its layers cannot be cut.
+    """
+    adapter = saved.read(folder)
+    adapter.check_plain()
+    embeds = any(".lora_embedding_" in name for name in adapter.tensors)
+    if embeds and adapter.config.get("ensure_weight_tying"):
+        raise UserError(
+            f"the adapter in {str(folder)!r} has ensure_weight_tying, so that embedding and "
+            "output head share factors, and the head cannot be cut alone"
+        )
+    return adapter
 
 
 def truncate_attached(
@@ -150,42 +167,6 @@ def sizes(
             )
         )
     return found
-
-
-def merge(base: str | Path, adapter: str | Path, target: str | Path) -> int:
-    """Merges a saved adapter into its base model and saves that as an ordinary model folder.
-
-    Args:
-        base: Folder or hub name of the base model.
-        adapter: Folder of the adapter.
-        target: Folder that is written, with the tokenizer.
-
-    Returns:
-        The bytes of the folder.
-
-    Raises:
-        UserError: When one of them cannot be read or written, or the adapter is of another model.
-    """
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-    from transformers import AutoTokenizer
-
-    own = saved.read(adapter)
-    target = Path(target)
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(str(base))
-        own.check_fits(layers.shapes_of(model, with_head=True), str(base))
-        merged: Any = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-        merged.save_pretrained(str(target))
-        AutoTokenizer.from_pretrained(str(base)).save_pretrained(str(target))
-    except UserError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"the adapter {str(adapter)!r} cannot be merged into {str(base)!r}: {reason}"
-        ) from error
-    return bytes_of(target)
 
 
 def bytes_of(folder: str | Path) -> int:

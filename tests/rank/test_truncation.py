@@ -10,6 +10,7 @@ import torch
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.rank import layers
+from optuna_lora_rl.rank import merging
 from optuna_lora_rl.rank import saved
 from optuna_lora_rl.rank import truncation
 
@@ -150,7 +151,7 @@ def test_merging_writes_an_ordinary_model(
 
     peft = decaying()
     peft.save_pretrained(tmp_path / "adapter")
-    size = truncation.merge(random_llama, tmp_path / "adapter", tmp_path / "merged")
+    size = merging.merge(random_llama, tmp_path / "adapter", tmp_path / "merged")
     assert size == sum(f.stat().st_size for f in (tmp_path / "merged").iterdir())
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert torch.allclose(merged(ids).logits, peft(ids).logits, atol=1e-4)
@@ -179,4 +180,4 @@ def test_a_base_that_does_not_fit_is_one_sentence(
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "none"}))
     with pytest.raises(UserError, match="cannot be merged into"):
-        truncation.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+        merging.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
