@@ -4,22 +4,47 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import field
+from dataclasses import replace
 from typing import Any
-from typing import Literal
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.finetuning import examples
 from optuna_lora_rl.finetuning import sources
+from optuna_lora_rl.finetuning.examples import Form
+from optuna_lora_rl.finetuning.examples import Kind
+from optuna_lora_rl.finetuning.files import Row
 from optuna_lora_rl.finetuning.options import DataOptions
-from optuna_lora_rl.finetuning.sources import Row
 
-Kind = Literal["text", "prompt-completion", "messages"]
-_COLUMNS: dict[Kind, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "prompt-completion": ("prompt", "completion"),
-    "text": ("text",),
-}
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of the rows of a split; each row that was read is in one of the others.
+
+    Attributes:
+        read: Rows of the source; of a validation set that was set aside, what was set aside.
+        blank: Left out because nothing is to be learnt, or there is no prompt.
+        unanswered: Chats left out because no turn of theirs is an assistant's.
+        overlapping: Left out because their content stands in another split.
+        set_aside: Taken out of the training rows for validation.
+        repeated: Left out of what was set aside because their content stands there already.
+        undrawn: Left out because no more were asked for.
+        used: What is left, before tokenising.
+        duplicated: Of those, how many repeat another's content.
+    """
+
+    read: int
+    blank: int = 0
+    unanswered: int = 0
+    overlapping: int = 0
+    set_aside: int = 0
+    repeated: int = 0
+    undrawn: int = 0
+    used: int = 0
+    duplicated: int = 0
 
 
 @dataclass(frozen=True)
@@ -31,16 +56,26 @@ class Splits:
         train: Examples to train on.
         validation: Examples that evaluations read; no content of theirs is in ``train``.
         test: Examples for the final best, or None where there are none; in neither of the others.
-        overlapping: How many rows were left out because their content stood in another split.
-        blank: How many rows were left out because a text was missing or empty.
+        counts: What became of the rows, by split.
+        unread: Columns of the training data that say something and are in no example.
     """
 
     kind: Kind
     train: list[Row]
     validation: list[Row]
     test: list[Row] | None
-    overlapping: int = 0
-    blank: int = 0
+    counts: Mapping[str, Counts] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
+
+    @property
+    def overlapping(self) -> int:
+        """How many rows were left out because their content stood in another split."""
+        return sum(counts.overlapping for counts in self.counts.values())
+
+    @property
+    def blank(self) -> int:
+        """How many rows were left out because there was nothing to learn from them."""
+        return sum(counts.blank + counts.unanswered for counts in self.counts.values())
 
 
 def load(options: DataOptions) -> Splits:
@@ -49,37 +84,78 @@ def load(options: DataOptions) -> Splits:
     Raises:
         UserError: When data is missing, lacks columns, or leaves a split empty.
     """
-    kind, train = _examples(options, options.train, "data.train", options.split)
-    read = len(train)
-    train = [row for row in train if _has_content(row)]
-    blank = read - len(train)
-    validation = _other(options, "validation", kind)
-    test = _other(options, "test", kind)
+    form, rows = _examples(options, options.train, "data.train", options.split)
+    train, counts = _told(rows)
+    validation = _other(options, "validation", form.kind)
+    test = _other(options, "test", form.kind)
+    known = {"train": counts}
+    if test is not None:
+        test, known["test"] = _told(test)
+        _check_some(test, "test", options)
     if validation is None:
         # Not before the test rows are out: they must not come back as validation.
         pool = without(train, test or [])
-        validation, train = set_aside(pool, options.validation_fraction, options.seed)
-        overlapping = read - blank - len(pool)
+        validation, rest = set_aside(pool, options.validation_fraction, options.seed, counts)
+        taken = len(pool) - len(rest)
+        known["train"] = replace(counts, overlapping=len(train) - len(pool), set_aside=taken)
+        known["validation"] = Counts(read=taken, repeated=taken - len(validation))
+        train = rest
     else:
-        known = len(train) + len(validation)
-        validation = without(validation, test or [])
+        validation, own = _told(validation)
+        _check_some(validation, "validation", options)
+        separate = without(validation, test or [])
+        known["validation"] = replace(own, overlapping=len(validation) - len(separate))
+        validation, whole = separate, len(train)
         train = without(train, [*validation, *(test or [])])
-        overlapping = known - len(train) - len(validation)
+        known["train"] = replace(counts, overlapping=whole - len(train))
+    drawn = {"train": train, "validation": validation, **({} if test is None else {"test": test})}
+    for name, all_rows in drawn.items():
+        drawn[name] = draw(all_rows, getattr(options, f"max_{name}_samples"), options.seed)
+        known[name] = _used(known[name], all_rows, drawn[name])
     splits = Splits(
-        kind=kind,
-        train=draw(train, options.max_train_samples, options.seed),
-        validation=draw(validation, options.max_validation_samples, options.seed),
-        test=None if test is None else draw(test, options.max_test_samples, options.seed),
-        overlapping=overlapping,
-        blank=blank,
+        kind=form.kind,
+        train=drawn["train"],
+        validation=drawn["validation"],
+        test=drawn.get("test"),
+        counts={name: known[name] for name in drawn},
+        unread=form.unread,
     )
     if not splits.train or not splits.validation:
         name = "training" if not splits.train else "validation"
         raise UserError(
-            f"data.train: {options.train!r} leaves no example for {name}, after {overlapping} "
-            f"whose content stands in another split and {blank} without text were left out"
+            f"data.train: {options.train!r} leaves no example for {name}, after "
+            f"{splits.overlapping} whose content stands in another split and {splits.blank} "
+            "without text were left out"
         )
     return splits
+
+
+def look(options: DataOptions, count: int = 64) -> dict[str, Form]:
+    """Reads the first rows of each source that is on this machine, and says what they are.
+
+    Args:
+        options: The sources; what lies on the hub is not fetched.
+        count: How many rows are read, more only where these make no example.
+
+    Returns:
+        The form of the examples by option, such as ``data.train``.
+
+    Raises:
+        UserError: As ``load`` does of these rows.
+    """
+    found: dict[str, Form] = {}
+    for name in ("train", "validation", "test"):
+        named = _source_of(options, name)
+        if named is None or sources.is_hub(named[0]):
+            continue
+        source, split, key = named
+        try:
+            form, _ = _examples(options, source, key, split, count)
+        except UserError:
+            # A column may begin further down.
+            form, _ = _examples(options, source, key, split)
+        found[f"data.{name}"] = form
+    return found
 
 
 def content(row: Row) -> str:
@@ -104,13 +180,16 @@ def without(rows: Sequence[Row], excluded: Sequence[Row]) -> list[Row]:
     return [row for row in rows if content(row) not in out]
 
 
-def set_aside(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+def set_aside(
+    rows: Sequence[Row], fraction: float, seed: int, counts: Counts | None = None
+) -> tuple[list[Row], list[Row]]:
     """Splits rows into validation and training by content.
 
     Args:
         rows: Examples, possibly repeated.
         fraction: Share of the *distinct* examples that goes to validation, at least one.
         seed: Decides which.
+        counts: What was left out before, for the message.
 
     Returns:
         The validation rows, each content once, and all rows with other content.
@@ -120,9 +199,10 @@ def set_aside(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row
     """
     distinct = {content(row): row for row in reversed(rows)}
     if len(distinct) < 2:
+        left_out = "" if counts is None else _left_out(counts)
         raise UserError(
             f"data.train has too few distinct examples, {len(distinct)}; at least 2 are needed to "
-            "set one aside for validation"
+            f"set one aside for validation{left_out}"
         )
     count = min(len(distinct) - 1, max(1, round(fraction * len(distinct))))
     chosen = set(sorted(distinct, key=lambda text: _lot(text, seed))[:count])
@@ -140,7 +220,8 @@ def draw(rows: Sequence[Row], count: int | None, seed: int) -> list[Row]:
 
 def fingerprint(rows: Sequence[Row]) -> str:
     """Returns a hash of the rows' exact contents and order."""
-    text = json.dumps(list(rows), sort_keys=True, ensure_ascii=False, default=str)
+    # Keys in their order: a template writes a call's arguments as they come.
+    text = json.dumps(list(rows), ensure_ascii=False, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -159,7 +240,10 @@ def _lot(text: str, seed: int) -> bytes:
     return hashlib.blake2b(f"{seed}\x1f{text}".encode(), digest_size=16).digest()
 
 
-def _other(options: DataOptions, name: str, kind: Kind) -> list[Row] | None:
+def _source_of(options: DataOptions, name: str) -> tuple[str, str, str] | None:
+    """A split's source, its split there, and the option that named it; None where it has none."""
+    if name == "train":
+        return options.train, options.split, "data.train"
     source: str | None = getattr(options, name)
     split: str | None = getattr(options, f"{name}_split")
     key = f"data.{name}"
@@ -171,134 +255,80 @@ def _other(options: DataOptions, name: str, kind: Kind) -> list[Row] | None:
     elif source is None:
         source, key = options.train, f"data.{name}_split"
     default = name if sources.brings(source, name, options.subset) else "train"
-    found, rows = _examples(options, source, key, split or default)
-    if found != kind:
+    return source, split or default, key
+
+
+def _other(options: DataOptions, name: str, kind: Kind) -> list[Row] | None:
+    named = _source_of(options, name)
+    if named is None:
+        return None
+    source, split, key = named
+    form, rows = _examples(options, source, key, split)
+    if form.kind != kind:
         raise UserError(
-            f"{key}: {source!r} holds {found} examples, but data.train holds {kind} examples"
+            f"{key}: {source!r} holds {form.kind} examples, but data.train holds {kind} examples"
         )
-    rows = [row for row in rows if _has_content(row)]
-    if not rows:
-        raise UserError(f"{key}: {source!r} has no example with text")
     return rows
 
 
-def _examples(options: DataOptions, source: str, key: str, split: str) -> tuple[Kind, list[Row]]:
+def _examples(
+    options: DataOptions, source: str, key: str, split: str, limit: int | None = None
+) -> tuple[Form, list[Row]]:
     if sources.is_file(source) and split != "train":
         raise UserError(
             f"{key}: {source!r} is one file and has no split {split!r}; name another file"
         )
-    rows = sources.read(source, key=key, split=split, subset=options.subset)
-    kind, columns = _kind(rows, source, key, options.columns)
-    examples = [_example(row, columns, key, number) for number, row in enumerate(rows, 1)]
-    _check_forms(examples, key)
-    if any(row.get("tools") for row in rows) and any(map(turns, examples)):
-        for example, row in zip(examples, rows, strict=True):
-            example["tools"] = _tools(row["tools"]) if row.get("tools") else None
-    return kind, examples
+    rows = sources.read(source, key=key, split=split, subset=options.subset, limit=limit)
+    form = examples.form_of(rows, source, key, options.columns)
+    return form, examples.examples(rows, form, key)
 
 
-def _check_forms(examples: Sequence[Row], key: str) -> None:
-    # TRL looks at the first example alone.
-    seen: dict[str, int] = {}
-    for number, example in enumerate(examples, 1):
-        for value in example.values():
-            if value is not None:
-                seen.setdefault("messages" if isinstance(value, list) else "text", number)
-    if len(seen) == 2:
-        (form, one), (other, another) = seen.items()
-        where = "" if one == another else f"example {another} has "
-        raise UserError(
-            f"{key}: example {one} has {form} and {where}{other}; all prompts and completions "
-            "must be of one form"
-        )
+def _check_some(rows: list[Row], name: str, options: DataOptions) -> None:
+    if not rows:
+        named = _source_of(options, name)
+        source, _, key = named or ("", "", f"data.{name}")
+        raise UserError(f"{key}: {source!r} has no example with text")
 
 
-def _tools(value: Any) -> str:
-    # As JSON, which TRL reads: a table would give each tool the arguments of all.
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _kind(
-    rows: list[Row], source: str, key: str, mapping: dict[str, str]
-) -> tuple[Kind, dict[str, str]]:
-    # Of all rows: a line of JSON may leave out what it has not.
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    filled = {name for row in rows for name, value in row.items() if value is not None}
-    for role, column in mapping.items():
-        if column not in names:
-            raise UserError(
-                f"data.columns.{role}: {source!r} has no column {column!r}; it has {_names(names)}"
-            )
-    # A column that is there, but empty throughout, only where no other will do.
-    for known in (filled, set(names)):
-        for kind, roles in _COLUMNS.items():
-            # A mapped role decides; a column that only happens to be called "text" does not.
-            if mapping and not set(mapping) <= set(roles):
-                continue
-            columns = {role: mapping.get(role, role) for role in roles}
-            if known.issuperset(columns.values()):
-                return kind, columns
-    raise UserError(
-        f"{key}: {source!r} has the columns {_names(names)}; needed are 'text', or 'prompt' and "
-        "'completion', or 'messages' (say with data.columns which column is which)"
+def _told(rows: list[Row]) -> tuple[list[Row], Counts]:
+    """The rows that teach something, and how many do not."""
+    lacking = [_lacks(row) for row in rows]
+    return (
+        [row for row, lack in zip(rows, lacking, strict=True) if lack is None],
+        Counts(len(rows), lacking.count("blank"), lacking.count("unanswered")),
     )
 
 
-def _example(row: Row, columns: dict[str, str], key: str, number: int) -> Row:
-    made = {}
-    for role, column in columns.items():
-        made[role] = _value(row.get(column), column, key, number)
-        try:
-            json.dumps(made[role], ensure_ascii=False, default=str).encode()
-        except UnicodeEncodeError:
-            # JSON can spell half of a character; no tokenizer takes it.
-            raise UserError(
-                f"{key}: example {number} has half of a surrogate pair in the column {column!r}, "
-                "which is no character"
-            ) from None
-    return made
-
-
-def _value(value: Any, column: str, key: str, number: int) -> Any:
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, int | float):
-        return str(value)
-    if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
-        return [_turn(turn, column, key, number) for turn in value]
-    raise UserError(
-        f"{key}: example {number} has {type(value).__name__} in the column {column!r}; it must be "
-        "text, or a list of messages with 'role' and 'content'"
-    )
-
-
-def _turn(turn: dict[str, Any], column: str, key: str, number: int) -> dict[str, Any]:
-    if "from" in turn and "value" in turn:
-        # ShareGPT's words for the same thing.
-        roles = {"human": "user", "gpt": "assistant"}
-        turn = {"role": roles.get(turn["from"], turn["from"]), "content": turn["value"]}
-    if not isinstance(turn.get("role"), str) or (
-        "content" not in turn and not turn.get("tool_calls")
-    ):
-        raise UserError(
-            f"{key}: example {number} has a message in the column {column!r} without 'role' and "
-            "'content'"
-        )
-    # A message that only calls tools may say null; templates join text.
-    said = "" if turn.get("content") is None else turn["content"]
-    return {name: value for name, value in {**turn, "content": said}.items() if value is not None}
-
-
-def _has_content(row: Row) -> bool:
+def _lacks(row: Row) -> str | None:
     # A prompt may be empty; what is to be learnt may not.
-    if row.get("prompt", "") is None:
-        return False
+    if row.get("prompt", "") in (None, []):
+        return "blank"
     learnt = row["completion"] if "completion" in row else next(iter(row.values()))
     if not isinstance(learnt, list):
-        return bool(learnt and learnt.strip())
-    said = [turn for turn in learnt if turn["role"] == "assistant"] or learnt
-    return any(turn.get("tool_calls") or str(turn["content"]).strip() for turn in said)
+        return None if learnt and learnt.strip() else "blank"
+    if not learnt:
+        return "blank"
+    said = [turn for turn in learnt if turn["role"] == "assistant"]
+    if not said:
+        return "unanswered"
+    is_said = any(turn.get("tool_calls") or turn["content"].strip() for turn in said)
+    return None if is_said else "blank"
 
 
-def _names(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names)) or "no columns"
+def _used(counts: Counts, rows: Sequence[Row], drawn: Sequence[Row]) -> Counts:
+    distinct = len({content(row) for row in drawn})
+    return replace(
+        counts,
+        undrawn=len(rows) - len(drawn),
+        used=len(drawn),
+        duplicated=len(drawn) - distinct,
+    )
+
+
+def _left_out(counts: Counts) -> str:
+    reasons = {
+        "blank": counts.blank,
+        "without an assistant's turn": counts.unanswered,
+    }
+    said = [f"{number} {reason}" for reason, number in reasons.items() if number]
+    return f" ({counts.read} read, {', '.join(said)})" if said else ""

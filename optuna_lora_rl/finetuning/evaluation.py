@@ -16,8 +16,8 @@ from jinja2 import TemplateError
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning.data import draw
+from optuna_lora_rl.finetuning.files import Row
 from optuna_lora_rl.finetuning.hub import first_line
-from optuna_lora_rl.finetuning.sources import Row
 
 if TYPE_CHECKING:
     from torch import nn

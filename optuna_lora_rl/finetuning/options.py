@@ -20,7 +20,7 @@ from optuna_lora_rl.finetuning.extra import check_extra
 from optuna_lora_rl.finetuning.rank_options import RankChangeOptions
 from optuna_lora_rl.finetuning.section import Section
 
-COLUMN_ROLES = ("text", "prompt", "completion", "messages")
+COLUMN_ROLES = ("text", "prompt", "completion", "messages", "input", "system", "tools")
 GENERATED_METRICS = ("exact_match", "accuracy", "f1")
 FLASH_ATTENTION = ("flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2")
 
@@ -65,8 +65,11 @@ class DataOptions(Section):
 
     train: str = Field(
         min_length=1,
-        description="Training data: `tiny:<task>` for a built-in task, a .jsonl, .json, .csv or "
-        ".parquet file, a folder of such files, or a data set name on the hub.",
+        description="Training data: `tiny:<task>` for a built-in task, a .jsonl, .json, .csv, "
+        ".tsv or .parquet file (the first four also with .gz, .bz2 or .zst), a folder of such "
+        "files, or a data set name on the hub. Text and chats are learnt in every token, the "
+        "user's turns among them; of prompt and completion the completion is learnt. docs/data.md "
+        "shows what becomes of each shape of data.",
         examples=["tiny:arithmetic-small", "data/train.jsonl", "trl-lib/Capybara"],
     )
     validation: str | None = Field(
@@ -117,7 +120,9 @@ class DataOptions(Section):
     columns: dict[str, str] = Field(
         default_factory=dict,
         description="Which column plays which role: `text`, `prompt`, `completion` or "
-        "`messages`. Columns that already bear these names need no mention.",
+        "`messages`; beside them `input`, what an instruction is about, added to the prompt, and "
+        "`system` and `tools` of a chat. Columns that already bear these names need no mention, "
+        "nor do `conversations`, or `instruction`, `input` and `output`.",
         examples=[{"prompt": "question", "completion": "answer"}],
     )
     max_length: PositiveInt = Field(

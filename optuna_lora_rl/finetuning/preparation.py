@@ -16,6 +16,7 @@ from optuna_lora_rl.finetuning import model
 from optuna_lora_rl.finetuning import tokens
 from optuna_lora_rl.finetuning.data import Splits
 from optuna_lora_rl.finetuning.evaluation import Questions
+from optuna_lora_rl.finetuning.files import Row
 from optuna_lora_rl.finetuning.isolation import own_randomness
 from optuna_lora_rl.finetuning.model import Base
 from optuna_lora_rl.finetuning.options import FLASH_ATTENTION
@@ -25,7 +26,6 @@ from optuna_lora_rl.finetuning.options import ModelOptions
 from optuna_lora_rl.finetuning.options import ObjectiveOptions
 from optuna_lora_rl.finetuning.options import TrainingOptions
 from optuna_lora_rl.finetuning.quiet import quiet
-from optuna_lora_rl.finetuning.sources import Row
 from optuna_lora_rl.finetuning.tokens import Tokens
 
 

@@ -2,48 +2,56 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import re
-from collections.abc import Callable
-from collections.abc import Iterable
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.finetuning import files
 from optuna_lora_rl.finetuning import hub
+from optuna_lora_rl.finetuning.files import Row
 
-Row = dict[str, Any]
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 TINY = "tiny:"
 # Splits that are not trained on, and what else files of theirs are called.
 SPLIT_NAMES = {"validation": ("valid", "val", "dev", "eval"), "test": ()}
 # What the hub keeps beside data.
 _NO_DATA = ("dataset_info.json", "dataset_infos.json")
+_FORMATS = f"{', '.join(files.FORMATS)} (or one of the first four with .gz, .bz2 or .zst)"
 
 
-def read(source: str, *, key: str, split: str, subset: str | None = None) -> list[Row]:
-    """Reads all rows of one split.
+def read(
+    source: str, *, key: str, split: str, subset: str | None = None, limit: int | None = None
+) -> list[Row]:
+    """Reads the rows of one split.
 
     Args:
         source: ``tiny:<task>``, a file, a folder, or a data set name on the hub.
         key: The option that named the source, for error messages.
         split: Split of a folder, a built-in task or a hub data set.
-        subset: Configuration name of a hub data set, or the folder of its name in a clone.
+        subset: Configuration name of a hub data set, or of a local one in its form.
+        limit: How many rows are wanted; all of them if left out.
 
     Raises:
         UserError: When there is no such data, it cannot be read, or it is empty.
     """
-    rows = _read(source, key, split, subset)
+    rows = _read(source, key, split, subset, limit)
     if not rows:
         raise UserError(f"{key}: {source!r} has no example in its split {split!r}")
-    return rows
+    return rows[:limit]
 
 
 def is_file(source: str) -> bool:
     """Whether a source is one file, which has no splits."""
-    return Path(source).suffix.lower() in SUFFIXES and not Path(source).expanduser().is_dir()
+    path = Path(source)
+    return files.format_of(path) is not None and not path.expanduser().is_dir()
+
+
+def is_hub(source: str) -> bool:
+    """Whether a source is a name on the hub, which says nothing before it is fetched."""
+    here = source.startswith(TINY) or is_file(source) or Path(source).expanduser().is_dir()
+    return not here and not _is_path(source)
 
 
 def brings(source: str, name: str, subset: str | None = None) -> bool:
@@ -62,10 +70,13 @@ def brings(source: str, name: str, subset: str | None = None) -> bool:
     if _is_saved(path):
         splits = path / "dataset_dict.json"
         return splits.exists() and f'"{name}"' in splits.read_text(encoding="utf-8")
+    declared = _declared(path, subset)
+    if declared is not None:
+        return name in declared
     return bool(_of_split(_files(path, subset), name))
 
 
-def _read(source: str, key: str, split: str, subset: str | None) -> list[Row]:
+def _read(source: str, key: str, split: str, subset: str | None, limit: int | None) -> list[Row]:
     if source.startswith(TINY):
         from optuna_lora_rl import tiny
 
@@ -74,98 +85,57 @@ def _read(source: str, key: str, split: str, subset: str | None) -> list[Row]:
     if is_file(source):
         if not path.exists():
             raise UserError(f"{key}: there is no file {source!r}")
-        return _read_file(path, key)
+        return files.read(path, key, limit)
     if path.is_dir():
-        return _read_folder(path, key, split, subset)
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        kinds = ", ".join(SUFFIXES)
-        raise UserError(f"{key}: there is no folder {source!r} and no file ending in {kinds}")
-    return _read_hub(source, key, split, subset)
+        return _read_folder(path, key, split, subset, limit)
+    if path.is_file():
+        raise UserError(f"{key}: {source!r} is no data file; one ends in {_FORMATS}")
+    if _is_path(source):
+        raise UserError(f"{key}: there is no folder {source!r} and no file ending in {_FORMATS}")
+    return _read_hub(source, key, split, subset, limit)
 
 
-def _read_file(path: Path, key: str) -> list[Row]:
-    readers: dict[str, Callable[[Path], Iterable[Row]]] = {
-        ".jsonl": _json_lines,
-        ".json": _json,
-        ".csv": _csv,
-        ".parquet": _parquet,
-    }
-    try:
-        return list(readers[path.suffix.lower()](path))
-    except RecursionError:
-        raise UserError(f"{key}: {str(path)!r} cannot be read: it is nested too deeply") from None
-    except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:
-        # Also pyarrow's errors: they are ValueErrors and OSErrors.
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{key}: {str(path)!r} cannot be read: {reason}") from None
+def _is_path(source: str) -> bool:
+    return source.startswith((".", "/", "~")) or source.count("/") > 1
 
 
-def _json_lines(path: Path) -> Iterable[Row]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield _object(line, f"line {number}")
-
-
-def _json(path: Path) -> Iterable[Row]:
-    text = path.read_text(encoding="utf-8-sig")
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        # Many .json data files hold one object a line.
-        if "\n" in text.strip() and text.lstrip().startswith("{"):
-            return list(_json_lines(path))
-        raise ValueError(f"it is no JSON: {error}") from None
-    if isinstance(rows, dict):
-        tables = [value for value in rows.values() if isinstance(value, list)]
-        rows = tables[0] if len(tables) == 1 else [rows]
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError("it is no list of objects")
-    return rows
-
-
-def _object(line: str, where: str) -> Row:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is no JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where} is no JSON object")
-    return row
-
-
-def _csv(path: Path) -> Iterable[Row]:
-    csv.field_size_limit(2**31 - 1)
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        yield from csv.DictReader(lines)
-
-
-def _parquet(path: Path) -> Iterable[Row]:
-    import pyarrow.parquet
-
-    rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
-    return rows
-
-
-def _read_folder(path: Path, key: str, split: str, subset: str | None) -> list[Row]:
+def _read_folder(
+    path: Path, key: str, split: str, subset: str | None, limit: int | None
+) -> list[Row]:
     if _is_saved(path):
-        return _read_saved(path, key, split)
-    files = _files(path, subset)
-    if not files:
-        raise UserError(
-            f"{key}: the folder {str(path)!r} holds no file ending in {', '.join(SUFFIXES)}"
-        )
-    named = _of_split(files, split)
+        return _read_saved(path, key, split, limit)
+    declared = _declared(path, subset, key)
+    if declared is not None:
+        named, names = declared.get(split, []), ", ".join(declared)
+        if not named:
+            raise UserError(
+                f"{key}: the folder {str(path)!r} has no split {split!r}; it has {names}"
+            )
+    else:
+        named = _named(path, key, split, subset)
+    rows: list[Row] = []
+    for file in named:
+        rows += files.read(file, key, limit)
+        if limit is not None and len(rows) >= limit:
+            break
+    return rows
+
+
+def _named(path: Path, key: str, split: str, subset: str | None) -> list[Path]:
+    found = _files(path, subset)
+    if not found:
+        raise UserError(f"{key}: the folder {str(path)!r} holds no file ending in {_FORMATS}")
+    named = _of_split(found, split)
     if not named and split == "train":
         # A folder of one split needs no names.
-        others = {file for other in SPLIT_NAMES for file in _of_split(files, other, every=True)}
-        named = [file for file in files if file not in others]
+        others = {file for other in SPLIT_NAMES for file in _of_split(found, other, every=True)}
+        named = [file for file in found if file not in others]
     if not named:
-        names = ", ".join(file.name for file in files)
+        names = ", ".join(file.name for file in found)
         raise UserError(
             f"{key}: the folder {str(path)!r} has no file for the split {split!r}, only {names}"
         )
-    return [row for file in named for row in _read_file(file, key)]
+    return named
 
 
 def _is_saved(path: Path) -> bool:
@@ -180,11 +150,38 @@ def _files(path: Path, subset: str | None) -> list[Path]:
         for folder in (root, root / "data")
         if folder.is_dir()
         for file in folder.iterdir()
-        if file.suffix.lower() in SUFFIXES and file.name not in _NO_DATA and file.is_file()
+        if files.format_of(file) and file.name not in _NO_DATA and file.is_file()
     )
 
 
-def _of_split(files: Sequence[Path], split: str, *, every: bool = False) -> list[Path]:
+def _declared(path: Path, subset: str | None, key: str = "") -> dict[str, list[Path]] | None:
+    """Files by split, where a folder's card names them or folders of its own hold them.
+
+    None where the files lie at its top, under their splits' names.
+    """
+    card = path / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    is_carded = text.startswith("---") and "\nconfigs:" in text.split("\n---")[0]
+    if not is_carded and _files(path, subset):
+        return None
+    from datasets import load_dataset_builder
+
+    try:
+        found = load_dataset_builder(str(path), subset).config.data_files or {}
+    except (OSError, ValueError) as error:
+        # Also what datasets says where it finds no data.
+        if not is_carded:
+            return None
+        raise UserError(
+            f"{key or 'data'}: the folder {str(path)!r} cannot be read: {hub.first_line(error)}"
+        ) from None
+    return {
+        str(split): [Path(name) for name in names if files.format_of(Path(name))]
+        for split, names in found.items()
+    }
+
+
+def _of_split(among: Sequence[Path], split: str, *, every: bool = False) -> list[Path]:
     """Picks the files of a split under the first of its names that any file bears, or under all.
 
     ``train.jsonl``, ``train-00000-of-00002.parquet`` and ``train_2.csv`` are all of ``train``.
@@ -193,12 +190,12 @@ def _of_split(files: Sequence[Path], split: str, *, every: bool = False) -> list
     for name in (split, *SPLIT_NAMES.get(split, ())):
         if every or not found:
             found += [
-                file for file in files if re.fullmatch(rf"{re.escape(name)}([-_.].*)?", file.stem)
+                file for file in among if re.fullmatch(rf"{re.escape(name)}([-_.].*)?", file.stem)
             ]
     return found
 
 
-def _read_saved(path: Path, key: str, split: str) -> list[Row]:
+def _read_saved(path: Path, key: str, split: str, limit: int | None) -> list[Row]:
     from datasets import DatasetDict
     from datasets import load_from_disk
 
@@ -212,14 +209,20 @@ def _read_saved(path: Path, key: str, split: str) -> list[Row]:
                 f"{key}: {str(path)!r} has no split {split!r}; it has {', '.join(saved)}"
             )
         saved = saved[split]
-    return list(saved)
+    return _rows(saved, limit)
 
 
-def _read_hub(source: str, key: str, split: str, subset: str | None) -> list[Row]:
+def _read_hub(
+    source: str, key: str, split: str, subset: str | None, limit: int | None
+) -> list[Row]:
     from datasets import load_dataset
 
     try:
         with hub.no_waiting():
-            return list(load_dataset(source, subset, split=split))
+            return _rows(load_dataset(source, subset, split=split), limit)
     except Exception as error:
         raise UserError(f"{key}: {hub.failure('data set', source, error)}") from None
+
+
+def _rows(table: Any, limit: int | None) -> list[Row]:
+    return [files.from_table(row) for row in islice(table, limit)]
