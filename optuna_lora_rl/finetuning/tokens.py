@@ -3,31 +3,51 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import field
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from datasets import Features
+from datasets import IterableDataset
+from datasets import List
+from datasets import Value
+from datasets import concatenate_datasets
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
 from trl import SFTTrainer
+from trl import pack_dataset
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning.data import Splits
 from optuna_lora_rl.finetuning.data import fingerprint
 from optuna_lora_rl.finetuning.data import turns
+from optuna_lora_rl.finetuning.files import Row
 from optuna_lora_rl.finetuning.hub import first_line
 from optuna_lora_rl.finetuning.kept import kept
 from optuna_lora_rl.finetuning.lora import restored
 from optuna_lora_rl.finetuning.model import Base
 from optuna_lora_rl.finetuning.options import TrainingOptions
 from optuna_lora_rl.finetuning.quiet import quiet
-from optuna_lora_rl.finetuning.sources import Row
 
+# Of TRL's columns: what runs read. Beside them stands how long an example was before it was cut.
 _COLUMNS = ("input_ids", "labels", "seq_lengths")
+_WHOLE = "whole_length"
+# Another number where other tokens are made of the same rows.
+_PREPARATION = 2
+_BATCH = 1000
+_FEATURES = Features(
+    {"input_ids": List(Value("int64")), "labels": List(Value("int64")), _WHOLE: Value("int64")}
+)
 # What decides how rows become tokens.
 _LIBRARIES = ("datasets", "tokenizers", "transformers", "trl")
 # Of TRL's arguments: what changes the tokenizer too, which only preparing does.
@@ -42,14 +62,24 @@ class Tokens:
         train: Columns ``input_ids`` and ``labels`` (-100 where nothing is to be learnt).
         validation: The same, for evaluations.
         test: The same, for the final best, or None.
-        unlearnable: How many examples were left out because cutting them to the longest length
-            left nothing to learn.
+        emptied: By split, how many examples were left out because cutting them to the longest
+            length left nothing to learn.
+        cut: By split, how many of the others were cut.
+        special: By split, how many examples hold the text of a special token, which becomes that
+            token.
     """
 
     train: Dataset
     validation: Dataset
     test: Dataset | None
-    unlearnable: int
+    emptied: Mapping[str, int] = field(default_factory=dict)
+    cut: Mapping[str, int] = field(default_factory=dict)
+    special: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def unlearnable(self) -> int:
+        """How many examples were left out because nothing of them was left to learn."""
+        return sum(self.emptied.values())
 
     @property
     def lengths(self) -> list[int]:
@@ -87,12 +117,15 @@ def tokenise(
     datasets = {"train": splits.train, "validation": splits.validation}
     if splits.test:
         datasets["test"] = splits.test
+    _check_end(datasets, base, training)
+    _check_templates(datasets, base)
     facts = {
         "rows": {name: fingerprint(rows) for name, rows in datasets.items()},
         "model": base.fingerprint,
         "chat_template": base.tokenizer.chat_template,
         "max_length": max_length,
         "packing": training.packing,
+        "preparation": _PREPARATION,
         "extra": _preparation(training.extra),
         "versions": {name: version(name) for name in _LIBRARIES},
     }
@@ -115,17 +148,19 @@ def tokenise(
                 f"data.max_length: within {max_length} tokens no {name} example has anything "
                 "left to learn; the prompts alone fill it"
             )
-    packed = training.packing
-    unlearnable = sum(
-        len(datasets[name]) - len(dataset)
-        for name, dataset in prepared.items()
-        if not (packed and name == "train")
-    )
+    learnt = {
+        name: dataset for name, dataset in prepared.items() if _WHOLE in dataset.column_names
+    }
     return Tokens(
-        train=prepared["train"],
-        validation=prepared["validation"],
-        test=prepared.get("test"),
-        unlearnable=unlearnable,
+        train=_columns(prepared["train"]),
+        validation=_columns(prepared["validation"]),
+        test=_columns(prepared["test"]) if "test" in prepared else None,
+        emptied={name: len(datasets[name]) - len(dataset) for name, dataset in learnt.items()},
+        cut={
+            name: sum(length > max_length for length in dataset[_WHOLE][:])
+            for name, dataset in learnt.items()
+        },
+        special={name: _with_special(rows, base.tokenizer) for name, rows in datasets.items()},
     )
 
 
@@ -136,6 +171,7 @@ def _prepare(
     max_length: int,
     use_cpu: bool,
 ) -> dict[str, Dataset]:
+    # Cut and packed below: TRL does not say what it cut.
     settings: dict[str, Any] = {
         "output_dir": "runs",
         "use_cpu": use_cpu,
@@ -143,12 +179,11 @@ def _prepare(
         "gradient_checkpointing": False,
         "report_to": "none",
         "save_strategy": "no",
-        "max_length": max_length,
-        "packing": training.packing,
-        "eval_packing": False,
+        "max_length": None,
+        "max_steps": 1,
         **_preparation(training.extra),
     }
-    rows = {name: Dataset.from_list(list(split)) for name, split in datasets.items()}
+    rows = {name: _streamed(split) for name, split in datasets.items()}
     train = rows.pop("train")
     with quiet(), restored(base.model, {}):
         trainer = SFTTrainer(
@@ -158,8 +193,106 @@ def _prepare(
             eval_dataset=rows,
             processing_class=base.tokenizer,
         )
-    prepared = {"train": trainer.train_dataset, **trainer.eval_dataset}
-    return {name: _columns(dataset) for name, dataset in prepared.items()}
+        mode, strategy = trainer.args.truncation_mode, trainer.args.packing_strategy
+        prepared = {"train": trainer.train_dataset, **trainer.eval_dataset}
+        made = {
+            name: _table(_cut(dataset, max_length, mode))
+            for name, dataset in prepared.items()
+            if name != "train" or not training.packing
+        }
+        if training.packing:
+            whole = _table(_cut(prepared["train"], None, mode)).select_columns(_COLUMNS[:2])
+            made["train"] = pack_dataset(whole, max_length, strategy)
+    return made
+
+
+def _streamed(rows: Sequence[Row]) -> IterableDataset:
+    # As JSON until each is read: a table would give every structure the fields of all others.
+    table = Dataset.from_dict({"row": [json.dumps(row) for row in rows]})
+    return table.to_iterable_dataset().map(
+        lambda line: json.loads(line["row"]), remove_columns="row"
+    )
+
+
+def _cut(rows: Iterable[Row], max_length: int | None, mode: str) -> Iterator[Row]:
+    """Cuts sequences as TRL does, and leaves out what has nothing left to learn."""
+    kept = slice(None, max_length)
+    if max_length is not None and mode == "keep_end":
+        kept = slice(-max_length, None)
+    for row in rows:
+        ids, labels = row["input_ids"][kept], row["labels"][kept]
+        if any(label != -100 for label in labels):
+            yield {"input_ids": ids, "labels": labels, _WHOLE: len(row["input_ids"])}
+
+
+def _table(rows: Iterator[Row]) -> Dataset:
+    empty: Row = {"input_ids": [], "labels": [], _WHOLE: []}
+    parts = [Dataset.from_dict(empty, features=_FEATURES)]
+    while batch := list(islice(rows, _BATCH)):
+        parts.append(Dataset.from_list(batch, features=_FEATURES))
+    return concatenate_datasets(parts)
+
+
+def _check_end(datasets: dict[str, list[Row]], base: Base, training: TrainingOptions) -> None:
+    is_chat = any(map(turns, datasets["train"]))
+    if base.tokenizer.eos_token is None and "eos_token" not in training.extra and not is_chat:
+        raise UserError(
+            f"model.name: the tokenizer of {base.name!r} has no end-of-sequence token to end the "
+            "examples with; name one of its tokens in training.extra.eos_token"
+        )
+
+
+def _check_templates(datasets: dict[str, list[Row]], base: Base) -> None:
+    """Refuses chats of which the template leaves turns out, as it does of roles it has not."""
+    template = base.tokenizer.chat_template
+    if template is None:
+        return
+    seen: set[str] = set()
+    for row in (row for split in datasets.values() for row in split):
+        for turn in turns(row):
+            role = f"{turn['role']} that calls tools" if turn.get("tool_calls") else turn["role"]
+            if role not in seen:
+                seen.add(role)
+                _check_said(row, turn, role, base)
+
+
+def _check_said(row: Row, turn: Row, role: str, base: Base) -> None:
+    mark = "Xyzzy"
+    if turn.get("tool_calls"):
+        call = turn["tool_calls"][0]
+        mark = str(call.get("function", call).get("name")) if isinstance(call, dict) else mark
+        marked = turns(row)
+    else:
+        marked = [{**other, "content": mark} if other is turn else other for other in turns(row)]
+    try:
+        text = _rendered(base.tokenizer, marked, row.get("tools"))
+    except Exception:
+        # What it refuses altogether is told when the examples are tokenised.
+        return
+    if mark not in text:
+        raise UserError(
+            f"data.train: the chat template of {base.name!r} leaves out messages of the role "
+            f"{role}, at the example that begins with {_opening(row)!r}; such chats would be "
+            "learnt without them"
+        )
+
+
+def _with_special(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> int:
+    special = {
+        *tokenizer.all_special_tokens,
+        *(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special),
+    }
+    if not special:
+        return 0
+    found = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
+    return sum(any(map(found.search, _texts(row))) for row in rows)
+
+
+def _texts(row: Row) -> list[str]:
+    said = turns(row)
+    if said:
+        return [turn["content"] for turn in said]
+    return [value for value in row.values() if isinstance(value, str)]
 
 
 def _culprit(datasets: dict[str, list[Row]], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -168,12 +301,19 @@ def _culprit(datasets: dict[str, list[Row]], tokenizer: PreTrainedTokenizerBase)
         return ""
     for row in (row for split in datasets.values() for row in split if turns(row)):
         try:
-            tools = None if row.get("tools") is None else json.loads(row["tools"])
-            tokenizer.apply_chat_template(turns(row), tools=tools, tokenize=False)
+            _rendered(tokenizer, turns(row), row.get("tools"))
         except Exception:
-            start = " ".join(str(turns(row)[0]["content"]).split())[:60]
-            return f", at the example that begins with {start!r}"
+            return f", at the example that begins with {_opening(row)!r}"
     return ""
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, said: list[Row], tools: str | None) -> str:
+    known = None if tools is None else json.loads(tools)
+    return str(tokenizer.apply_chat_template(said, tools=known, tokenize=False))
+
+
+def _opening(row: Row) -> str:
+    return " ".join(str(turns(row)[0]["content"]).split())[:60]
 
 
 def _preparation(extra: dict[str, Any]) -> dict[str, Any]:
