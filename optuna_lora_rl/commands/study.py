@@ -56,9 +56,12 @@ def validate(file: StudyFile, overrides: Overrides = []) -> None:  # noqa: B006
 
     Example: [bold]optuna-lora-rl validate studies/quickstart.yaml[/]
     """
+    from optuna_lora_rl.study import checks
     from optuna_lora_rl.study import summary
 
-    summary.description(console(), load(file, overrides))
+    spec = load(file, overrides)
+    checks.require(spec)
+    summary.description(console(), spec)
 
 
 @app.command()

@@ -32,6 +32,7 @@ from optuna_lora_rl.finetuning.quiet import quiet
 from optuna_lora_rl.finetuning.run import Run
 from optuna_lora_rl.finetuning.run import TrialResult
 from optuna_lora_rl.finetuning.shared import Shared
+from optuna_lora_rl.finetuning.trackers import Follower
 from optuna_lora_rl.rank import truncation
 from optuna_lora_rl.rank.callback import MonitorCallback
 from optuna_lora_rl.rank.monitor import Monitor
@@ -49,6 +50,7 @@ class Course:
         shared: What all runs share.
         run: What is asked.
         report: Called instead of the run's own function.
+        follower: Knows the trackers that follow the run; None for none.
 
     Attributes:
         wanted: The configuration.
@@ -63,8 +65,15 @@ class Course:
         FineTuningError: When the configuration cannot be had.
     """
 
-    def __init__(self, shared: Shared, run: Run, report: Report | None = None) -> None:
+    def __init__(
+        self,
+        shared: Shared,
+        run: Run,
+        report: Report | None = None,
+        follower: Follower | None = None,
+    ) -> None:
         self._shared = shared
+        self._follower = follower
         self._run = run
         self._adapter: Adapter | None = None
         self._steps = 0
@@ -82,6 +91,7 @@ class Course:
             training.rank_change,
             self.seed,
             {module.name: module.inputs + module.outputs for module in self.chosen},
+            lambda change: _log.info("trial %d, %s", run.number, change),
         )
         self.config = lora_config(
             self.wanted, prepared.base.architecture, self.chosen, self._allocated.ranks
@@ -91,12 +101,12 @@ class Course:
         self._plan = sft.Plan.of(self.wanted, training, len(prepared.lengths))
         self._stages = shared.stages.of(self._plan.evaluated)
         self._monitor = Monitor()
-        total = shared.price.estimated(shared.price.estimate(self.wanted))["total"]
+        self._counted = shared.price.estimated(shared.price.estimate(self.wanted))["total"]
         self.progress = Progress(
             metric=shared.objective.metric,
             numbers=self._plan.evaluated,
             baselines={step: stage.baseline for step, stage in self._stages.items()},
-            charge=shared.objective.cost_weight * total,
+            charge=shared.objective.cost_weight * self._counted,
             steps=self._plan.steps,
             patience=training.early_stopping_patience,
             generate=self._generated,
@@ -152,6 +162,7 @@ class Course:
             if wanted.rank_change == "loss"
             else None,
             merges=adapter.has_base,
+            follower=self._follower,
         )
         if not adapter.changed():
             rate = wanted.learning_rate
@@ -163,8 +174,6 @@ class Course:
             self.progress.ended(values, shared.baseline)
         if self._changing is not None and self._changing.changes:
             self._ranks = self._spells()[-1][1]
-            for change in self._changing.changes:
-                _log.info("trial %d, %s", run.number, change)
         if wanted.truncates:
             self._truncate(adapter)
         if run.folder is not None:
@@ -247,6 +256,15 @@ class Course:
             truncation=self._truncation,
             monitor=self._monitor.summary() if self._monitor.history else {},
         )
+
+    def so_far(self) -> dict[str, float]:
+        """Returns score and quality of the last evaluation, and its share of the counted cost."""
+        if not self.progress.curve:
+            return {}
+        row = self.progress.curve[-1]
+        share = self._plan.evaluated[int(row["step"])] / self._shared.training.evaluations
+        spent = share * self._counted
+        return {"score": row["score"], "quality": row["quality"], "cost": spent}
 
     def _spells(self) -> list[tuple[int, dict[str, int]]]:
         start = {module.name: self.wanted.lora_rank for module in self.chosen}

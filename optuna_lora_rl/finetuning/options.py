@@ -248,7 +248,10 @@ class TrainingOptions(Section):
     )
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
         default=(),
-        description="Trackers that follow each run, through transformers' own integrations.",
+        description="Trackers that follow each run, through transformers' own integrations; "
+        "each is also told the trial's number and configuration, and how it ended: complete, "
+        "pruned or failed, with score, quality and cost. One that is not installed is refused; "
+        "one that fails later is left behind, and the trial goes on.",
         examples=[["tensorboard"]],
     )
     seed: NonNegativeInt = Field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 
@@ -16,7 +17,11 @@ from optuna_lora_rl.rank.deciders import Steps
 
 
 def callback(
-    kind: str, options: RankChangeOptions, seed: int, costs: Mapping[str, int]
+    kind: str,
+    options: RankChangeOptions,
+    seed: int,
+    costs: Mapping[str, int],
+    changed: Callable[[RankChange], None],
 ) -> LossRankCallback | GradientRankCallback | None:
     """Makes the trainer's callback, or None where ranks stay.
 
@@ -25,6 +30,7 @@ def callback(
         options: Its thresholds.
         seed: Of the rows that a growing layer gets.
         costs: What one rank of each layer costs, in parameters.
+        changed: Called with each change when it has happened.
     """
     # What is not said here is a threshold, and bears the decider's own name for it.
     steps = Steps(**options.model_dump(exclude={"loss", "gradient", "mean_rank"}))
@@ -35,13 +41,17 @@ def callback(
         loss = options.loss
         thresholds = loss.model_dump(exclude={"source", "every"})
         curve = LossCurve(**thresholds, steps=steps, limit=limit)
-        return LossRankCallback(curve, source=loss.source, seed=seed)
+        return LossRankCallback(curve, source=loss.source, seed=seed, changed=changed)
     if kind == "gradient":
         gradient = options.gradient
         thresholds = gradient.model_dump(exclude={"every", "columns"})
         spectrum = GradientSpectrum(**thresholds, steps=steps, limit=limit)
         return GradientRankCallback(
-            spectrum, every=gradient.every, columns=gradient.columns, seed=seed
+            spectrum,
+            every=gradient.every,
+            columns=gradient.columns,
+            seed=seed,
+            changed=changed,
         )
     return None
 

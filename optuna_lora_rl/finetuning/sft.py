@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from optuna_lora_rl.finetuning.learnt import learnt_only
 from optuna_lora_rl.finetuning.merged import merged
 from optuna_lora_rl.finetuning.options import TrainingOptions
 from optuna_lora_rl.finetuning.quiet import quiet
+from optuna_lora_rl.finetuning.trackers import Follower
 
 # Called after each evaluation with step, epoch and TRL's metrics, and `train_loss`, the mean
 # training loss of the steps since the evaluation before; True ends the run.
@@ -137,6 +137,7 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     log_every: int | None = None,
     merges: bool = False,
+    follower: Follower | None = None,
 ) -> int:
     """Trains the adapter in ``model`` and returns the steps done.
 
@@ -158,11 +159,13 @@ def train(
         callbacks: Further callbacks of the trainer.
         log_every: Steps from one training loss for the callbacks to the next.
         merges: Whether evaluations may add the updates to the base weights for their time.
+        follower: Knows the trackers that follow the run; None for none.
 
     Raises:
         FineTuningError: When the loss is no finite number, or TRL refuses the configuration.
     """
     callback = _Evaluations(plan.evaluated, on_evaluation)
+    trackers = follower.names if follower else []
     settings = {
         "output_dir": str(folder),
         "run_name": run_name,
@@ -177,9 +180,13 @@ def train(
         "weight_decay": configuration.weight_decay,
         "max_grad_norm": configuration.max_grad_norm,
         "gradient_checkpointing": options.gradient_checkpointing,
+        # Training loss goes to trackers only; each log costs a synchronisation.
+        "logging_steps": 10 if trackers else 10**9,
         **_shared(options, device),
         **({} if log_every is None else {"logging_steps": log_every}),
     }
+    if trackers:
+        settings["report_to"] = trackers
     try:
         datasets = (dataset, validation[plan.steps])
         trainer = _trainer(model, tokenizer, datasets, settings, [callback, *callbacks])
@@ -192,7 +199,9 @@ def train(
         raise FineTuningError("configuration", first_line(error)) from error
     if configuration.rank_change == "none" and not {"deepspeed", "fsdp"} & set(options.extra):
         _spare_walks(model)
-    with _closing(trainer, options):
+    if follower:
+        follower.joins(trainer)
+    with _closing(trainer, bool(trackers)):
         trainer.train()
     if callback.raised is not None:
         raise callback.raised
@@ -209,7 +218,6 @@ def evaluate(
 ) -> dict[str, float]:
     """Returns TRL's evaluation metrics of a model as it stands."""
     settings = {"output_dir": "runs", "gradient_checkpointing": False, **_shared(options, device)}
-    settings["report_to"] = "none"
     trainer = _trainer(model, tokenizer, (dataset, dataset), settings, [])
     with quiet():
         metrics: dict[str, float] = trainer.evaluate()
@@ -334,11 +342,9 @@ def _shared(options: TrainingOptions, device: torch.device) -> dict[str, Any]:
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
         "per_device_eval_batch_size": options.eval_batch_size,
-        "report_to": list(options.report_to) or "none",
+        "report_to": "none",
         "save_strategy": "no",
         "logging_strategy": "steps",
-        # Training loss goes to trackers only; each log costs a synchronisation.
-        "logging_steps": 10 if options.report_to else 10**9,
         "disable_tqdm": True,
         "log_level": "error",
         "dataloader_pin_memory": not on_cpu,
@@ -375,15 +381,12 @@ def _optimizer(
 
 
 @contextmanager
-def _closing(trainer: SFTTrainer, options: TrainingOptions) -> Iterator[None]:
+def _closing(trainer: SFTTrainer, is_followed: bool) -> Iterator[None]:
     finished = False
     try:
         with quiet():
             yield
         finished = True
     finally:
-        if options.report_to and not finished:
+        if is_followed and not finished:
             trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
-        if "wandb" in options.report_to:
-            # transformers would write the next trial into the same W&B run.
-            import_module("wandb").finish()

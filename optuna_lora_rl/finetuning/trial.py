@@ -16,6 +16,7 @@ from optuna_lora_rl.finetuning.configuration import Configuration
 from optuna_lora_rl.finetuning.evaluation import Evaluation
 from optuna_lora_rl.finetuning.evaluation import quality
 from optuna_lora_rl.finetuning.failure import FineTuningError
+from optuna_lora_rl.finetuning.hub import first_line
 from optuna_lora_rl.finetuning.once import once
 from optuna_lora_rl.finetuning.options import DataOptions
 from optuna_lora_rl.finetuning.options import ModelOptions
@@ -24,6 +25,7 @@ from optuna_lora_rl.finetuning.options import TrainingOptions
 from optuna_lora_rl.finetuning.progress import Report
 from optuna_lora_rl.finetuning.run import Run
 from optuna_lora_rl.finetuning.run import TrialResult
+from optuna_lora_rl.finetuning.trackers import Follower
 from optuna_lora_rl.vocabulary import TARGET_PRESETS
 from optuna_lora_rl.vocabulary import Value
 
@@ -137,6 +139,7 @@ class FineTuner:
         self,
         configuration: Mapping[str, Value],
         *,
+        number: int = 0,
         seed: int | None = None,
         report: Report | None = None,
         folder: Path | None = None,
@@ -146,6 +149,7 @@ class FineTuner:
 
         Args:
             configuration: The trial's parameters; those left out have their defaults.
+            number: The trial's number, for the log and the trackers.
             seed: Of initialisation, dropout and order; ``training.seed`` if left out.
             report: Called at every evaluation; what it raises comes out of ``run``, after the
                 base model was restored.
@@ -155,7 +159,7 @@ class FineTuner:
         Raises:
             FineTuningError: When the trial failed by itself.
         """
-        return self._alone(Run(0, configuration, seed, report, folder, trackers_name))
+        return self._alone(Run(number, configuration, seed, report, folder, trackers_name))
 
     def run_packed(
         self,
@@ -191,10 +195,23 @@ class FineTuner:
     def _alone(self, run: Run) -> TrialResult:
         from optuna_lora_rl.finetuning.course import Course
 
-        course = Course(self._shared, run)
-        took = course.alone()
+        follower, course = Follower(self.training.report_to, run), None
         is_measured = self.objective.cost_source == "measured"
-        return course.result(took, (lambda: self._reference) if is_measured else None)
+        try:
+            course = Course(self._shared, run, follower=follower)
+            took = course.alone()
+            result = course.result(took, (lambda: self._reference) if is_measured else None)
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                follower.ended("interrupted", {})
+            elif course is not None and course.progress.is_callers(error):
+                follower.ended("pruned", course.so_far())
+            else:
+                follower.ended("failed", {}, first_line(error))
+            raise
+        values = {"score": result.score, "quality": result.quality, "cost": result.cost}
+        follower.ended("complete", values)
+        return result
 
     def test(self, adapter: Path) -> Evaluation | None:
         """Evaluates a saved adapter on the test split, or returns None where there is none.

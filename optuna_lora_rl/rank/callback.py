@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -58,8 +59,15 @@ class _RankCallback(TrainerCallback):
         changes: What changed, in order.
     """
 
-    def __init__(self, decider: LossCurve | GradientSpectrum, *, seed: int) -> None:
+    def __init__(
+        self,
+        decider: LossCurve | GradientSpectrum,
+        *,
+        seed: int,
+        changed: Callable[[RankChange], None] | None,
+    ) -> None:
         self.changes: list[RankChange] = []
+        self._changed = changed
         self._decider = decider
         self._generator = torch.Generator().manual_seed(seed)
 
@@ -87,9 +95,12 @@ class _RankCallback(TrainerCallback):
             generator=self._generator,
         ):
             reason = self._decider.reasons[one.name]
-            self.changes.append(
-                RankChange(state.global_step, one.name, one.before, one.after, reason, one.error)
+            change = RankChange(
+                state.global_step, one.name, one.before, one.after, reason, one.error
             )
+            self.changes.append(change)
+            if self._changed is not None:
+                self._changed(change)
 
 
 class LossRankCallback(_RankCallback):
@@ -99,6 +110,7 @@ class LossRankCallback(_RankCallback):
         decider: The judge.
         source: Whose loss: ``eval``, at each evaluation, or ``train``, at each log.
         seed: Of new rows.
+        changed: Called with each change when it has happened.
     """
 
     def __init__(
@@ -107,8 +119,9 @@ class LossRankCallback(_RankCallback):
         *,
         source: Literal["eval", "train"] = "eval",
         seed: int = 0,
+        changed: Callable[[RankChange], None] | None = None,
     ) -> None:
-        super().__init__(decider, seed=seed)
+        super().__init__(decider, seed=seed, changed=changed)
         self._source = source
 
     def on_evaluate(
@@ -133,12 +146,19 @@ class GradientRankCallback(_RankCallback):
             much as LoRA layers of rank ``columns``.
         columns: Width of the gradients' sketches; at least the decider's largest rank.
         seed: Of new rows.
+        changed: Called with each change when it has happened.
     """
 
     def __init__(
-        self, decider: GradientSpectrum, *, every: int = 10, columns: int = 128, seed: int = 0
+        self,
+        decider: GradientSpectrum,
+        *,
+        every: int = 10,
+        columns: int = 128,
+        seed: int = 0,
+        changed: Callable[[RankChange], None] | None = None,
     ) -> None:
-        super().__init__(decider, seed=seed)
+        super().__init__(decider, seed=seed, changed=changed)
         if every < 1 or columns < 1:
             raise UserError(f"every and columns are at least 1, not {every} and {columns}")
         self._every = every

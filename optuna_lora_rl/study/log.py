@@ -1,8 +1,9 @@
-"""What a study decides while it runs, line by line in a file beside its results."""
+"""What the package logs while a study runs: a file beside its results, and warnings shown."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,24 +12,41 @@ FILE = "log.txt"
 
 
 @contextmanager
-def kept(folder: Path) -> Iterator[None]:
+def kept(folder: Path, says: Callable[[str], None] | None = None) -> Iterator[None]:
     """Appends what the package logs to ``log.txt``: changes of ranks, and notes of packs.
 
     Args:
         folder: The study's; made at the first line.
+        says: Shows a warning, too.
     """
     logger = logging.getLogger(__package__.partition(".")[0])
     before = logger.level
-    handler = _File(folder / FILE, encoding="utf-8", delay=True)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    logger.addHandler(handler)
+    file = _File(folder / FILE, encoding="utf-8", delay=True)
+    file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    handlers: list[logging.Handler] = [file]
+    if says is not None:
+        handlers.append(_Shown(says))
+    for handler in handlers:
+        logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
         yield
     finally:
         logger.setLevel(before)
-        logger.removeHandler(handler)
-        handler.close()
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+class _Shown(logging.Handler):
+    """Shows warnings."""
+
+    def __init__(self, says: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._says = says
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._says(record.getMessage())
 
 
 class _File(logging.FileHandler):

@@ -15,7 +15,9 @@ from typing import Literal
 import optuna
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.finetuning.trackers import TENSORBOARD_FOLDER
 from optuna_lora_rl.study import adapters
+from optuna_lora_rl.study import checks
 from optuna_lora_rl.study import dashboard
 from optuna_lora_rl.study import log
 from optuna_lora_rl.study import outcome
@@ -71,14 +73,16 @@ def run(spec: StudySpec, *, display: Display | None = None) -> RunResult:
     Raises:
         UserError: If model, data, storage or disk cannot be used.
     """
+    checks.require(spec)
+    display = display or Display()
     with (
         database_errors(spec.storage_url),
         quiet(),
         _threads(spec),
-        log.kept(spec.folder),
+        log.kept(spec.folder, display.says),
         Interruption() as interruption,
     ):
-        worker = _Worker(spec, display or Display(), interruption)
+        worker = _Worker(spec, display, interruption)
         try:
             return worker.run()
         finally:
@@ -171,6 +175,7 @@ class _Worker:
             with _own_tensorboard_folder(self.spec, run.number), self.interruption.window():
                 return tuner.run(
                     run.configuration,
+                    number=run.number,
                     seed=run.seed,
                     report=run.report,
                     folder=run.folder,
@@ -260,16 +265,16 @@ def _why(error: BaseException) -> str:
 @contextmanager
 def _own_tensorboard_folder(spec: StudySpec, number: int) -> Iterator[None]:
     """Keeps a trial's TensorBoard files apart from its adapter, which may be deleted."""
-    before = os.environ.get("TENSORBOARD_LOGGING_DIR")
+    before = os.environ.get(TENSORBOARD_FOLDER)
     base = Path(before) if before else spec.folder / "tensorboard"
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(base / f"trial-{number:04d}")
+    os.environ[TENSORBOARD_FOLDER] = str(base / f"trial-{number:04d}")
     try:
         yield
     finally:
         if before is None:
-            del os.environ["TENSORBOARD_LOGGING_DIR"]
+            del os.environ[TENSORBOARD_FOLDER]
         else:
-            os.environ["TENSORBOARD_LOGGING_DIR"] = before
+            os.environ[TENSORBOARD_FOLDER] = before
 
 
 @contextmanager

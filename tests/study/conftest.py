@@ -97,7 +97,7 @@ class PaperTuner:
         return Evaluation(loss=2.0, token_accuracy=0.25)
 
     def run(self, configuration: Any, **rest: Any) -> TrialResult:
-        *_, result = self._course(Run(0, configuration, **rest))
+        *_, result = self._course(Run(configuration=configuration, **rest))
         assert result is not None
         return result
 

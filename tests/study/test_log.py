@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState
+
 from optuna_lora_rl.rank.callback import RankChange
+from optuna_lora_rl.study import display
 from optuna_lora_rl.study import log
+from optuna_lora_rl.study import runner
+from tests.study.conftest import MakeSpec
 
 
 def test_what_is_logged_in_the_package_is_kept(tmp_path: Path) -> None:
@@ -32,3 +40,51 @@ def test_a_folder_that_cannot_be_made_stops_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with log.kept(tmp_path / "file" / "study"):
         logging.getLogger("optuna_lora_rl").info("lost")
+
+
+@pytest.mark.parametrize("packing", ["off", 2])
+def test_each_change_of_rank_stands_under_its_trial_as_it_happens(
+    make_spec: MakeSpec, packing: str | int
+) -> None:
+    # Ranks change at the least occasion; the second trial, which learns nothing, is pruned.
+    gradient = {"every": 1, "window": 2, "slack": 0.9, "consistent": -1.0}
+    spec = make_spec(
+        {
+            "packing": packing,
+            "training": {"evaluations": 4, "rank_change": {"patience": 1, "gradient": gradient}},
+            "space.rank_change": "gradient",
+            "space.learning_rate": [3e-3, 1e-6],
+            "space.max_steps": 8,
+            "pruner": {"name": "threshold", "lower": 0.0, "n_warmup_steps": 3},
+            "budget": 2,
+        }
+    )
+
+    class Seen(display.Display):
+        def trial_ends(self, trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> None:
+            before[trial.number] = lines(trial.number)
+
+    def lines(number: int) -> list[str]:
+        said = (spec.folder / log.FILE).read_text().splitlines()
+        return [line for line in said if f" trial {number}, after step " in line]
+
+    before: dict[int, list[str]] = {}
+    study = runner.open_study(spec)
+    for rate in spec.space["learning_rate"]:
+        study.enqueue_trial({"learning_rate": rate, "lora_rank": 4, "target_modules": "qv"})
+    trials = runner.run(spec, display=Seen()).study.trials
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE, TrialState.PRUNED]
+    for trial in trials:
+        assert lines(trial.number)
+        # All were there before the trial was over.
+        assert lines(trial.number) == before[trial.number]
+    assert len(lines(0)) == len(trials[0].user_attrs["rank_changes"])
+
+
+def test_warnings_are_shown_too(tmp_path: Path) -> None:
+    shown: list[str] = []
+    with log.kept(tmp_path, shown.append):
+        logging.getLogger("optuna_lora_rl.somewhere").info("a detail")
+        logging.getLogger("optuna_lora_rl.somewhere").warning("no more of %s", "this")
+    assert shown == ["no more of this"]
+    assert len((tmp_path / log.FILE).read_text().splitlines()) == 2
