@@ -93,8 +93,9 @@ class Course:
             {module.name: module.inputs + module.outputs for module in self.chosen},
             lambda change: _log.info("trial %d, %s", run.number, change),
         )
+        base = prepared.base
         self.config = lora_config(
-            self.wanted, prepared.base.architecture, self.chosen, self._allocated.ranks
+            self.wanted, base.architecture, self.chosen, self._allocated.ranks, base.revision
         )
         self.start = OwnStart.of(self.wanted, self.seed)
         self.callbacks: list[TrainerCallback] = []
@@ -177,7 +178,7 @@ class Course:
         if wanted.truncates:
             self._truncate(adapter)
         if run.folder is not None:
-            adapter.save(run.folder)
+            adapter.save(run.folder, prepared.base.tokenizer)
 
     def _callbacks(self) -> list[TrainerCallback]:
         found: list[TrainerCallback] = [] if self._changing is None else [self._changing]

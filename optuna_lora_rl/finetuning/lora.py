@@ -22,10 +22,12 @@ from peft import PeftModel
 from peft import get_peft_model
 from peft import get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from torch import Tensor
 from torch import nn
 from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning.architecture import Architecture
@@ -39,6 +41,7 @@ from optuna_lora_rl.finetuning.targets import select
 from optuna_lora_rl.rank import allocation
 from optuna_lora_rl.rank import initialisation
 from optuna_lora_rl.rank import layers
+from optuna_lora_rl.rank import saved
 from optuna_lora_rl.rank.initialisation import Kind
 from optuna_lora_rl.rank.initialisation import Start
 
@@ -74,8 +77,10 @@ class Adapter:
             for name, weight in self.weights().items()
         )
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         """Writes the adapter in PEFT format, such that it loads onto the *original* base.
+
+        With it goes the tokenizer, with which it was trained, so that the folder is all one needs.
 
         PiSSA, OLoRA and starts of our own that are not zero train against a base from which their
         first update was taken. Their adapter is therefore written as the plain LoRA of rank r + r0
@@ -87,6 +92,9 @@ class Adapter:
         try:
             self.model.save_pretrained(str(folder), save_embedding_layers=False)
             self.start.subtract(folder)
+            # PEFT's card is an empty form, with the path of the base on this machine.
+            (folder / "README.md").unlink(missing_ok=True)
+            tokenizer.save_pretrained(str(folder))
         except (OSError, SafetensorError, UserError) as error:
             failed = error.__cause__ if isinstance(error, UserError) else error
             if not isinstance(failed, OSError | SafetensorError):
@@ -140,6 +148,7 @@ def lora_config(
     architecture: Architecture,
     chosen: Sequence[LinearModule],
     ranks: Mapping[str, int] | None = None,
+    revision: str | None = None,
 ) -> LoraConfig:
     """Says a configuration in PEFT's words.
 
@@ -148,6 +157,7 @@ def lora_config(
         architecture: The model's modules.
         chosen: Those that get an adapter.
         ranks: Their ranks, where these differ; their scale is that of ``lora_rank`` all the same.
+        revision: The base model's on the hub, which PEFT asks for when it loads the adapter.
     """
     names, layers = peft_names(architecture, chosen)
     # Our own starts come after PEFT's.
@@ -162,6 +172,7 @@ def lora_config(
     )
     return LoraConfig(
         task_type="CAUSAL_LM",
+        revision=revision,
         r=configuration.lora_rank,
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
         rank_pattern=patterns.rank_pattern,
@@ -233,12 +244,24 @@ def placed(model: PreTrainedModel, config: LoraConfig, start: OwnStart | None = 
 
 @contextmanager
 def loaded(base: PreTrainedModel, folder: Path) -> Iterator[PeftModel]:
-    """Puts a saved adapter into the base model, for evaluation, and takes it out again."""
+    """Puts a saved adapter into the base model, for evaluation, and takes it out again.
+
+    Raises:
+        UserError: When it cannot be read, or does not go with the base model.
+    """
+    saved.check(folder)
     biases = {
         name: parameter for name, parameter in base.named_parameters() if name.endswith("bias")
     }
     with restored(base, biases):
-        yield PeftModel.from_pretrained(base, str(folder), is_trainable=False)
+        try:
+            adapted = PeftModel.from_pretrained(base, str(folder), is_trainable=False)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(
+                f"the adapter in {str(folder)!r} does not go with the base model: {reason}"
+            ) from error
+        yield adapted
 
 
 @contextmanager
@@ -316,6 +339,8 @@ def _strip(base: nn.Module) -> None:
         for name, child in list(parent.named_children()):
             if isinstance(child, BaseTunerLayer):
                 setattr(parent, name, child.get_base_layer())
+            elif isinstance(child, AuxiliaryTrainingWrapper):
+                setattr(parent, name, child.original_module)
 
 
 def _saved(config: Any) -> dict[str, Any]:

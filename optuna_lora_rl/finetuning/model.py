@@ -35,7 +35,9 @@ class Base:
     """A loaded base model.
 
     Attributes:
-        name: Folder or hub name it came from; an adapter's ``base_model_name_or_path``.
+        name: Folder, as an absolute path, or hub name it came from; an adapter's
+            ``base_model_name_or_path``.
+        revision: Its revision on the hub, None for the default one or for a folder.
         model: The model, in evaluation mode, nothing of it trainable.
         tokenizer: Its tokenizer, with a padding token.
         architecture: Its linear modules.
@@ -43,6 +45,7 @@ class Base:
     """
 
     name: str
+    revision: str | None
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     architecture: Architecture
@@ -63,7 +66,7 @@ def path_of(options: ModelOptions) -> str:
     if options.name in tiny.MODELS:
         return str(tiny.MODELS[options.name])
     path = Path(options.name).expanduser()
-    return str(path) if path.is_dir() else options.name
+    return str(path.absolute()) if path.is_dir() else options.name
 
 
 def load(options: ModelOptions, device: torch.device) -> Base:
@@ -106,6 +109,7 @@ def load(options: ModelOptions, device: torch.device) -> Base:
     model.eval()
     return Base(
         name=name,
+        revision=None if local else options.revision,
         model=model,
         tokenizer=tokenizer,
         architecture=architecture.read(model),

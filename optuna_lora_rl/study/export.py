@@ -84,7 +84,8 @@ def _peft_config(spec: StudySpec, trial: FrozenTrial) -> str:
     chosen = lora.targets_of(configuration, base.architecture, spec.target_sets)
     # Of each layer the rank it ended with, as in an adapter whose weights were kept.
     ranks = trial.user_attrs.get("ranks")
-    config = lora.lora_config(configuration, base.architecture, chosen, ranks).to_dict()
+    peft = lora.lora_config(configuration, base.architecture, chosen, ranks, base.revision)
+    config = peft.to_dict()
     config["base_model_name_or_path"] = base.name
     return json.dumps(config, indent=2, default=_jsonable, sort_keys=True) + "\n"
 

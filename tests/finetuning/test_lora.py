@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,16 +92,19 @@ def test_configuration_becomes_pefts(model: Any) -> None:
 
 @pytest.mark.parametrize("init", ["default", "pissa"])
 def test_a_folder_that_cannot_be_written_is_the_users_matter(
-    model: Any, tmp_path: Path, init: str
+    model: Any, tmp_path: Path, init: str, make_tokenizer: Callable[[], Any]
 ) -> None:
     (tmp_path / "file").write_text("")
     with attach(model, init_lora_weights=init) as adapter:
         with pytest.raises(UserError, match="the adapter cannot be written to"):
-            adapter.save(tmp_path / "file" / "adapter")
+            adapter.save(tmp_path / "file" / "adapter", make_tokenizer())
 
 
 def test_a_full_disk_is_known_by_its_number(
-    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make_tokenizer: Callable[[], Any],
 ) -> None:
     from safetensors import SafetensorError
 
@@ -110,7 +114,7 @@ def test_a_full_disk_is_known_by_its_number(
     monkeypatch.setattr("safetensors.torch.save_file", full)
     with attach(model, init_lora_weights="olora") as adapter:
         with pytest.raises(UserError, match="No space left on device") as refused:
-            adapter.save(tmp_path)
+            adapter.save(tmp_path, make_tokenizer())
     assert isinstance(refused.value.__cause__, OSError)
     assert refused.value.__cause__.errno == 28
 
