@@ -75,8 +75,10 @@ def run(
     """Run a study to its budget, or go on with it.
 
     Ctrl-C ends it cleanly; the same command goes on. Several workers may run the same file at
-    once. Exit status: 0 at the end of the budget, 1 when the first trials all failed the same
-    way, 2 for a mistake in the file, 130 after Ctrl-C.
+    once. Exit status: 0 at the end of the budget; 1 when it has nothing to show, because no trial
+    was completed or the best adapter is no better than the untuned model, and when the first
+    trials all fail the same way; 2 for a mistake in the file, or where the machine cannot run it;
+    130 after Ctrl-C.
 
     Example: [bold]optuna-lora-rl run studies/quickstart.yaml --set budget.trials=30[/]
     """
@@ -87,7 +89,7 @@ def run(
     spec, terminal = load(file, overrides), console()
     result = runner.run(spec, display=display.create(terminal, plain=plain))
     summary.ending(terminal, result, spec, command=again(file, overrides))
-    raise typer.Exit(runner.EXIT_CODES[result.ended_by])
+    raise typer.Exit(result.exit_code)
 
 
 @app.command()

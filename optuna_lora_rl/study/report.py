@@ -15,6 +15,7 @@ from optuna.trial import TrialState
 from optuna_lora_rl.study import charts
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import rank_report
+from optuna_lora_rl.study import verdict
 from optuna_lora_rl.study import wording
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def write(study: optuna.Study, spec: StudySpec) -> Path:
 
     trials = study.get_trials(deepcopy=False)
     facts = best_facts(study, spec)
-    parts = [_opening(spec, trials)]
+    parts = [_opening(spec, trials), _shortfall(study)]
     if facts is not None:
         parts += [
             _cards(facts),
@@ -108,6 +109,11 @@ def _opening(spec: StudySpec, trials: Sequence[FrozenTrial]) -> str:
         f"what {spec.objective.metric} gained over the untuned model; a cost of 1 is one run of "
         f"the reference configuration ({spec.objective.cost_source}).</p>"
     )
+
+
+def _shortfall(study: optuna.Study) -> str:
+    sentence = verdict.shortfall(study)
+    return f"<p class=warning>Mind: {html.escape(sentence)}.</p>" if sentence else ""
 
 
 def _cards(facts: dict[str, Any]) -> str:
@@ -234,6 +240,7 @@ body {{ font: 15px/1.5 system-ui, sans-serif; color: #1e293b; max-width: 860px;
   margin: 40px auto; padding: 0 20px; }}
 h1 {{ margin-bottom: 0; }} h2 {{ margin-top: 40px; font-size: 18px; }}
 .quiet {{ color: #64748b; margin: 4px 0; }}
+.warning {{ color: #b91c1c; font-weight: 600; }}
 .cards {{ display: flex; flex-wrap: wrap; gap: 12px; margin-top: 24px; }}
 .cards div {{ background: #f1f5f9; border-radius: 8px; padding: 12px 18px; }}
 .cards b {{ display: block; font-size: 20px; }} .cards span {{ color: #64748b; }}

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
@@ -23,6 +24,7 @@ from optuna_lora_rl.study import log
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import report
 from optuna_lora_rl.study import storage
+from optuna_lora_rl.study import verdict
 from optuna_lora_rl.study import wording
 from optuna_lora_rl.study.budget import Usage
 from optuna_lora_rl.study.display import Display
@@ -55,12 +57,20 @@ class RunResult:
             every trial failed the same way.
         reason: The same in words.
         best_adapter: Folder of the best adapter in PEFT format, or None where there is none.
+        shortfall: Why a study at its end has nothing to show (every trial failed or was pruned, or
+            the best adapter is no better than none), in a sentence; None where it has.
     """
 
     study: optuna.Study
     ended_by: Ending
     reason: str
     best_adapter: Path | None
+    shortfall: str | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """What the command line ends with."""
+        return 1 if self.shortfall else EXIT_CODES[self.ended_by]
 
 
 def run(spec: StudySpec, *, display: Display | None = None) -> RunResult:
@@ -117,7 +127,8 @@ class _Worker:
                 self.display.says("other workers are still at work; the last one ends the study")
                 return RunResult(self.study, "budget", reason, None)
             self._test()
-            return self._finish("budget", reason)
+            shortfall = verdict.shortfall(self.study)
+            return replace(self._finish("budget", reason), shortfall=shortfall)
         except KeyboardInterrupt:
             self.display.says("ending; Ctrl-C once more ends at once")
             return self._finish("interruption", "interrupted")

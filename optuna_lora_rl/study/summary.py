@@ -16,6 +16,7 @@ from rich.text import Text
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import report
+from optuna_lora_rl.study import verdict
 from optuna_lora_rl.study import wording
 from optuna_lora_rl.study.budget import Usage
 
@@ -38,7 +39,8 @@ def standing(console: Console, study: optuna.Study, spec: StudySpec) -> None:
         _say(console, Text(packed, style="dim"))
     best = report.top(trials, 5)
     if not best:
-        _say(console, "No trial has been completed yet.")
+        nothing = verdict.nothing_completed(study)
+        _say(console, _warning(nothing) if nothing else "No trial has been completed yet.")
         return
     console.print()
     console.print(_table(best, console.width))
@@ -48,6 +50,9 @@ def standing(console: Console, study: optuna.Study, spec: StudySpec) -> None:
     if "cost" in best[0].user_attrs:
         words = f"The best run cost {best[0].user_attrs['cost']:.2f} of the reference run."
         _say(console, Text(words, style="dim"))
+    shortfall = verdict.nothing_better(study)
+    if shortfall:
+        _say(console, _warning(shortfall))
 
 
 def progress(trials: Sequence[FrozenTrial], spec: StudySpec) -> str:
@@ -92,6 +97,7 @@ def description(console: Console, spec: StudySpec) -> None:
 def ending(console: Console, result: RunResult, spec: StudySpec, *, command: str) -> None:
     """How the run ended, where things stand, and what to type next."""
     style = {"budget": "green", "failures": "red", "interruption": "yellow"}[result.ended_by]
+    style = "red" if result.shortfall else style
     opening = {
         "budget": f"Finished: {result.reason}.",
         "failures": f"Stopped: the first trials all failed the same way: {result.reason}",
@@ -178,6 +184,10 @@ def _gain(study: optuna.Study, best: FrozenTrial) -> Table:
         cells += [f"{test[metric]:.3f}"] if has_test and metric in test else []
         table.add_row(metric.replace("_", " "), *cells)
     return table
+
+
+def _warning(sentence: str) -> Text:
+    return Text(f"{sentence[0].upper()}{sentence[1:]}.", style="bold red")
 
 
 def _say(console: Console, text: Text | str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import runner
 from optuna_lora_rl.study import spec as study_spec
+from optuna_lora_rl.study import verdict
 from optuna_lora_rl.study.display import Display
 
 
@@ -22,16 +24,19 @@ class TuningResult:
 
     Attributes:
         study: The Optuna study, with every trial.
-        best_configuration: The best trial's parameters by name, complete; None if every trial
-            failed or was pruned.
+        best_configuration: The best trial's parameters by name, complete; None if the budget
+            left room for none.
         best_score: Its score.
         adapter: Folder of its adapter in PEFT format.
+        warning: That the adapter is no better than the untuned model, in a sentence, which is also
+            given as a Python warning; None where it is.
     """
 
     study: optuna.Study
     best_configuration: dict[str, Any] | None
     best_score: float | None
     adapter: Path | None
+    warning: str | None = None
 
 
 def tune(
@@ -67,8 +72,8 @@ def tune(
             ``packing=8``, ``objective={"cost_weight": 0.2}`` or ``data={"max_length": 256}``.
 
     Raises:
-        UserError: If an argument is wrong, if model, data or disk cannot be used, or if the first
-            trials all fail the same way.
+        UserError: If an argument is wrong, if model, data or disk cannot be used, if the first
+            trials all fail the same way, or if every trial failed or was pruned.
         KeyboardInterrupt: On Ctrl-C, after the running trial was told.
     """
     data = {**sections.pop("data", {}), "train": train}
@@ -91,10 +96,16 @@ def tune(
         raise KeyboardInterrupt
     if result.ended_by == "failures":
         raise UserError(f"the first trials all failed the same way: {result.reason}")
+    nothing = verdict.nothing_completed(result.study)
+    if nothing:
+        raise UserError(nothing)
+    if result.shortfall:
+        warnings.warn(result.shortfall, stacklevel=2)
     best = outcome.best_of(result.study.get_trials())
     return TuningResult(
         study=result.study,
         best_configuration=dict(best.user_attrs["configuration"]) if best else None,
         best_score=outcome.final_score(best) if best else None,
         adapter=result.best_adapter,
+        warning=result.shortfall,
     )

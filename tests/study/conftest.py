@@ -97,7 +97,7 @@ class PaperTuner:
         return Evaluation(loss=2.0, token_accuracy=0.25)
 
     def run(self, configuration: Any, **rest: Any) -> TrialResult:
-        *_, result = self._course(Run(configuration=configuration, **rest))
+        *_, result = self._course(Run(configuration=configuration, **{"number": 0, **rest}))
         assert result is not None
         return result
 
