@@ -68,6 +68,7 @@ def rewards(scores: np.ndarray, good: np.ndarray) -> np.ndarray:
     """
     if not good.any():
         return np.zeros(len(scores))
+    scores = np.clip(scores, -1e300, 1e300)
     best, median = scores[good].max(), np.median(scores[good])
     span = best - median if best > median else 1.0
     found = np.where(good, np.clip((best - scores) / span, 0.0, _WORST), _WORST)

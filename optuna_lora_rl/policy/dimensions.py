@@ -16,6 +16,7 @@ order: ``[8, 16, 32, 64]`` is an ordered dimension whatever order it was written
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,9 +31,22 @@ from optuna_lora_rl.policy.roles import recognise
 
 Choice = None | bool | int | float | str
 
+_LARGEST = sys.float_info.max
+# Beyond so many values the steps between them are finer than floating-point numbers.
+_MOST_LEVELS = 2**53
+_MOST_LOG = math.log(_LARGEST) - 1e-9
+# How far beyond a range, in its widths, trials of an earlier range are told apart.
+_REACH = 8.0
+
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= _LARGEST  # type: ignore[arg-type]
+
+
+def _as_float(value: float) -> float:
+    """A number, also a whole one that is too large for a float, as the nearest float."""
+    return float(min(max(value, -_LARGEST), _LARGEST))
 
 
 @dataclass(frozen=True)
@@ -59,6 +73,8 @@ class Dimension:
     step: float | None = None
     choices: tuple[Choice, ...] = ()
     role: str | None = None
+    # Of whole numbers low, high and step exactly: a float holds them up to 2 ** 53.
+    _whole: tuple[int, int, int] = field(default=(0, 0, 1), init=False)
 
     def __post_init__(self) -> None:
         if self.kind not in ("float", "int", "categorical"):
@@ -69,6 +85,13 @@ class Dimension:
             raise ValueError(f"dimension {self.name}: low {self.low} > high {self.high}")
         if self.log and self.low <= 0:
             raise ValueError(f"dimension {self.name}: a logarithmic scale needs low > 0")
+        if self.kind == "int":
+            whole = int(self.low), int(self.high), int(self.step or 1)
+            object.__setattr__(self, "_whole", whole)
+        for name in ("low", "high", "step"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, _as_float(value))
         if self.kind == "int" and self.step is None:
             object.__setattr__(self, "step", 1.0)
 
@@ -86,36 +109,46 @@ class Dimension:
 
     @cached_property
     def n_levels(self) -> int | None:
-        """Number of distinct values, ``None`` when continuous."""
+        """Number of distinct values, ``None`` when continuous or too many to tell apart."""
         if self.kind == "categorical":
             return len(self.choices)
         if self.step is None:
             return None if self.high > self.low else 1
-        return math.floor((self.high - self.low) / self.step + 1e-9) + 1
+        steps = (self.high / self._unit - self.low / self._unit) / (self.step / self._unit)
+        return math.floor(steps + 1e-9) + 1 if steps < _MOST_LEVELS else None
+
+    @cached_property
+    def _unit(self) -> float:
+        """What positions are divided by: a range may be wider than the largest float."""
+        width = self.high - self.low + 2 * (self.step or 0.0)
+        return 1.0 if self.log or width <= _LARGEST / 4 else 16.0
 
     @cached_property
     def _bounds(self) -> tuple[float, float]:
         """What 0 and 1 stand for, on the scale of the dimension (half a step beyond the ends)."""
         if self.kind == "categorical":
             return -0.5, len(self.choices) - 0.5
-        half = 0.5 * (self.step or 0.0)
-        low, high = self.low - half, self.high + half
+        half = 0.5 * (self.step or 0.0) / self._unit
+        low, high = self.low / self._unit - half, self.high / self._unit + half
         return (math.log(low), math.log(high)) if self.log else (low, high)
 
     def encode(self, value: Any) -> float:
         """The unit coordinate of a value.
 
         Numbers outside the range give coordinates outside [0, 1], so that trials of an earlier,
-        wider range still teach; what has no place here (unknown choice, absent) gives NaN.
+        wider range still teach, some widths away at most; what has no place here (unknown choice,
+        absent) gives NaN.
         """
         if self.kind == "categorical":
             position = self._level_of(value)
         elif not _is_number(value) or (self.log and value <= 0):
             return math.nan
         else:
-            position = math.log(value) if self.log else float(value)
+            position = math.log(value) if self.log else float(value) / self._unit
         low, high = self._bounds
-        return 0.5 if high <= low else (position - low) / (high - low)
+        if high <= low:
+            return 0.5
+        return min(max((position - low) / (high - low), -_REACH), 1.0 + _REACH)
 
     def _level_of(self, value: Any) -> float:
         for level, choice in enumerate(self.levels):
@@ -133,13 +166,27 @@ class Dimension:
         position = low + u * (high - low)
         if self.kind == "categorical":
             return self.levels[min(max(round(position), 0), len(self.levels) - 1)]
-        value = math.exp(position) if self.log else position
-        if self.step is not None:
+        value = self._value(position)
+        if self.kind == "int":
+            return self._nearest_whole(u, value)
+        if self.step is not None and self.n_levels is not None:
             value = self.low + round((value - self.low) / self.step) * self.step
         elif u in (0.0, 1.0):  # exp(log(low)) misses low by a rounding error
             value = (self.low, self.high)[int(u)]
-        value = min(max(value, self.low), self.high)
-        return round(value) if self.kind == "int" else float(value)
+        return min(max(value, self.low), self.high)
+
+    def _value(self, position: float) -> float:
+        """The value at a position, inside the range."""
+        value = math.exp(min(position, _MOST_LOG)) if self.log else position * self._unit
+        return min(max(value, self.low), self.high)
+
+    def _nearest_whole(self, u: float, value: float) -> int:
+        low, high, step = self._whole
+        most = (high - low) // step
+        if self.n_levels is None and not self.log:
+            return low + min(int(u * _MOST_LEVELS) * (most + 1) // _MOST_LEVELS, most) * step
+        assert self.step is not None
+        return low + min(max(round((value - self.low) / self.step), 0), most) * step
 
     def natural(self, coordinates: np.ndarray) -> np.ndarray:
         """Values at many unit coordinates as floats, shape kept, without rounding to levels.
@@ -152,7 +199,10 @@ class Dimension:
         if self.kind == "categorical":
             values = np.array([float(choice) for choice in self.levels])  # type: ignore[arg-type]
             return np.interp(position, np.arange(len(values)), values)
-        return np.exp(position) if self.log else position
+        if self.log:
+            return np.exp(np.minimum(position, _MOST_LOG))
+        limit = _LARGEST / self._unit
+        return np.minimum(np.maximum(position, -limit), limit) * self._unit
 
     def snap(self, coordinates: np.ndarray) -> np.ndarray:
         """Move coordinates to the nearest place that some value has; NaN stays NaN."""
@@ -167,9 +217,10 @@ class Dimension:
             snapped = np.minimum(np.maximum(np.rint(position), 0), len(self.levels) - 1)
             return (snapped - low) / (high - low)
         assert self.step is not None
+        first, last, step = (x / self._unit for x in (self.low, self.high, self.step))
         value = np.exp(position) if self.log else position
-        value = self.low + np.rint((value - self.low) / self.step) * self.step
-        value = np.minimum(np.maximum(value, self.low), self.high)
+        value = first + np.rint((value - first) / step) * step
+        value = np.minimum(np.maximum(value, first), last)
         return ((np.log(value) if self.log else value) - low) / (high - low)
 
     def grid(self, limit: int = 64) -> np.ndarray:
@@ -182,7 +233,7 @@ class Dimension:
             return np.array([0.5])
         if n is not None and n <= limit:
             assert self.step is not None
-            values = self.low + np.arange(n) * self.step
+            values = self.low / self._unit + np.arange(n) * (self.step / self._unit)
             return ((np.log(values) if self.log else values) - low) / (high - low)
         return np.unique(self.snap((np.arange(limit) + 0.5) / limit))
 

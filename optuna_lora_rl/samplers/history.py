@@ -123,7 +123,7 @@ def _dimension(name: str, distribution: BaseDistribution) -> Dimension:
         return Dimension(name, "categorical", choices=tuple(distribution.choices))
     if isinstance(distribution, IntDistribution):
         low, high, step = distribution.low, distribution.high, distribution.step
-        return Dimension(name, "int", float(low), float(high), distribution.log, float(step))
+        return Dimension(name, "int", low, high, distribution.log, step)
     assert isinstance(distribution, FloatDistribution)
     return Dimension(
         name,
@@ -411,8 +411,12 @@ def _estimate_pruned(
             finals, at_step = scores[complete, k], at[step][:, k]
             known = ~np.isnan(at_step)
             if known.sum() >= 2:
-                quantile = float(np.mean(at_step[known] <= value))
-                scores[i, k] = np.quantile(finals[known], min(quantile, highest))
+                quantile = min(float(np.mean(at_step[known] <= value)), highest)
+                # Nothing lies between a number and infinity.
+                smooth = np.abs(finals[known]).max() < 1e300
+                scores[i, k] = np.quantile(
+                    finals[known], quantile, method="linear" if smooth else "lower"
+                )
             elif len(complete):
                 scores[i, k] = min(value, float(finals.max()))
             else:
