@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Annotated
+from typing import Any
 
 import typer
+from typer.rich_utils import rich_format_error
 
 from optuna_lora_rl.commands import learning
 from optuna_lora_rl.commands import rank
 from optuna_lora_rl.commands import study
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.errors import masked
+from optuna_lora_rl.errors import shortened
 
 app = typer.Typer(
     name="optuna-lora-rl",
@@ -28,17 +33,35 @@ for commands in (study.app, learning.app, rank.app):
     app.add_typer(commands)
 
 
+# Click's, which newer versions of Typer bring under another name.
+_UsageError: Any = typer.BadParameter.__base__
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line; exits with status 2 and one sentence on a user's mistake."""
+    """Runs the command line, and prints whatever goes wrong, without credentials.
+
+    A user's mistake is one sentence and status 2; a bug is a traceback and status 1.
+    """
+    given = None if arguments is None else list(arguments)
     try:
-        app(args=None if arguments is None else list(arguments))
+        code = app(args=given, standalone_mode=False)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
+    except _UsageError as error:
+        error.message = shortened(masked(error.message))
+        rich_format_error(error)
+        code = error.exit_code
+    except typer.Abort:
+        code = 1
     except BrokenPipeError:
         # The reader (head, less) has seen enough.
         sys.stderr.close()
-        sys.exit(1)
+        code = 1
+    except Exception as error:
+        sys.stderr.write(masked("".join(traceback.format_exception(error))))
+        code = 1
+    sys.exit(code or 0)
 
 
 def _version(asked: bool) -> None:

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from optuna_lora_rl.errors import masked
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -50,7 +52,7 @@ def split(words: str | None) -> list[str] | None:
 
 
 def again(file: Path, overrides: Sequence[str]) -> str:
-    """The file and overrides as they have to be typed again."""
+    """The file and overrides as they have to be typed again, but for passwords."""
     import shlex
 
-    return shlex.join([str(file), *(part for o in overrides for part in ("--set", o))])
+    return masked(shlex.join([str(file), *(part for o in overrides for part in ("--set", o))]))

@@ -69,6 +69,9 @@ def check_extra(extra: dict[str, Any]) -> None:
             )
         if name in _OPTIONS:
             raise ValueError(f"extra.{name} is said by {_OPTIONS[name]}")
+        if name.startswith("hub_"):
+            # A token among them would lie in the database for all to see.
+            raise ValueError(f"extra.{name} has no use: nothing is pushed to the hub")
         if name in _OWN:
             raise ValueError(f"extra.{name} is kept by the study and cannot be changed")
         if name not in known:

@@ -255,7 +255,10 @@ def loaded(base: PreTrainedModel, folder: Path) -> Iterator[PeftModel]:
     }
     with restored(base, biases):
         try:
-            adapted = PeftModel.from_pretrained(base, str(folder), is_trainable=False)
+            # Never a pickle, which could run code.
+            adapted = PeftModel.from_pretrained(
+                base, str(folder), is_trainable=False, use_safetensors=True
+            )
         except Exception as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(

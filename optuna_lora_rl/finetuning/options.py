@@ -13,9 +13,11 @@ from pydantic import Field
 from pydantic import NonNegativeFloat
 from pydantic import NonNegativeInt
 from pydantic import PositiveInt
+from pydantic import ValidationInfo
 from pydantic import field_validator
 from pydantic import model_validator
 
+from optuna_lora_rl.errors import masked
 from optuna_lora_rl.finetuning.extra import check_extra
 from optuna_lora_rl.finetuning.rank_options import RankChangeOptions
 from optuna_lora_rl.finetuning.section import Section
@@ -23,6 +25,15 @@ from optuna_lora_rl.finetuning.section import Section
 COLUMN_ROLES = ("text", "prompt", "completion", "messages", "input", "system", "tools")
 GENERATED_METRICS = ("exact_match", "accuracy", "f1")
 FLASH_ATTENTION = ("flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2")
+
+
+def _no_address(source: str | None, info: ValidationInfo) -> str | None:
+    """Refuses a web address, which is no source and may hold a password, before it is stored."""
+    if source is not None and ("://" in source or masked(source) != source):
+        raise ValueError(
+            f"{info.field_name} is an address; name a file, a folder or what the hub has"
+        )
+    return source
 
 
 class ModelOptions(Section):
@@ -58,6 +69,12 @@ class ModelOptions(Section):
         "you trust.",
         examples=[False],
     )
+
+    @field_validator("name")
+    @classmethod
+    def _is_no_address(cls, name: str, info: ValidationInfo) -> str:
+        _no_address(name, info)
+        return name
 
 
 class DataOptions(Section):
@@ -154,6 +171,11 @@ class DataOptions(Section):
         "same splits.",
         examples=[0],
     )
+
+    @field_validator("train", "validation", "test")
+    @classmethod
+    def _is_no_address(cls, source: str | None, info: ValidationInfo) -> str | None:
+        return _no_address(source, info)
 
     @field_validator("columns")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ def over_ranks(shapes: Mapping[str, tuple[int, int]], ranks: Iterable[int]) -> l
     return counted
 
 
-def figure(capacities: Iterable[Capacity], title: str | None = None) -> Figure:
+def figure(capacities: Iterable[Capacity], title: str = "") -> Figure:
     """Draws parameters, compression and coverage over rank."""
     from plotly.subplots import make_subplots
 
@@ -108,8 +109,8 @@ def figure(capacities: Iterable[Capacity], title: str | None = None) -> Figure:
         "Expressible share of the rank": [one.coverage for one in known],
     }
     drawn = make_subplots(rows=1, cols=len(panels), subplot_titles=list(panels))
-    for column, (title, values) in enumerate(panels.items(), start=1):
-        drawn.add_scatter(x=ranks, y=values, name=title, mode="lines+markers", row=1, col=column)
+    for column, (panel, values) in enumerate(panels.items(), start=1):
+        drawn.add_scatter(x=ranks, y=values, name=panel, mode="lines+markers", row=1, col=column)
         drawn.update_xaxes(title_text="rank", type="log", tickvals=ranks, row=1, col=column)
     for column in (1, 2):
         drawn.update_yaxes(type="log", dtick=1, row=1, col=column)
@@ -126,5 +127,7 @@ def figure(capacities: Iterable[Capacity], title: str | None = None) -> Figure:
         xanchor="left",
         yanchor="bottom",
     )
-    drawn.update_layout(title=title, showlegend=False, template="plotly_white", height=420)
+    # As text: plotly reads tags in it.
+    heading = html.escape(title, quote=False)
+    drawn.update_layout(title=heading, showlegend=False, template="plotly_white", height=420)
     return drawn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 from collections.abc import Iterable
 from collections.abc import Mapping
 from pathlib import Path
@@ -105,7 +106,7 @@ def heat_map(found: Mapping[str, Spectrum], title: str) -> Figure:
             [None if c is None else getattr(found[c], measure) for c in row] for row in cells
         ]
         figure.add_heatmap(
-            x=modules,
+            x=[_plain(module) for module in modules],
             y=rows,
             z=values,
             text=[["" if v is None else _number(v) for v in row] for row in values],
@@ -288,7 +289,7 @@ def _lay_out(figure: Figure, title: str, cells: tuple[int, int], shown: int) -> 
         "pad": {"b": 8},
     }
     figure.update_layout(
-        title=title,
+        title=_plain(title),
         template="plotly_white",
         width=max(640, 200 + 90 * modules),
         height=max(420, 240 + 26 * blocks),
@@ -301,7 +302,12 @@ def _lay_out(figure: Figure, title: str, cells: tuple[int, int], shown: int) -> 
 
 
 def _described(found: Mapping[str, Spectrum], name: str | None) -> str:
-    return "" if name is None else "{} ({}x{})".format(name, *found[name].shape)
+    return "" if name is None else "{} ({}x{})".format(_plain(name), *found[name].shape)
+
+
+def _plain(name: str) -> str:
+    # A name as text: plotly reads tags in it.
+    return html.escape(name, quote=False)
 
 
 def _span(first: int | None, last: int | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 from typing import TYPE_CHECKING
 from typing import Any
@@ -37,7 +38,7 @@ def draw(explanation: Explanation) -> go.Figure:
     figure = make_subplots(
         rows=rows,
         cols=columns,
-        subplot_titles=[f"{p.name} · {p.importance:.0%}" for p in parameters],
+        subplot_titles=[f"{_plain(p.name)} · {p.importance:.0%}" for p in parameters],
         vertical_spacing=min(0.2, 75 / (_HEIGHT * rows)),
         horizontal_spacing=0.06,
         shared_yaxes="all",
@@ -81,7 +82,7 @@ def _panel(
     legend: bool,
 ) -> None:
     choices = any(isinstance(value, str | bool) or value is None for value in parameter.values)
-    x: list[Any] = [str(v) if choices else v for v in parameter.values]
+    x: list[Any] = [_plain(v) if choices else v for v in parameter.values]
     group: dict[str, Any] = {"showlegend": legend, **place}
     low, high = limits
     if parameter.prior is not None:
@@ -122,7 +123,7 @@ def _panel(
             **group,
         )
     figure.add_scatter(
-        x=[str(v) if choices else v for v, _ in parameter.trials],
+        x=[_plain(v) if choices else v for v, _ in parameter.trials],
         y=[y for _, y in parameter.trials],
         mode="markers",
         marker={"size": 6, "color": _INK, "opacity": 0.45},
@@ -130,7 +131,7 @@ def _panel(
         legendgroup="trials",
         **group,
     )
-    best = str(parameter.best) if choices else parameter.best
+    best = _plain(parameter.best) if choices else parameter.best
     figure.add_scatter(
         x=[best],
         y=[low + 0.02 * (high - low)],
@@ -145,6 +146,11 @@ def _panel(
         ticks = log_ticks(float(x[0]), float(x[-1]))
         said = [f"{tick:g}" for tick in ticks]
         figure.update_xaxes(type="log", tickvals=ticks, ticktext=said, **place)
+
+
+def _plain(value: Any) -> str:
+    """A name or a choice as text: plotly reads tags in it."""
+    return html.escape(str(value), quote=False)
 
 
 def log_ticks(low: float, high: float) -> list[float]:

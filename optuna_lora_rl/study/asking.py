@@ -11,6 +11,9 @@ from typing import Any
 from optuna.trial import TrialState
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.errors import masked
+from optuna_lora_rl.errors import quoted
+from optuna_lora_rl.errors import shortened
 from optuna_lora_rl.study import opening
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study.storage import database_errors
@@ -60,7 +63,7 @@ def tell(spec: StudySpec, said: str) -> str:
         trial = _waiting(study.get_trials(deepcopy=False), content["trial"])
         storage = study._storage
         if content.get("state") == "fail":
-            reason = str(content.get("reason", "told to have failed"))
+            reason = shortened(masked(str(content.get("reason", "told to have failed"))))
             storage.set_trial_user_attr(trial._trial_id, outcome.FAILURE, TOLD)
             storage.set_trial_user_attr(trial._trial_id, outcome.MESSAGE, reason)
             study.tell(trial.number, state=TrialState.FAIL)
@@ -73,19 +76,20 @@ def tell(spec: StudySpec, said: str) -> str:
 def _parse(said: str) -> dict[str, Any]:
     try:
         content = json.loads(said)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"the result is not valid JSON: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("trial"), int):
         raise UserError(
-            'the result must be a JSON object such as {"trial": 3, "value": 0.42}, not ' + said
+            'the result must be a JSON object such as {"trial": 3, "value": 0.42}, not '
+            + quoted(said)
         )
     unknown = sorted(content.keys() - _KEYS)
     if unknown:
         raise UserError(f"the result has an unknown key {unknown[0]}; known are {sorted(_KEYS)}")
     if content.get("state", "fail") != "fail":
         raise UserError(
-            f"state is {content['state']!r}; the only state to tell is fail, anything else is a "
-            "value"
+            f"state is {quoted(content['state'])}; the only state to tell is fail, all else "
+            "is a value"
         )
     return content
 
@@ -99,7 +103,7 @@ def _values(content: dict[str, Any], n_objectives: int) -> list[float]:
             if n_objectives == 1
             else (f"values must be a list of {n_objectives} numbers")
         )
-        raise UserError(f"{wanted}, not {values[0] if right else values!r}")
+        raise UserError(f"{wanted}, not {quoted(values[0] if right else values)}")
     return [float(value) for value in values]
 
 

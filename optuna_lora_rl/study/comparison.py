@@ -26,6 +26,7 @@ import numpy as np
 from optuna.trial import TrialState
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.errors import masked
 from optuna_lora_rl.learning.comparison.statistics import interval
 from optuna_lora_rl.learning.comparison.writing import cell
 from optuna_lora_rl.learning.comparison.writing import footer
@@ -137,7 +138,7 @@ def _compare_on_problems(
     typed += [] if samplers is None else ["--samplers", ",".join(samplers)]
     typed += [part for o in overrides for part in ("--set", o)]
     typed += [] if output is None else ["--output", str(output)]
-    command.compare(protocol, folder, command=shlex.join(typed), console=console)
+    command.compare(protocol, folder, command=masked(shlex.join(typed)), console=console)
     console.print(f"the results are in {folder}/comparison.md, .html and .json", highlight=False)
 
 
@@ -174,7 +175,8 @@ def _compare_on_study(
     command = ["optuna-lora-rl", "compare", str(file), "--samplers", ",".join(samplers)]
     command += ["--seeds", str(seeds), "--output", str(output)]
     command += [part for o in overrides for part in ("--set", o)]
-    results = summarise(curves) | {"command": shlex.join(command), "versions": versions(_PACKAGES)}
+    typed = masked(shlex.join(command))
+    results = summarise(curves) | {"command": typed, "versions": versions(_PACKAGES)}
     output.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=2)
     (output / "comparison.json").write_text(text + "\n", encoding="utf-8")
@@ -244,7 +246,9 @@ def _contestant(spec: StudySpec, sampler: str, seed: int, overrides: Sequence[st
     if sampler == spec.sampler.name:
         said = f"sampler.seed={seed}"
     own = (said, f"name={spec.name}-{sampler}-{seed}", f"output={folder}", "storage=null")
-    return Contestant(sampler, seed, (*overrides, *own))
+    # A storage of the user's is not used, and its password not shown in the list of processes.
+    others = (o for o in overrides if o.partition("=")[0].strip() != "storage")
+    return Contestant(sampler, seed, (*others, *own))
 
 
 def _run(file: Path, one: Contestant) -> list[float]:

@@ -132,11 +132,12 @@ def _trial_note(trial: optuna.Trial, before: float | None) -> str:
     attrs = trial.user_attrs
     gain = "" if before is None else f" (before: {before:.4f})"
     configuration = attrs["configuration"].items()
-    rows = "\n".join(f"| {name} | {wording.number(value)} |" for name, value in configuration)
+    cells = ((name, wording.code(wording.number(value))) for name, value in configuration)
+    rows = "\n".join("| {} | {} |".format(name, cell.replace("|", "\\|")) for name, cell in cells)
     return (
         f"**The best when it ended: score {attrs['score']:.4f}**{gain}, "
         f"quality {attrs['quality']:.4f} at cost {attrs['cost']:.3f}.\n\n"
-        f"Why it was proposed: `{attrs.get('source', '?')}`.\n\n"
+        f"Why it was proposed: {wording.code(attrs.get('source', '?'))}.\n\n"
         f"| parameter | value |\n|---|---|\n{rows}\n"
     )
 
@@ -145,8 +146,9 @@ def _study_note(study: optuna.Study, spec: StudySpec) -> str:
     trials = study.get_trials(deepcopy=False)
     best = outcome.best_of(trials)
     lines = [
-        f"## {spec.name}",
-        f"`{spec.model.name}` on `{spec.data.train}`, sampler `{spec.sampler.name}`, "
+        f"## {wording.code(spec.name)}",
+        f"{wording.code(spec.model.name)} on {wording.code(spec.data.train)}, sampler "
+        f"`{spec.sampler.name}`, "
         f"{sum(outcome.counts(trial) for trial in trials)} trials.",
         "",
         "Score = quality − " + f"{spec.objective.cost_weight:g} × cost. Quality is what "
@@ -158,9 +160,10 @@ def _study_note(study: optuna.Study, spec: StudySpec) -> str:
         lines += [
             "",
             f"**Best: trial {best.number}**, score {wording.score(outcome.final_score(best))}: "
-            f"{configuration}.",
+            f"{wording.code(configuration)}.",
             "",
-            f"Adapter: `{spec.folder / 'best'}`; report: `{spec.folder / 'report.html'}`.",
+            f"Adapter: {wording.code(spec.folder / 'best')}; report: "
+            f"{wording.code(spec.folder / 'report.html')}.",
         ]
     return "\n".join(lines)
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from optuna_lora_rl.errors import masked
+
 FILE = "log.txt"
 
 
@@ -22,7 +24,7 @@ def kept(folder: Path, says: Callable[[str], None] | None = None) -> Iterator[No
     logger = logging.getLogger(__package__.partition(".")[0])
     before = logger.level
     file = _File(folder / FILE, encoding="utf-8", delay=True)
-    file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    file.setFormatter(_Masked("%(asctime)s %(message)s"))
     handlers: list[logging.Handler] = [file]
     if says is not None:
         handlers.append(_Shown(says))
@@ -46,7 +48,12 @@ class _Shown(logging.Handler):
         self._says = says
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._says(record.getMessage())
+        self._says(masked(record.getMessage()))
+
+
+class _Masked(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return masked(super().format(record))
 
 
 class _File(logging.FileHandler):

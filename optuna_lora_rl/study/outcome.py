@@ -13,6 +13,8 @@ import psutil
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
+from optuna_lora_rl.errors import masked
+from optuna_lora_rl.errors import shortened
 from optuna_lora_rl.samplers import cut_short
 from optuna_lora_rl.study import wording
 
@@ -35,7 +37,7 @@ ALONE = "alone"
 def fail(trial: optuna.Trial, reason: str, message: str) -> None:
     """Writes down why the trial is about to fail."""
     trial.set_user_attr(FAILURE, reason)
-    trial.set_user_attr(MESSAGE, message)
+    trial.set_user_attr(MESSAGE, shortened(masked(message)))
 
 
 def failure(trial: FrozenTrial) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
+from optuna_lora_rl.errors import masked
 from optuna_lora_rl.study import charts
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import rank_report
@@ -227,7 +228,7 @@ def _failures(trials: Sequence[FrozenTrial]) -> str:
     failed = [trial for trial in trials if trial.state == TrialState.FAIL]
     rows = "".join(
         f"<tr><td>{t.number}</td><td>{html.escape(outcome.failure(t) or 'not known')}</td>"
-        f"<td>{html.escape(str(t.user_attrs.get(outcome.MESSAGE, '')))}</td>"
+        f"<td>{html.escape(masked(str(t.user_attrs.get(outcome.MESSAGE, ''))))}</td>"
         f"<td>{html.escape(outcome.configuration(t))}</td></tr>"
         for t in failed
     )

@@ -17,6 +17,7 @@ import optuna
 from optuna.storages import RDBStorage
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.errors import masked
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -47,6 +48,7 @@ def open_storage(
     Raises:
         UserError: If the URL is malformed, or the database cannot be reached or written.
     """
+    _check(url)
     _make_folder(url)
     with database_errors(url), warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -62,6 +64,9 @@ def open_storage(
             except Exception as error:
                 # Workers that start together all find no tables and all create them; the
                 # slower ones find them there at the next try.
+                if isinstance(error, TypeError | ValueError | OverflowError):
+                    # What the driver says of an option in the URL that it does not take.
+                    raise UserError(_database_sentence(url, error)) from None
                 if wait is None or not _is_race(error):
                     raise
                 time.sleep(wait)
@@ -93,14 +98,14 @@ def database_errors(url: str) -> Iterator[None]:
     try:
         yield
     except optuna.exceptions.StorageInternalError as error:
-        raise UserError(_database_sentence(url, error.__cause__ or error)) from error
+        raise UserError(_database_sentence(url, error.__cause__ or error)) from None
     except exc.SQLAlchemyError as error:
-        raise UserError(_database_sentence(url, error)) from error
+        raise UserError(_database_sentence(url, error)) from None
     except (ImportError, RuntimeError) as error:
         # Optuna's own words when a driver is missing, and when another Optuna made the tables.
         if "DB access module" not in str(error) and "table schema" not in str(error):
             raise
-        raise UserError(_database_sentence(url, error)) from error
+        raise UserError(_database_sentence(url, error)) from None
     except OSError as error:
         if error.errno not in _NO_ROOM | _NO_RIGHT:
             raise
@@ -132,13 +137,34 @@ def fatal_cause(error: BaseException) -> BaseException | None:
 
 def without_password(url: str) -> str:
     """The URL as it may be printed: no password, no query."""
-    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url.partition("?")[0])
+    return masked(f"'{url}'")[1:-1].partition("?")[0]
 
 
 def sqlite_file(url: str) -> Path | None:
     """The file of an SQLite URL, or None for another database or one in memory."""
     match = re.fullmatch(r"sqlite(?:\+\w+)?:///([^?]+)(?:\?.*)?", url)
     return Path(match[1]) if match and match[1] != ":memory:" else None
+
+
+def _check(url: str) -> None:
+    """Refuses a URL that SQLAlchemy takes apart at another place than its writer."""
+    from sqlalchemy import exc
+    from sqlalchemy import make_url
+
+    try:
+        host = make_url(url).host or ""
+    except exc.ArgumentError as error:
+        raise UserError(_database_sentence(url, error)) from None
+    except ValueError:
+        raise UserError(
+            f"storage: the port of {without_password(url)} is no number; write "
+            "postgresql://user:password@host:5432/name"
+        ) from None
+    if "@" in host:
+        raise UserError(
+            f"storage: the password of {without_password(url)} holds an @, which a URL writes as "
+            "%40"
+        )
 
 
 def _make_folder(url: str) -> None:
@@ -193,9 +219,4 @@ def _database_sentence(url: str, error: BaseException) -> str:
         return f"storage: the database {where} cannot be written ({detail})"
     if "not a database" in detail or "malformed" in detail:
         return f"storage: {where} is no SQLite database or is damaged ({detail})"
-    return f"storage: the database {where} cannot be used: {_without_secrets(url, detail)}"
-
-
-def _without_secrets(url: str, detail: str) -> str:
-    secret = re.search(r"://[^:/@]*:([^@]*)@", url)
-    return detail.replace(secret[1], "***") if secret and secret[1] else detail
+    return f"storage: the database {where} cannot be used: {detail}"

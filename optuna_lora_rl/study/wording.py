@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -127,6 +128,14 @@ def duration(seconds: float) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, or its type if it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def code(text: object) -> str:
+    """A text as Markdown shows it letter by letter."""
+    line = " ".join(str(text).split())
+    longest = max((len(run) for run in re.findall("`+", line)), default=0)
+    fence = "`" * (longest + 1)
+    return f"{fence} {line} {fence}" if longest else f"`{line or ' '}`"
 
 
 def sparkline(values: Sequence[float | None]) -> str:
