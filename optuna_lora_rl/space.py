@@ -123,6 +123,20 @@ class LoraSpace:
                 untuned[entry.name] = f"{entry.source.ratio:g} * {entry.source.of}"
         return untuned
 
+    def values(self, name: str) -> tuple[Value, ...]:
+        """The values that a parameter without a range can have."""
+        found: tuple[Value, ...] = ()
+        always = False
+        for entry in self._entries:
+            if entry.name != name:
+                continue
+            always = not entry.when.values
+            if isinstance(entry.source, Choice):
+                found = entry.source.options
+            elif isinstance(entry.source, Fixed):
+                found = (entry.source.value,)
+        return found if always else tuple(dict.fromkeys((*found, DEFAULTS[name])))
+
     def _walk(self, draw: Callable[[str, Range | Choice], Value]) -> Configuration:
         configuration: Configuration = {}
         for entry in self._entries:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from typing import Literal
+
+from optuna_lora_rl.finetuning.reached import reached
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,16 +22,22 @@ if TYPE_CHECKING:
 
 Role = Literal["query", "key", "value", "fused", "attention-output", "mlp-in", "mlp-out", "other"]
 
-_QUERY = {"q_proj", "query", "q", "wq", "q_lin", "query_proj", "q_a_proj", "q_b_proj"}
-_KEY = {"k_proj", "key", "k", "wk", "k_lin", "key_proj", "kv_a_proj_with_mqa"}
-_VALUE = {"v_proj", "value", "v", "wv", "v_lin", "value_proj", "kv_b_proj"}
+_QUERY = {"q_proj", "query", "q", "wq", "q_lin", "query_proj", "project_q", "q_a_proj", "q_b_proj"}
+_KEY = {"k_proj", "key", "k", "wk", "k_lin", "key_proj", "project_k", "kv_a_proj_with_mqa"}
+_VALUE = {"v_proj", "value", "v", "wv", "v_lin", "value_proj", "project_v", "kv_b_proj", "kv_proj"}
 _FUSED = {"c_attn", "q_attn", "query_key_value", "qkv_proj", "qkv", "wqkv", "in_proj"}
+_FUSED |= {"in_proj_qkv", "in_proj_qkvz"}
+_ROUTERS = {"router", "gate", "classifier", "shared_expert_gate"}
+# A module round one matrix is called after what it does, the matrix after what it is.
+_BARE = {"linear", "layer"}
 _MLP = re.compile(
-    r"mlp|ffn|feed_?forward|expert|intermediate|^(fc\d?|fc_in|fc_out|lin\d|w[123]|wi|wi_\d"
+    r"mlp|ffn|feed_?forward|expert|intermediate|^(ff|fc\d?|fc_in|fc_out|lin\d|w[123]|wi|wi_\d"
     r"|gate_proj|up_proj|down_proj|gate_up_proj|dense_h_to_4h|dense_4h_to_h)$"
 )
 _PARALLEL = ("codegen", "cohere", "cohere2", "gptj", "phi")
 _ATTENTION = re.compile(r"att")
+# What mixes tokens in attention's place: state spaces, gated recurrence, short convolutions.
+_MIXER = re.compile(r"mixer|mamba|temporal_block|lstm|conv")
 # As PEFT finds the layer of a module: the first number in its path.
 _LAYER = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
 
@@ -60,20 +69,26 @@ class Architecture:
 
     Attributes:
         model_type: Its transformers name, such as ``"llama"``.
-        linears: All linear modules but the output head, in the order of the model.
+        linears: The linear modules that a text passes through, in the order of the model; not the
+            output head.
+        left_out: The other linear modules, and experts that are one tensor, which no linear
+            module is: nothing here adapts them. By name, those of all layers and experts
+            under one.
         module_names: Paths of all modules.
         layers: Number of blocks.
         hidden: Width of the residual stream.
         vocabulary: Rows of the output head.
         parameters: Number of base parameters.
         fan_in_fan_out: Whether the weights are stored transposed (GPT-2's Conv1D).
-        bias_parameters: Number of parameters in biases, those of norms and head included.
+        bias_parameters: Number of parameters in biases that a text passes through, those of norms
+            and head included.
         attention_width: Features that attention mixes: heads times their size.
         parallel: Whether attention and MLP of a block read the same input (GPT-J, GPT-NeoX, Phi).
     """
 
     model_type: str
     linears: tuple[LinearModule, ...]
+    left_out: tuple[str, ...]
     module_names: tuple[str, ...]
     layers: int
     hidden: int
@@ -86,16 +101,24 @@ class Architecture:
 
 
 def read(model: PreTrainedModel) -> Architecture:
-    """Reads the architecture off a loaded model."""
+    """Reads the architecture off a loaded model.
+
+    Raises:
+        UserError: When transformers' own model fails.
+    """
     from transformers.pytorch_utils import Conv1D
 
-    linears = tuple(_linears(model))
+    found = tuple(_linears(model))
+    alive = reached(model, {linear.name: (linear.inputs, linear.outputs) for linear in found})
+    alive -= {linear.name for linear in found if _is_refused(model, linear)}
+    linears = tuple(linear for linear in found if linear.name in alive)
     head = model.get_output_embeddings()
     config = model.config.get_text_config()
     blocks = [linear.layer for linear in linears if linear.layer is not None]
     return Architecture(
         model_type=model.config.model_type,
         linears=linears,
+        left_out=(*_unreached(model, found, alive), *_fused_experts(model)),
         module_names=tuple(name for name, _ in model.named_modules() if name),
         layers=1 + max(blocks, default=-1),
         hidden=config.hidden_size,
@@ -103,7 +126,9 @@ def read(model: PreTrainedModel) -> Architecture:
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         bias_parameters=sum(
-            parameter.numel() for name, parameter in model.named_parameters() if "bias" in name
+            parameter.numel()
+            for name, parameter in model.named_parameters()
+            if "bias" in name and name.rpartition(".")[0] in alive
         ),
         attention_width=max(
             (linear.inputs for linear in linears if linear.role == "attention-output"),
@@ -117,6 +142,45 @@ def layer_of(name: str) -> int | None:
     """Returns the index of the block that a module or parameter path lies in."""
     match = _LAYER.match(name)
     return int(match["index"]) if match else None
+
+
+def _unreached(
+    model: PreTrainedModel, found: Sequence[LinearModule], alive: frozenset[str]
+) -> list[str]:
+    """Names what no text passes through: the largest modules that hold nothing else."""
+    rests = {""}
+    for name in alive:
+        rests.update(name[: match.start()] for match in re.finditer(r"\.", name))
+    rests |= alive
+    names = []
+    for linear in found:
+        if linear.name not in alive:
+            parts = linear.name.split(".")
+            ends = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+            names.append(next((end for end in ends if end not in rests), linear.name))
+    return list(dict.fromkeys(_of_all_layers(name) for name in names))
+
+
+def _is_refused(model: PreTrainedModel, linear: LinearModule) -> bool:
+    """Whether PEFT adapts no such module: kernels of state-space models read their weights."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+
+    try:
+        _check_lora_target_modules_mamba(LoraConfig(), model, linear.name.rpartition(".")[2])
+    except ValueError:
+        return True
+    return False
+
+
+def _fused_experts(model: PreTrainedModel) -> list[str]:
+    # (experts, outputs, inputs) or transposed.
+    names = [name for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name]
+    return list(dict.fromkeys(_of_all_layers(name) for name in names))
+
+
+def _of_all_layers(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _is_parallel(config: PretrainedConfig) -> bool:
@@ -154,17 +218,22 @@ def _features(module: nn.Module) -> tuple[int, int]:
 
 def _role(name: str, inputs: int, outputs: int) -> Role:
     *path, leaf = name.lower().split(".")
+    if leaf in _BARE and path:
+        *path, leaf = path
     # A router chooses experts; it is small, and adapting it alone would be no MLP adapter.
-    if layer_of(name) is None or leaf in ("router", "gate", "classifier"):
+    if layer_of(name) is None or leaf in _ROUTERS:
         return "other"
-    if not any(_ATTENTION.search(part) for part in path):
+    attends = any(_ATTENTION.search(part) for part in path)
+    if not attends:
         if any(_MLP.search(part) for part in (*path, leaf)) or leaf == "dense":
             return "mlp-in" if outputs > inputs else "mlp-out"
-        return "other"
+        if not any(_MIXER.search(part) for part in path):
+            return "other"
     if leaf in _QUERY:
         return "query"
     if leaf in _KEY:
         return "key"
     if leaf in _VALUE:
         return "value"
-    return "fused" if leaf in _FUSED else "attention-output"
+    mixes = not attends and "out" not in leaf and leaf != "o_proj"
+    return "fused" if leaf in _FUSED or mixes else "attention-output"

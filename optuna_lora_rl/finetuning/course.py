@@ -164,6 +164,7 @@ class Course:
             else None,
             merges=adapter.has_base,
             follower=self._follower,
+            own_head=prepared.base.own_head,
         )
         if not adapter.changed():
             rate = wanted.learning_rate

@@ -42,6 +42,8 @@ class Base:
         tokenizer: Its tokenizer, with a padding token.
         architecture: Its linear modules.
         fingerprint: Hash of what was loaded.
+        own_head: Whether logits come from the model's own forward; TRL's fused head computes
+            those of some architectures wrong.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Base:
     tokenizer: PreTrainedTokenizerBase
     architecture: Architecture
     fingerprint: str
+    own_head: bool = False
 
 
 def device_of(use_cpu: bool | None) -> torch.device:

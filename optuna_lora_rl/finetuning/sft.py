@@ -31,6 +31,7 @@ from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 from trl import SFTTrainer
 
+from optuna_lora_rl.finetuning import heads
 from optuna_lora_rl.finetuning.configuration import Configuration
 from optuna_lora_rl.finetuning.failure import FineTuningError
 from optuna_lora_rl.finetuning.hub import first_line
@@ -138,6 +139,7 @@ def train(
     log_every: int | None = None,
     merges: bool = False,
     follower: Follower | None = None,
+    own_head: bool = False,
 ) -> int:
     """Trains the adapter in ``model`` and returns the steps done.
 
@@ -160,6 +162,7 @@ def train(
         log_every: Steps from one training loss for the callbacks to the next.
         merges: Whether evaluations may add the updates to the base weights for their time.
         follower: Knows the trackers that follow the run; None for none.
+        own_head: Whether the model's own forward makes the logits, not TRL's fused head.
 
     Raises:
         FineTuningError: When the loss is no finite number, or TRL refuses the configuration.
@@ -189,7 +192,9 @@ def train(
         settings["report_to"] = trackers
     try:
         datasets = (dataset, validation[plan.steps])
-        trainer = _trainer(model, tokenizer, datasets, settings, [callback, *callbacks])
+        trainer = _trainer(
+            model, tokenizer, datasets, settings, [callback, *callbacks], own_head=own_head
+        )
         trainer.stages = validation
         trainer.evaluations = callback
         trainer.optimizer = _optimizer(trainer, model, configuration)
@@ -215,13 +220,30 @@ def evaluate(
     options: TrainingOptions,
     *,
     device: torch.device,
+    own_head: bool = False,
 ) -> dict[str, float]:
     """Returns TRL's evaluation metrics of a model as it stands."""
-    settings = {"output_dir": "runs", "gradient_checkpointing": False, **_shared(options, device)}
-    trainer = _trainer(model, tokenizer, (dataset, dataset), settings, [])
+    trainer = _evaluator(model, tokenizer, dataset, options, device, own_head)
     with quiet():
         metrics: dict[str, float] = trainer.evaluate()
     return metrics
+
+
+def loss_of(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    options: TrainingOptions,
+    *,
+    device: torch.device,
+    own_head: bool = False,
+) -> Tensor:
+    """Returns the loss of the first batch of an evaluation, with the graph that it came from."""
+    trainer = _evaluator(model, tokenizer, dataset, options, device, own_head)
+    batch = trainer._prepare_inputs(next(iter(trainer.get_eval_dataloader())))
+    with quiet():
+        loss: Tensor = trainer.compute_loss(trainer.model, batch)
+    return loss
 
 
 class _Trainer(SFTTrainer):
@@ -310,12 +332,27 @@ def _spare_walks(model: PeftModel) -> None:
     model.train = switch
 
 
+def _evaluator(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    options: TrainingOptions,
+    device: torch.device,
+    own_head: bool,
+) -> _Trainer:
+    settings = {"output_dir": "runs", "gradient_checkpointing": False, **_shared(options, device)}
+    settings["report_to"] = "none"
+    return _trainer(model, tokenizer, (dataset, dataset), settings, [], own_head=own_head)
+
+
 def _trainer(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     datasets: tuple[Dataset, Dataset],
     settings: dict[str, Any],
     callbacks: list[TrainerCallback],
+    *,
+    own_head: bool,
 ) -> _Trainer:
     with quiet():
         trainer = _Trainer(
@@ -327,6 +364,8 @@ def _trainer(
             callbacks=callbacks,
         )
     trainer.remove_callback(PrinterCallback)
+    if own_head:
+        heads.use_own(model.get_base_model() if isinstance(model, PeftModel) else model)
     return trainer
 
 
@@ -352,6 +391,9 @@ def _shared(options: TrainingOptions, device: torch.device) -> dict[str, Any]:
         "max_length": None,
         "packing": options.packing,
         "eval_packing": False,
+        # A router's balance is no part of the text's loss. TRL adds it by the model's own
+        # coefficient, and finds what it needs for it in some architectures only.
+        "router_aux_loss_coef": 0.0,
         **options.extra,
     }
 

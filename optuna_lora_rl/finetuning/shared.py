@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import asdict
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import transformers
 from datasets import Dataset
 
+from optuna_lora_rl.finetuning import checking
 from optuna_lora_rl.finetuning import sft
 from optuna_lora_rl.finetuning.allocation import Allocator
 from optuna_lora_rl.finetuning.configuration import Configuration
@@ -69,7 +71,9 @@ class Shared:
 
     @cached_property
     def prepared(self) -> Prepared:
-        return prepare(self._model, self.data, self.training, self.objective, cache=self.cache)
+        made = prepare(self._model, self.data, self.training, self.objective, cache=self.cache)
+        base = checking.checked(made.base, made.tokens, self.training, made.device, self.cache)
+        return replace(made, base=base)
 
     @cached_property
     def price(self) -> Price:
@@ -128,7 +132,12 @@ class Shared:
         prepared = self.prepared
         with quiet():
             metrics = sft.evaluate(
-                model, prepared.base.tokenizer, dataset, self.training, device=prepared.device
+                model,
+                prepared.base.tokenizer,
+                dataset,
+                self.training,
+                device=prepared.device,
+                own_head=prepared.base.own_head,
             )
             return {**teacher_forced(metrics), **self.generated(model, asked)}
 

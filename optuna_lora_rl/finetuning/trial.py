@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -82,12 +83,21 @@ class FineTuner:
         self.target_sets = dict(target_sets or {})
         self.cache = cache
 
-    def prepare(self) -> None:
+    def prepare(self, targets: Iterable[str] = (), layers: Iterable[str] = ("all",)) -> list[str]:
         """Loads model and data and checks what can be checked before any trial.
 
+        Args:
+            targets: Values of ``target_modules`` that runs may have.
+            layers: Values of ``layers`` that runs may have.
+
+        Returns:
+            What is worth knowing about the model, in sentences: what of it no run adapts.
+
         Raises:
-            UserError: When the model or the data cannot be had, or do not fit the options.
+            UserError: When the model or the data cannot be had, or do not fit each other or the
+                options.
         """
+        from optuna_lora_rl.finetuning import checking
         from optuna_lora_rl.finetuning import sft
         from optuna_lora_rl.finetuning.targets import select
 
@@ -96,11 +106,13 @@ class FineTuner:
             if name in TARGET_PRESETS:
                 raise UserError(f"target_sets.{name} is the name of a preset; take another name")
             select(architecture, name, "all", self.target_sets)
+        checking.check_targets(architecture, targets, layers, self.target_sets)
         try:
             sft.check(self._shared.price.reference_configuration, self.training)
             _ = self._shared.price.reference
         except FineTuningError as error:
             raise UserError(f"objective.reference: {error.message}") from None
+        return checking.notes(self._prepared.base)
 
     def traits(self) -> dict[str, int | float]:
         """Returns what there is to learn from and with: sizes of data and model, rows left out."""

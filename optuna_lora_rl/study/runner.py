@@ -209,7 +209,10 @@ class _Worker:
                 target_sets=self.spec.target_sets,
                 cache=self.spec.folder / "cache",
             )
-            self._tuner.prepare()
+            space = self.spec.lora_space()
+            targets, layers = space.values("target_modules"), space.values("layers")
+            for note in self._tuner.prepare(map(str, targets), map(str, layers)):
+                self.display.says(note)
         return self._tuner
 
     def _may_begin(self) -> bool:

@@ -1,0 +1,278 @@
+"""A base model is checked once, before the first trial.
+
+What a trial optimises is computed by TRL and PEFT round the model, and where they and the model
+do not fit together the loss is mostly wrong rather than absent. So a few rows go through both:
+the model's own forward pass, each row by itself, and the trainer's, all rows in one batch. The
+two losses must be the same. Then one small adapter on all that trials may adapt has to leave the
+loss as it is, and to get a gradient everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import asdict
+from dataclasses import dataclass
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+import trl
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedModel
+
+from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.finetuning import sft
+from optuna_lora_rl.finetuning.architecture import Architecture
+from optuna_lora_rl.finetuning.configuration import Configuration
+from optuna_lora_rl.finetuning.hub import first_line
+from optuna_lora_rl.finetuning.isolation import collected
+from optuna_lora_rl.finetuning.isolation import is_out_of_memory
+from optuna_lora_rl.finetuning.isolation import own_randomness
+from optuna_lora_rl.finetuning.lora import attached
+from optuna_lora_rl.finetuning.lora import lora_config
+from optuna_lora_rl.finetuning.lora import restored
+from optuna_lora_rl.finetuning.model import Base
+from optuna_lora_rl.finetuning.once import once
+from optuna_lora_rl.finetuning.options import TrainingOptions
+from optuna_lora_rl.finetuning.quiet import quiet
+from optuna_lora_rl.finetuning.reached import with_siblings
+from optuna_lora_rl.finetuning.targets import layer_indices
+from optuna_lora_rl.finetuning.targets import select
+from optuna_lora_rl.finetuning.tokens import Tokens
+from optuna_lora_rl.rank.layers import lora_layers
+
+_ROWS = 3
+# Of the mean loss, in nats, that two orders of the same sums may lie apart.
+_TOLERANCES = {torch.float32: 5e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the check found.
+
+    Attributes:
+        loss: Mean cross-entropy of the rows' learnt tokens by the model's own forward pass.
+        ours: The same by the trainer's.
+        own_head: Whether the trainer has to leave the output head to the model.
+    """
+
+    loss: float
+    ours: float
+    own_head: bool
+
+
+def checked(
+    base: Base,
+    tokens: Tokens,
+    training: TrainingOptions,
+    device: torch.device,
+    cache: Path | None,
+) -> Base:
+    """Returns the base model with what its check found, made once and kept.
+
+    Args:
+        base: The model.
+        tokens: The tokenised examples.
+        training: How every run trains.
+        device: Where.
+        cache: Folder where the result is kept; None for nowhere.
+
+    Raises:
+        UserError: When the model cannot be trained rightly.
+    """
+    _check_vocabulary(base, tokens)
+    rows = _few(tokens.validation)
+    facts = {
+        "model": base.fingerprint,
+        "device": device.type,
+        "versions": [module.__version__ for module in (torch, transformers, peft, trl)],
+        "training": training.model_dump(mode="json", include={"precision", "extra"}),
+        "rows": [rows["input_ids"][:], rows["labels"][:]],
+    }
+
+    def measure() -> dict[str, Any]:
+        with quiet(), collected(), own_randomness(0):
+            return asdict(_check(base, rows, training, device))
+
+    found = Checked(**once(cache, "checks", facts, measure))
+    return replace(base, own_head=found.own_head)
+
+
+def notes(base: Base) -> list[str]:
+    """Returns what is worth knowing about a model, in sentences."""
+    found = []
+    if base.own_head:
+        found.append(
+            f"the output head of this {base.architecture.model_type} model is more than TRL's "
+            "fused one computes; its own is taken, which needs the memory of all logits"
+        )
+    if base.architecture.left_out:
+        found.append(
+            f"no trial adapts {', '.join(base.architecture.left_out)}: they are no linear modules "
+            "that PEFT adapts, or text does not pass through them"
+        )
+    return found
+
+
+def check_targets(
+    architecture: Architecture,
+    targets: Iterable[str],
+    layers: Iterable[str],
+    target_sets: Mapping[str, Sequence[str]],
+) -> None:
+    """Checks that each choice of modules that a study may make is one in this model.
+
+    Raises:
+        UserError: When one names none, with those that name some, or layers are out of range.
+    """
+    found, missing = [], []
+    for target in targets:
+        try:
+            select(architecture, target, "all", target_sets)
+        except UserError:
+            missing.append(target)
+        else:
+            found.append(target)
+    if missing:
+        leaves = sorted({linear.name.rpartition(".")[2] for linear in architecture.linears})
+        rest = f"target_modules: [{', '.join(found)}]" if found else "target_modules: all-linear"
+        raise UserError(
+            f"space.target_modules: {', '.join(missing)} names no module of this "
+            f"{architecture.model_type} model; write {rest}, or name some of its linear modules "
+            f"under target_sets: [{', '.join(leaves)}]"
+        )
+    for layer in layers:
+        layer_indices(layer, architecture.layers)
+
+
+def _check(base: Base, rows: Dataset, training: TrainingOptions, device: torch.device) -> Checked:
+    loss = _own_loss(base.model, rows, device)
+    kind = base.architecture.model_type
+    ours, error, own_head = math.nan, None, False
+    for own_head in (False, True):
+        try:
+            with restored(base.model, {}):
+                ours = sft.loss_of(
+                    base.model, base.tokenizer, rows, training, device=device, own_head=own_head
+                ).item()
+        except Exception as raised:
+            # TRL's head expects of a model what not every one has.
+            error = raised
+            continue
+        error = None
+        if _agree(loss, ours, base.model.dtype):
+            break
+    if error is not None:
+        raise UserError(
+            f"model.name: TRL cannot compute the loss of a {kind} model: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
+    if not _agree(loss, ours, base.model.dtype):
+        raise UserError(
+            f"model.name: a {kind} model is trained on another loss than its own: TRL's batch of "
+            f"rows gives {ours:.5f}, the model's own forward pass on each row {loss:.5f}; so no "
+            "result would mean what it says"
+        )
+    _check_adapter(base, rows, training, device, ours, own_head)
+    return Checked(loss, ours, own_head)
+
+
+def _own_loss(model: PreTrainedModel, rows: Dataset, device: torch.device) -> float:
+    """The mean loss of the learnt tokens, each row by itself and without padding."""
+    total, count = 0.0, 0
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]], device=device)
+        following = torch.tensor(row["labels"], device=device)[1:]
+        try:
+            with torch.no_grad():
+                mask = torch.ones_like(ids)
+                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            losses = nn.functional.cross_entropy(
+                logits[0, :-1].float(), following, ignore_index=-100, reduction="sum"
+            )
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise UserError(
+                    "model.name: there is no memory for one row of the data"
+                ) from error
+            raise UserError(
+                f"model.name: transformers' own {model.config.model_type} model fails on a row of "
+                f"the data: {type(error).__name__}: {first_line(error)}"
+            ) from error
+        total += float(losses)
+        count += int((following != -100).sum())
+    return total / count
+
+
+def _check_adapter(
+    base: Base,
+    rows: Dataset,
+    training: TrainingOptions,
+    device: torch.device,
+    untuned: float,
+    own_head: bool,
+) -> None:
+    """Checks that an adapter begins as nothing, and that all of it can learn."""
+    chosen = base.architecture.linears
+    if not chosen:
+        return
+    config = lora_config(Configuration.of({"lora_rank": 1}), base.architecture, chosen)
+    with attached(base.model, config, chosen) as adapter:
+        loss = sft.loss_of(
+            adapter.model, base.tokenizer, rows, training, device=device, own_head=own_head
+        )
+        loss.backward()
+        learning = {
+            name
+            for name, layer in lora_layers(adapter.model).items()
+            if layer.lora_B["default"].weight.grad is not None
+        }
+    kind = base.architecture.model_type
+    begun = loss.item()
+    if not _agree(untuned, begun, base.model.dtype):
+        raise UserError(
+            f"model.name: an adapter that is still zero changes what a {kind} model computes: the "
+            f"loss is {begun:.5f} with it and {untuned:.5f} without"
+        )
+    names = {linear.name: (linear.inputs, linear.outputs) for linear in chosen}
+    idle = sorted(names.keys() - with_siblings(learning, names))
+    if idle:
+        raise UserError(
+            f"model.name: adapters on {', '.join(idle[:5])} of this {kind} model get no gradient; "
+            "name the others under target_sets"
+        )
+
+
+def _agree(one: float, other: float, dtype: torch.dtype) -> bool:
+    return abs(one - other) <= _TOLERANCES[dtype] * max(1.0, abs(one))
+
+
+def _few(dataset: Dataset) -> Dataset:
+    """A few short rows of different lengths."""
+    lengths = [len(ids) for ids in dataset["input_ids"]]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    places = {len(order) * i // 8 for i in range(_ROWS)}
+    return dataset.select([order[place] for place in sorted(places)])
+
+
+def _check_vocabulary(base: Base, tokens: Tokens) -> None:
+    rows = base.model.get_input_embeddings().weight.shape[0]
+    used = {base.tokenizer.pad_token_id}
+    for dataset in (tokens.train, tokens.validation, tokens.test):
+        if dataset is not None:
+            used.update(max(ids) for ids in dataset["input_ids"])
+    largest = max(used)
+    if largest >= rows:
+        raise UserError(
+            f"model.name: the tokenizer of {base.name!r} makes token {largest} "
+            f"({base.tokenizer.convert_ids_to_tokens(largest)!r}), but the model has embeddings "
+            f"for tokens 0 to {rows - 1} only; use the model's own tokenizer, or save the model "
+            "with resized embeddings (resize_token_embeddings)"
+        )
