@@ -110,7 +110,7 @@ def read(model: PreTrainedModel) -> Architecture:
 
     found = tuple(_linears(model))
     alive = reached(model, {linear.name: (linear.inputs, linear.outputs) for linear in found})
-    alive -= {linear.name for linear in found if _is_refused(model, linear)}
+    alive -= _refused(model, found)
     linears = tuple(linear for linear in found if linear.name in alive)
     head = model.get_output_embeddings()
     config = model.config.get_text_config()
@@ -161,16 +161,29 @@ def _unreached(
     return list(dict.fromkeys(_of_all_layers(name) for name in names))
 
 
-def _is_refused(model: PreTrainedModel, linear: LinearModule) -> bool:
-    """Whether PEFT adapts no such module: kernels of state-space models read their weights."""
+def _refused(model: PreTrainedModel, linears: Sequence[LinearModule]) -> set[str]:
+    """Names what PEFT does not adapt as a linear module.
+
+    Kernels of state-space models read the weights of some. Of mixtures of experts it takes names
+    that were those of experts once for the tensors in which the experts lie today, although
+    shared experts and dense layers still bear these names.
+    """
     from peft import LoraConfig
     from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
-    try:
-        _check_lora_target_modules_mamba(LoraConfig(), model, linear.name.rpartition(".")[2])
-    except ValueError:
-        return True
-    return False
+    def is_refused(leaf: str) -> bool:
+        config = LoraConfig(target_modules=[leaf])
+        try:
+            _check_lora_target_modules_mamba(config, model, leaf)
+            convert_peft_config_for_transformers(config, model, conversions=None)
+        except ValueError:
+            return True
+        return leaf not in config.target_modules
+
+    leaves = {linear.name.rpartition(".")[2] for linear in linears}
+    refused = {leaf for leaf in leaves if is_refused(leaf)}
+    return {linear.name for linear in linears if linear.name.rpartition(".")[2] in refused}
 
 
 def _fused_experts(model: PreTrainedModel) -> list[str]:

@@ -176,9 +176,8 @@ def _check(base: Base, rows: Dataset, training: TrainingOptions, device: torch.d
         ) from error
     if not _agree(loss, ours, base.model.dtype):
         raise UserError(
-            f"model.name: a {kind} model is trained on another loss than its own: TRL's batch of "
-            f"rows gives {ours:.5f}, the model's own forward pass on each row {loss:.5f}; so no "
-            "result would mean what it says"
+            f"model.name: a {kind} model cannot be trained in batches: padded beside longer rows, "
+            f"a few rows of the data have a loss of {ours:.5f}, each by itself {loss:.5f}"
         )
     _check_adapter(base, rows, training, device, ours, own_head)
     return Checked(loss, ours, own_head)

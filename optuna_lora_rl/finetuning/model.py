@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,8 +83,8 @@ def load(options: ModelOptions, device: torch.device) -> Base:
     local = Path(name).is_dir()
     if not local and (options.name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UserError(f"model.name: there is no folder {options.name!r}")
-    if local and not (Path(name) / "config.json").exists():
-        raise UserError(f"model.name: the folder {options.name!r} holds no model (config.json)")
+    if local:
+        _check_folder(Path(name), options.name)
     shared: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     attention = {}
     if options.attn_implementation is not None:
@@ -93,11 +94,17 @@ def load(options: ModelOptions, device: torch.device) -> Base:
     try:
         with nullcontext() if local else hub.no_waiting():
             tokenizer = AutoTokenizer.from_pretrained(name, **shared)
-            model = AutoModelForCausalLM.from_pretrained(
-                name, dtype=_dtype(options.dtype, device), **attention, **shared
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                name,
+                dtype=_dtype(options.dtype, device),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **attention,
+                **shared,
             )
     except Exception as error:
         raise UserError(f"model.name: {_failure(options, local, error)}") from None
+    _check_whole(options.name, model, loaded)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise UserError(
@@ -118,6 +125,42 @@ def load(options: ModelOptions, device: torch.device) -> Base:
         architecture=architecture.read(model),
         fingerprint=_fingerprint(name, model),
     )
+
+
+def _check_folder(folder: Path, name: str) -> None:
+    has_model, adapter = (folder / "config.json").exists(), folder / "adapter_config.json"
+    if adapter.exists():
+        # transformers would load it into the model without a word, or another model in its place.
+        raise UserError(
+            f"model.name: the folder {name!r} holds "
+            + ("an adapter beside a model" if has_model else "an adapter")
+            + " (adapter_config.json); merge it first (optuna-lora-rl merge) and name the merged "
+            + ("model, or move the adapter's files elsewhere" if has_model else "model")
+        )
+    if not has_model:
+        raise UserError(f"model.name: the folder {name!r} holds no model (config.json)")
+
+
+def _check_whole(name: str, model: PreTrainedModel, loaded: Mapping[str, Any]) -> None:
+    """Refuses a model that is not what was saved: transformers makes up what it does not find."""
+    if model._hf_peft_config_loaded:
+        raise UserError(
+            f"model.name: {name!r} holds an adapter; merge it into its base model first "
+            "(optuna-lora-rl merge), or name the base model"
+        )
+    for key, saved, wanted in sorted(loaded["mismatched_keys"]):
+        raise UserError(
+            f"model.name: {name!r} cannot be loaded: {key} has the shape {tuple(saved)} in its "
+            f"file, and its config.json makes {tuple(wanted)} of it (such as an old vocab_size "
+            "after the embeddings were resized)"
+        )
+    if loaded["missing_keys"]:
+        missing = sorted(loaded["missing_keys"])
+        rest = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(
+            f"model.name: {name!r} lacks weights of a {type(model).__name__}, which would begin "
+            f"at random: {', '.join(missing[:3])}{rest}"
+        )
 
 
 def _failure(options: ModelOptions, local: bool, error: Exception) -> str:

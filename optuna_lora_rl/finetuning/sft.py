@@ -238,8 +238,9 @@ def loss_of(
     device: torch.device,
     own_head: bool = False,
 ) -> Tensor:
-    """Returns the loss of the first batch of an evaluation, with the graph that it came from."""
-    trainer = _evaluator(model, tokenizer, dataset, options, device, own_head)
+    """Returns the loss of all rows in one batch of a trainer, with the graph that it came from."""
+    together = options.model_copy(update={"eval_batch_size": len(dataset)})
+    trainer = _evaluator(model, tokenizer, dataset, together, device, own_head)
     batch = trainer._prepare_inputs(next(iter(trainer.get_eval_dataloader())))
     with quiet():
         loss: Tensor = trainer.compute_loss(trainer.model, batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,8 @@ class PaperTuner:
     def __init__(self, model: Any, data: Any, training: Any, objective: Any, **_: Any) -> None:
         self.training, self.objective = training, objective
 
-    def prepare(self) -> None:
-        pass
+    def prepare(self, targets: Iterable[str], layers: Iterable[str]) -> list[str]:
+        return []
 
     def baseline(self) -> Evaluation:
         return Evaluation(loss=2.0, token_accuracy=0.25)
