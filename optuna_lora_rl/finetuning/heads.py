@@ -27,7 +27,7 @@ def use_own(model: PreTrainedModel) -> None:
         if not fused_lm_head:
             return fused(*args, **kwargs)
         labels, following = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
-        outputs = fused(*args, **kwargs)
+        outputs = fused(*args, **{**kwargs, "use_cache": False})
         logits = outputs.logits
         if following is None:
             logits, following = logits[:, :-1], labels[:, 1:]

@@ -238,12 +238,13 @@ def loss_of(
     device: torch.device,
     own_head: bool = False,
 ) -> Tensor:
-    """Returns the loss of all rows in one batch of a trainer, with the graph that it came from."""
+    """Returns the mean cross-entropy of all rows in one batch, with the graph it came from."""
     together = options.model_copy(update={"eval_batch_size": len(dataset)})
     trainer = _evaluator(model, tokenizer, dataset, together, device, own_head)
     batch = trainer._prepare_inputs(next(iter(trainer.get_eval_dataloader())))
-    with quiet():
-        loss: Tensor = trainer.compute_loss(trainer.model, batch)
+    with quiet(), learnt_only(trainer.model, batch) as selected:
+        found = trainer.model(**selected, fused_lm_head=True)
+    loss: Tensor = -found.log_probs.sum() / found.label_mask.sum()
     return loss
 
 
