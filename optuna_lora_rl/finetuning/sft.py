@@ -343,7 +343,6 @@ def _evaluator(
     own_head: bool,
 ) -> _Trainer:
     settings = {"output_dir": "runs", "gradient_checkpointing": False, **_shared(options, device)}
-    settings["report_to"] = "none"
     return _trainer(model, tokenizer, (dataset, dataset), settings, [], own_head=own_head)
 
 
