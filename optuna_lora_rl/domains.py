@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
 from typing import TYPE_CHECKING
@@ -48,6 +50,15 @@ class Range:
             return IntDistribution(int(self.low), int(self.high), log=self.log, step=step)
         return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
 
+    def values(self) -> Sequence[Value] | None:
+        """All its values, or None for a range of which there is no end of them."""
+        if self.whole:
+            return range(int(self.low), int(self.high) + 1, int(self.step or 1))
+        if self.step is None:
+            return None
+        count = math.floor((self.high - self.low) / self.step + 1e-9) + 1
+        return [self.low + i * self.step for i in range(count)]
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -59,6 +70,10 @@ class Choice:
         from optuna.distributions import CategoricalDistribution
 
         return CategoricalDistribution(self.options)
+
+    def values(self) -> Sequence[Value] | None:
+        """All its values."""
+        return self.options
 
 
 @dataclass(frozen=True)

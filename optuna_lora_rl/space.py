@@ -60,6 +60,7 @@ class LoraSpace:
             the other one has one of these values, and has its default otherwise. Parameters not
             mentioned keep the defaults of ``DEFAULTS``. ``truncate``, a mapping of ``energy`` or
             ``rank`` to one of these forms, stands for ``truncate_energy`` or ``truncate_rank``.
+            ``"defaults": True`` keeps what the recommended space tunes of what is not mentioned.
             None means the recommended space.
         target_sets: Names for lists of module-name suffixes of the user's own, to be used as
             values of ``target_modules``.
@@ -77,9 +78,7 @@ class LoraSpace:
         self.target_sets = {
             name: modules_of(name, modules) for name, modules in (target_sets or {}).items()
         }
-        self._entries = entries_of(
-            RECOMMENDED if parameters is None else parameters, self.target_sets
-        )
+        self._entries = entries_of(_mentioned(parameters), self.target_sets)
 
     @classmethod
     def recommended(cls) -> LoraSpace:
@@ -112,6 +111,26 @@ class LoraSpace:
         """The tuned parameters and their Optuna distributions, conditional ones included."""
         tuned = (entry.tuned() for entry in self._entries)
         return {name: domain.distribution() for name, domain in filter(None, tuned)}
+
+    def count(self, limit: int = 4096) -> int | None:
+        """How many different configurations there are, or None where they are over ``limit``."""
+        found: list[Configuration] = [{}]
+        for entry in self._entries:
+            grown: list[Configuration] = []
+            for configuration in found:
+                values: Sequence[Value | None] | None = [None]
+                if not entry.when.holds(configuration):
+                    grown.append({**configuration, entry.name: DEFAULTS[entry.name]})
+                    continue
+                if (tuned := entry.tuned()) is not None:
+                    values = tuned[1].values()
+                if values is None or len(grown) + len(values) > limit:
+                    return None
+                for value in values:
+                    drawn = entry.value(value, configuration)
+                    grown.append({**configuration, entry.name: drawn})
+            found = grown
+        return len({tuple(configuration.values()) for configuration in found})
 
     def fixed(self) -> dict[str, Value | str]:
         """What is not tuned: fixed values, and ties in words."""
@@ -156,6 +175,16 @@ RECOMMENDED: dict[str, Any] = {
     "lora_dropout": Range(0.0, 0.3),
     "target_modules": Choice(TARGET_PRESETS),
 }
+
+
+def _mentioned(parameters: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    if parameters is None:
+        return RECOMMENDED
+    own = dict(parameters)
+    keep = own.pop("defaults", False)
+    if not isinstance(keep, bool):
+        raise UserError(f"space.defaults: {keep!r} is not allowed; use true or false")
+    return {**RECOMMENDED, **own} if keep else own
 
 
 def _ask(trial: optuna.trial.BaseTrial, name: str, domain: Range | Choice) -> Value:

@@ -70,6 +70,10 @@ IN_THE_FILE: dict[str, tuple[dict[str, Any], str]] = {
         {"objective.objectives": ["quality", "cost"], "sampler": "cmaes"},
         "sampler 'cmaes' works with one objective",
     ),
+    "nothing tuned": (
+        {"space": {"max_steps": 24, "batch_size": 8}},
+        "space tunes nothing, so that every trial would run the same configuration",
+    ),
     "unknown parameter": ({"space.lora_rnk": 4}, "did you mean lora_rank?"),
     "empty range": (
         {"space.lora_rank": {"low": 8, "high": 2}},

@@ -185,3 +185,38 @@ def test_truncate_is_short_for_its_limit() -> None:
     for form in (8, {"energy": 0.9, "rank": 8}, {"ranks": 8}):
         with pytest.raises(UserError, match=r"space\.truncate: .* use energy or rank"):
             LoraSpace({"truncate": form})
+
+
+def test_defaults_keep_what_the_recommended_space_tunes() -> None:
+    space = LoraSpace({"defaults": True, "max_steps": 24, "lora_dropout": 0.1})
+    recommended = LoraSpace.recommended().distributions()
+    assert space.distributions() == {
+        name: range_ for name, range_ in recommended.items() if name != "lora_dropout"
+    }
+    assert space.fixed()["max_steps"] == 24
+    with pytest.raises(UserError, match=r"space.defaults: 'yes' is not allowed"):
+        LoraSpace({"defaults": "yes"})
+
+
+@pytest.mark.parametrize(
+    ("parameters", "count"),
+    [
+        ({"lora_rank": 8}, 1),
+        ({"lora_rank": [4, 8], "lora_dropout": {"low": 0.0, "high": 0.2, "step": 0.1}}, 6),
+        ({"lora_rank": {"low": 2, "high": 5}, "lora_alpha": "2 * lora_rank"}, 4),
+        ({"learning_rate": {"low": 1e-4, "high": 1e-2}}, None),
+        ({"lora_rank": {"low": 2, "high": 64}, "max_steps": {"low": 1, "high": 1000}}, None),
+        (
+            {
+                "use_dora": [True, False],
+                "init_lora_weights": {
+                    "choices": ["default", "olora"],
+                    "when": {"use_dora": False},
+                },
+            },
+            3,
+        ),
+    ],
+)
+def test_how_many_configurations_there_are(parameters: dict, count: int | None) -> None:
+    assert LoraSpace(parameters).count() == count

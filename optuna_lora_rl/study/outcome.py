@@ -54,6 +54,12 @@ def counts(trial: FrozenTrial) -> bool:
     return trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
 
 
+def tried(trials: Iterable[FrozenTrial]) -> int:
+    """How many different configurations have a result, or will have one."""
+    own = (trial for trial in trials if counts(trial) or is_running(trial))
+    return len({repr(trial.user_attrs.get("configuration")) for trial in own})
+
+
 def counts_in_words(trials: Iterable[FrozenTrial]) -> list[str]:
     """How many trials of those that count ended how, such as ``["9 completed", "3 pruned"]``."""
     states = [trial.state for trial in trials if counts(trial)]

@@ -191,7 +191,10 @@ For each parameter one of:
 `when` makes a parameter conditional: `use_dora: {choices: [true, false], when: {init_lora_weights:
 [default]}}`. Where the condition does not hold, and where a parameter is not mentioned, it has its
 default. Without a `space` the recommended one is searched: rank, alpha, learning rate, dropout
-and target modules over the usual ranges."""
+and target modules over the usual ranges; `defaults: true` beside other keys, as in
+`{defaults: true, max_steps: 24}`, keeps it for what is not mentioned. A space in which nothing is
+tuned is refused (but for a study of one trial), and a study ends when all configurations of a
+space have been tried."""
 
 
 if __name__ == "__main__":

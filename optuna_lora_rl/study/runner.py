@@ -111,6 +111,7 @@ class _Worker:
         adapters.claim(spec.folder, spec.name)
         self._tuner: FineTuner | None = None
         self._own: list[FrozenTrial] = []
+        self._configurations = spec.lora_space().count()
 
     def run(self) -> RunResult:
         self.display.opens(self.spec, self._trials())
@@ -264,7 +265,10 @@ class _Worker:
         elapsed = (time.monotonic() - self._began) / 3600
         if budget.wall_hours is not None and elapsed >= budget.wall_hours:
             return f"{elapsed:.3g} of {budget.wall_hours:g} hours on the clock"
-        return Usage.of(self._trials()).exhausted(budget)
+        trials = self._trials()
+        if self._configurations is not None and outcome.tried(trials) >= self._configurations:
+            return f"all {self._configurations} configurations of the space"
+        return Usage.of(trials).exhausted(budget)
 
 
 def _why(error: BaseException) -> str:

@@ -243,7 +243,12 @@ class StudySpec(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> StudySpec:
-        self.lora_space()
+        if not self.lora_space().distributions() and self.budget.trials != 1:
+            raise ValueError(
+                "space tunes nothing, so that every trial would run the same configuration; add "
+                "defaults: true to tune what is not named over the recommended ranges, give a "
+                "parameter a range or a list of values, or set budget.trials to 1"
+            )
         if self.packing != "off":
             self._check_packing()
         if self.transfer_from and self.sampler.name != "rl":

@@ -85,6 +85,17 @@ def test_an_interrupted_study_proposes_what_an_uninterrupted_one_does(
     assert [t.values for t in kept] == [t.values for t in whole.study.trials]
 
 
+def test_a_study_ends_when_every_configuration_has_been_tried(
+    paper: type[PaperTuner], make_spec: MakeSpec
+) -> None:
+    space = {"learning_rate": [1e-4, 1e-3], "lora_rank": [2, 4], "max_steps": 4}
+    spec = make_spec({"space": space, "budget": 20, "sampler": "rl"})
+    result = runner.run(spec)
+    assert (result.ended_by, result.reason) == ("budget", "all 4 configurations of the space")
+    assert len(result.study.trials) == 4
+    assert len(runner.run(spec).study.trials) == 4
+
+
 def test_running_again_goes_on_to_the_wished_number(
     paper: type[PaperTuner], make_spec: MakeSpec
 ) -> None:
