@@ -21,6 +21,7 @@ from datasets import IterableDataset
 from datasets import List
 from datasets import Value
 from datasets import concatenate_datasets
+from datasets.utils import tqdm
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig
@@ -65,6 +66,7 @@ class Tokens:
         emptied: By split, how many examples were left out because cutting them to the longest
             length left nothing to learn.
         cut: By split, how many of the others were cut.
+        max_length: The longest length.
         special: By split, how many examples hold the text of a special token, which becomes that
             token.
     """
@@ -75,6 +77,7 @@ class Tokens:
     emptied: Mapping[str, int] = field(default_factory=dict)
     cut: Mapping[str, int] = field(default_factory=dict)
     special: Mapping[str, int] = field(default_factory=dict)
+    max_length: int | None = None
 
     @property
     def unlearnable(self) -> int:
@@ -161,6 +164,7 @@ def tokenise(
             for name, dataset in learnt.items()
         },
         special={name: _with_special(rows, base.tokenizer) for name, rows in datasets.items()},
+        max_length=max_length,
     )
 
 
@@ -195,14 +199,20 @@ def _prepare(
         )
         mode, strategy = trainer.args.truncation_mode, trainer.args.packing_strategy
         prepared = {"train": trainer.train_dataset, **trainer.eval_dataset}
-        made = {
-            name: _table(_cut(dataset, max_length, mode))
-            for name, dataset in prepared.items()
-            if name != "train" or not training.packing
-        }
-        if training.packing:
-            whole = _table(_cut(prepared["train"], None, mode)).select_columns(_COLUMNS[:2])
-            made["train"] = pack_dataset(whole, max_length, strategy)
+        made = {}
+        for name, dataset in prepared.items():
+            packs = training.packing and name == "train"
+            # TRL works when it is asked for a row.
+            shown = tqdm(
+                dataset,
+                total=len(datasets[name]),
+                desc=f"Tokenising {name}",
+                unit=" examples",
+            )
+            made[name] = _table(_cut(shown, None if packs else max_length, mode))
+            if packs:
+                whole = made[name].select_columns(_COLUMNS[:2])
+                made[name] = pack_dataset(whole, max_length, strategy)
     return made
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
+from typing import Any
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning.configuration import Configuration
@@ -131,6 +132,35 @@ class FineTuner:
             "model_layers": architecture.layers,
             "hidden_size": architecture.hidden,
             "vocabulary": architecture.vocabulary,
+        }
+
+    def data_facts(self) -> dict[str, Any]:
+        """Returns what was made of the data, as JSON values.
+
+        They are ``kind``, ``learns`` (in words), ``unread`` (columns), ``max_length``,
+        ``answered`` (how many examples a generated metric reads, or None) and ``splits``: by name,
+        the fields of ``data.Counts``, with ``used`` as it is after tokenising, ``emptied``
+        (nothing left to learn), ``cut`` and ``special`` (holds the text of a special token).
+        """
+        prepared = self._prepared
+        splits, tokens = prepared.splits, prepared.tokens
+        known = {}
+        for name, counts in splits.counts.items():
+            emptied = tokens.emptied.get(name, 0)
+            known[name] = {
+                **asdict(counts),
+                "used": counts.used - emptied,
+                "emptied": emptied,
+                "cut": tokens.cut.get(name, 0),
+                "special": tokens.special.get(name, 0),
+            }
+        return {
+            "kind": splits.kind,
+            "learns": _learns(splits.kind, self.training.extra),
+            "unread": list(splits.unread),
+            "max_length": tokens.max_length,
+            "answered": None if prepared.asked is None else len(prepared.asked.answers),
+            "splits": known,
         }
 
     def baseline(self) -> Evaluation:
@@ -309,3 +339,14 @@ class FineTuner:
             return asdict(Course(shared, Run(0, configuration)).alone())
 
         return Measured(**once(self.cache, "references", facts, measure))
+
+
+def _learns(kind: str, extra: Mapping[str, Any]) -> str:
+    """Which tokens of an example are learnt, as TRL decides it."""
+    if extra.get("assistant_only_loss"):
+        return "the assistant's turns"
+    if kind == "messages":
+        return "every turn, the user's among them"
+    if kind == "prompt-completion" and extra.get("completion_only_loss") is not False:
+        return "the completion"
+    return "every token"

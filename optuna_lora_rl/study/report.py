@@ -14,6 +14,7 @@ from optuna.trial import TrialState
 
 from optuna_lora_rl.errors import masked
 from optuna_lora_rl.study import charts
+from optuna_lora_rl.study import data_report
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import rank_report
 from optuna_lora_rl.study import verdict
@@ -91,7 +92,8 @@ def write(study: optuna.Study, spec: StudySpec) -> Path:
             _table(trials, spec),
             rank_report.truncations(top(trials, len(trials))),
         ]
-    parts.append(_failures(trials))
+    known = study.user_attrs.get(data_report.DATA)
+    parts += [data_report.section(known) if known else "", _failures(trials)]
     path = spec.folder / FILE
     page = _PAGE.format(title=html.escape(spec.name), body="\n".join(filter(None, parts)))
     path.write_text(page, encoding="utf-8")

@@ -20,6 +20,7 @@ from optuna_lora_rl.finetuning.trackers import TENSORBOARD_FOLDER
 from optuna_lora_rl.study import adapters
 from optuna_lora_rl.study import checks
 from optuna_lora_rl.study import dashboard
+from optuna_lora_rl.study import data_report
 from optuna_lora_rl.study import log
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import report
@@ -212,9 +213,16 @@ class _Worker:
             )
             space = self.spec.lora_space()
             targets, layers = space.values("target_modules"), space.values("layers")
-            for note in self._tuner.prepare(map(str, targets), map(str, layers)):
+            notes = self._tuner.prepare(map(str, targets), map(str, layers))
+            self._tell_data(self._tuner.data_facts())
+            for note in notes:
                 self.display.says(note)
         return self._tuner
+
+    def _tell_data(self, facts: dict[str, Any]) -> None:
+        for sentence in (data_report.line(facts), *data_report.warnings(facts)):
+            self.display.says(sentence)
+        self.study.set_user_attr(data_report.DATA, facts)
 
     def _may_begin(self) -> bool:
         # Failures may stop looking hopeless: a trial that ran beside them succeeds.

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.study import data_report
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import report
 from optuna_lora_rl.study import verdict
@@ -30,10 +31,25 @@ if TYPE_CHECKING:
 _WIDE = 120
 
 
-def standing(console: Console, study: optuna.Study, spec: StudySpec) -> None:
-    """How far the study is, its best trials, and what they gained."""
+def standing(
+    console: Console, study: optuna.Study, spec: StudySpec, *, is_ending: bool = False
+) -> None:
+    """How far the study is, its best trials, and what they gained.
+
+    Args:
+        console: Where to print.
+        study: The study.
+        spec: Its file.
+        is_ending: Whether a run has just said what was made of the data.
+    """
     trials = study.get_trials(deepcopy=False)
     _say(console, Text.assemble((spec.name, "bold"), f"  {progress(trials, spec)}"))
+    known = study.user_attrs.get(data_report.DATA)
+    if known and not is_ending:
+        _say(console, Text(data_report.line(known), style="dim"))
+    if known:
+        for warning in data_report.warnings(known):
+            _say(console, Text(warning, style="yellow"))
     packed = outcome.side_by_side(trials)
     if packed:
         _say(console, Text(packed, style="dim"))
@@ -105,7 +121,7 @@ def ending(console: Console, result: RunResult, spec: StudySpec, *, command: str
     }[result.ended_by]
     console.print()
     _say(console, Text(opening, style=style))
-    standing(console, result.study, spec)
+    standing(console, result.study, spec, is_ending=True)
     rows = [("dashboard", f"optuna-lora-rl dashboard {command}")]
     report_file = spec.folder / report.FILE
     if report_file.exists():

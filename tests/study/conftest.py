@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import yaml
 
 from optuna_lora_rl.finetuning import trial as trial_module
+from optuna_lora_rl.finetuning.data import Counts
 from optuna_lora_rl.finetuning.evaluation import Evaluation
 from optuna_lora_rl.finetuning.trial import Run
 from optuna_lora_rl.finetuning.trial import TrialResult
@@ -93,6 +95,21 @@ class PaperTuner:
 
     def prepare(self, targets: Iterable[str], layers: Iterable[str]) -> list[str]:
         return []
+
+    def data_facts(self) -> dict[str, Any]:
+        counts = dict.fromkeys(
+            (*(name.name for name in fields(Counts)), "emptied", "cut", "special"), 0
+        )
+        counts |= {"read": 40, "used": 40}
+        splits = {name: dict(counts) for name in ("train", "validation")}
+        return {
+            "kind": "prompt-completion",
+            "learns": "the completion",
+            "unread": [],
+            "max_length": 512,
+            "answered": None,
+            "splits": splits,
+        }
 
     def baseline(self) -> Evaluation:
         return Evaluation(loss=2.0, token_accuracy=0.25)
