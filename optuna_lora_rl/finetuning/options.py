@@ -285,8 +285,8 @@ class TrainingOptions(Section):
     )
     use_cpu: bool | None = Field(
         default=None,
-        description="Train on the CPU even where there is a GPU. Left out, a GPU is used where "
-        "there is one.",
+        description="`true` trains on the CPU even where there is a GPU; `false` refuses to run "
+        "where there is none. Left out, a GPU is used where there is one.",
         examples=[True],
     )
     extra: dict[str, Any] = Field(

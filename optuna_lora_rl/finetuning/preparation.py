@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning import data
+from optuna_lora_rl.finetuning import device as devices
 from optuna_lora_rl.finetuning import evaluation
 from optuna_lora_rl.finetuning import model
 from optuna_lora_rl.finetuning import tokens
@@ -19,7 +19,6 @@ from optuna_lora_rl.finetuning.evaluation import Questions
 from optuna_lora_rl.finetuning.files import Row
 from optuna_lora_rl.finetuning.isolation import own_randomness
 from optuna_lora_rl.finetuning.model import Base
-from optuna_lora_rl.finetuning.options import FLASH_ATTENTION
 from optuna_lora_rl.finetuning.options import GENERATED_METRICS
 from optuna_lora_rl.finetuning.options import DataOptions
 from optuna_lora_rl.finetuning.options import ModelOptions
@@ -71,8 +70,10 @@ def prepare(
         UserError: When either cannot be had, they do not fit the options, or the cache cannot be
             written.
     """
-    device = model.device_of(training.use_cpu)
-    _check_device(model_options, training, device)
+    refused = devices.obstacle(model_options, training)
+    if refused:
+        raise UserError(refused)
+    device = devices.device_of(training.use_cpu)
     with quiet(), own_randomness():
         splits = data.load(data_options)
         if objective.metric in GENERATED_METRICS and splits.kind == "text":
@@ -119,21 +120,3 @@ def longest(base: Base, data_options: DataOptions) -> int:
     """Returns the longest sequence: what was asked for, or all positions that the model has."""
     positions = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
     return min(data_options.max_length, positions or data_options.max_length)
-
-
-def _check_device(
-    model_options: ModelOptions, training: TrainingOptions, device: torch.device
-) -> None:
-    if training.packing and model_options.attn_implementation not in FLASH_ATTENTION:
-        raise UserError(
-            "training.packing needs model.attn_implementation flash_attention_2: with any other "
-            "kernel packed examples attend to each other"
-        )
-    if device.type == "cuda" and torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
-        raise UserError(
-            f"{torch.cuda.device_count()} GPUs are visible to one process, which TRL does not "
-            "train on; set CUDA_VISIBLE_DEVICES to one of them and start a worker for each"
-        )
-    if device.type == "cpu" and (training.packing or training.precision == "fp16"):
-        key = "packing" if training.packing else "precision fp16"
-        raise UserError(f"training.{key} needs a GPU, and there is none")

@@ -33,6 +33,7 @@ from trl import SFTTrainer
 
 from optuna_lora_rl.finetuning import heads
 from optuna_lora_rl.finetuning.configuration import Configuration
+from optuna_lora_rl.finetuning.device import precision_of
 from optuna_lora_rl.finetuning.failure import FineTuningError
 from optuna_lora_rl.finetuning.hub import first_line
 from optuna_lora_rl.finetuning.learnt import learnt_only
@@ -372,11 +373,7 @@ def _trainer(
 
 def _shared(options: TrainingOptions, device: torch.device) -> dict[str, Any]:
     on_cpu = device.type == "cpu"
-    precision = options.precision
-    if precision == "auto":
-        precision = "fp32"
-        if not on_cpu:
-            precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    precision = precision_of(options, device)
     return {
         "use_cpu": on_cpu,
         "bf16": precision == "bf16",

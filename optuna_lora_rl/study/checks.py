@@ -17,6 +17,10 @@ def require(spec: StudySpec) -> None:
     Raises:
         UserError: Naming every obstacle, one line each.
     """
+    from optuna_lora_rl.finetuning import device
+
     found = trackers.obstacles(spec.training.report_to)
+    elsewhere = device.obstacle(spec.model, spec.training)
+    found += [elsewhere] if elsewhere else []
     if found:
         raise UserError("\n".join(found))

@@ -76,10 +76,11 @@ def _peft_config(spec: StudySpec, trial: FrozenTrial) -> str:
     from optuna_lora_rl.finetuning import lora
     from optuna_lora_rl.finetuning import model
     from optuna_lora_rl.finetuning.configuration import Configuration
+    from optuna_lora_rl.finetuning.device import device_of
     from optuna_lora_rl.finetuning.quiet import quiet
 
     with quiet():
-        base = model.load(spec.model, model.device_of(use_cpu=True))
+        base = model.load(spec.model, device_of(use_cpu=True))
     configuration = Configuration.of(trial.user_attrs["configuration"])
     chosen = lora.targets_of(configuration, base.architecture, spec.target_sets)
     # Of each layer the rank it ended with, as in an adapter whose weights were kept.

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 FILE = "report.html"
 UNTUNED = "untuned"
 TEST = "test"
+# On what, and in which arithmetic, its workers have trained.
+DEVICES = "devices"
 # Attributes of a trial that say how it went, rather than how well.
 _BOOKKEEPING = {
     "host",
@@ -81,7 +83,7 @@ def write(study: optuna.Study, spec: StudySpec) -> Path:
 
     trials = study.get_trials(deepcopy=False)
     facts = best_facts(study, spec)
-    parts = [_opening(spec, trials), _shortfall(study)]
+    parts = [_opening(study, spec, trials), _shortfall(study)]
     if facts is not None:
         parts += [
             _cards(facts),
@@ -100,14 +102,16 @@ def write(study: optuna.Study, spec: StudySpec) -> Path:
     return path
 
 
-def _opening(spec: StudySpec, trials: Sequence[FrozenTrial]) -> str:
+def _opening(study: optuna.Study, spec: StudySpec, trials: Sequence[FrozenTrial]) -> str:
     counts = outcome.counts_in_words(trials)
+    where = " and ".join(study.user_attrs.get(DEVICES, []))
     packed = outcome.side_by_side(trials)
     return (
         f"<h1>{html.escape(spec.name)}</h1><p class=quiet><b>{html.escape(spec.model.name)}</b> "
         f"on <b>{html.escape(spec.data.train)}</b> · sampler {spec.sampler.name} · pruner "
         f"{spec.pruner.name} · {', '.join(counts) or 'no trials yet'}"
-        f"{f' · {html.escape(packed)}' if packed else ''}</p>"
+        f"{f' · {html.escape(packed)}' if packed else ''}"
+        f"{f' · trained on {html.escape(where)}' if where else ''}</p>"
         f"<p class=quiet>Score = quality − {spec.objective.cost_weight:g} × cost. Quality is "
         f"what {spec.objective.metric} gained over the untuned model; a cost of 1 is one run of "
         f"the reference configuration ({spec.objective.cost_source}).</p>"

@@ -199,6 +199,7 @@ class _Worker:
 
     def _load(self) -> FineTuner:
         if self._tuner is None:
+            self._say_where()
             self.display.works_on(f"loading {self.spec.model.name} and {self.spec.data.train}")
             # Takes seconds: transformers, TRL and PEFT come with it.
             from optuna_lora_rl.finetuning.trial import FineTuner
@@ -223,6 +224,15 @@ class _Worker:
         for sentence in (data_report.line(facts), *data_report.warnings(facts)):
             self.display.says(sentence)
         self.study.set_user_attr(data_report.DATA, facts)
+
+    def _say_where(self) -> None:
+        from optuna_lora_rl.finetuning import device
+
+        where = device.described(self.spec.training)
+        self.display.says(f"training on {where}")
+        known = self.study.user_attrs.get(report.DEVICES, [])
+        if where not in known:
+            self.study.set_user_attr(report.DEVICES, [*known, where])
 
     def _may_begin(self) -> bool:
         # Failures may stop looking hopeless: a trial that ran beside them succeeds.
