@@ -74,6 +74,7 @@ def form_of(rows: Sequence[Row], source: str, key: str, mapping: Mapping[str, st
     """
     names = list(dict.fromkeys(name for row in rows for name in row))
     filled = {name for row in rows for name, value in row.items() if not _is_missing(value)}
+    saying = {name for row in rows for name, value in row.items() if _says(value)}
     for role, column in mapping.items():
         if column not in names:
             raise UserError(
@@ -84,9 +85,13 @@ def form_of(rows: Sequence[Row], source: str, key: str, mapping: Mapping[str, st
         found = _found(there, mapping)
         if found is not None:
             kind, columns = found
-            columns = {**columns, **_optional(kind, columns, there, mapping)}
+            further = _optional(kind, columns, there, mapping)
+            if kind == "prompt-completion" and not _are_chats(rows, columns["prompt"]):
+                # Plain text has no place for them.
+                further.pop("tools", None)
+            columns = {**columns, **further}
             used = set(columns.values())
-            unread = tuple(name for name in names if name in filled and name not in used)
+            unread = tuple(name for name in names if name in saying and name not in used)
             return Form(kind, columns, unread)
     hint = "say with data.columns which column is which"
     if set(_PREFERENCE) <= set(names):
@@ -126,6 +131,10 @@ def examples(rows: Sequence[Row], form: Form, key: str) -> list[Row]:
             for example, its in zip(made, tools, strict=True):
                 example["tools"] = its
     return made
+
+
+def _are_chats(rows: Sequence[Row], column: str) -> bool:
+    return any(isinstance(row.get(column), list) for row in rows)
 
 
 def _found(there: set[str], mapping: Mapping[str, str]) -> tuple[Kind, dict[str, str]] | None:
@@ -196,7 +205,7 @@ def _check_meaning(row: Row, form: Form, where: str) -> None:
     """Refuses what says that the rest of the row is not to be learnt, or not as text alone."""
     others = {name: value for name, value in row.items() if name in form.unread}
     for name in _MEDIA:
-        if others.get(name) not in (None, "", [], {}):
+        if _says(others.get(name)):
             raise UserError(
                 f"{where} has something in the column {name!r}, but only text is learnt here; "
                 "take such rows out, or the column where the text stands for itself"
@@ -287,6 +296,10 @@ def _check_alike(made: Sequence[Row], key: str) -> None:
 def _is_missing(value: Any) -> bool:
     # What pandas writes for a cell that has nothing in it.
     return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _says(value: Any) -> bool:
+    return not _is_missing(value) and value not in ("", [], {})
 
 
 def _names(names: Sequence[str]) -> str:

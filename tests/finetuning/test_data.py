@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -258,3 +259,155 @@ def test_built_in_tasks_bring_their_own_splits() -> None:
     assert splits.train and splits.validation and splits.test
     with pytest.raises(UserError):
         data.load(DataOptions(train="tiny:no-such-task"))
+
+
+def everything(splits: data.Splits) -> list[dict[str, Any]]:
+    return [*splits.train, *splits.validation]
+
+
+def test_whole_numbers_with_gaps_are_whole_again(tmp_path: Path) -> None:
+    import pandas
+
+    for name in ("gaps.parquet", "gaps.jsonl"):
+        table = pandas.DataFrame(
+            {"prompt": list("abcdef"), "completion": [1, 2, None, 0, None, 3]}
+        )
+        assert table["completion"].dtype == float
+        if name.endswith("parquet"):
+            table.to_parquet(tmp_path / name)
+        else:
+            table.to_json(tmp_path / name, orient="records", lines=True)
+        splits = data.load(DataOptions(train=str(tmp_path / name)))
+        answers = {row["prompt"]: row["completion"] for row in everything(splits)}
+        assert answers == {"a": "1", "b": "2", "d": "0", "f": "3"} and splits.blank == 2
+
+
+def test_the_word_nan_is_never_learnt(write_rows: Write) -> None:
+    rows = [
+        {"prompt": f"{n}?", "completion": float("nan") if n % 4 == 0 else n} for n in range(12)
+    ]
+    splits = data.load(DataOptions(train=write_rows(rows)))
+    assert sorted(int(row["completion"]) for row in everything(splits)) == [
+        n for n in range(12) if n % 4
+    ]
+    assert splits.blank == 3
+
+
+def test_cells_of_csv_are_text_as_they_stand(tmp_path: Path) -> None:
+    path = tmp_path / "train.csv"
+    path.write_text('prompt,completion\na,1.0\nb,007\nc,nan\nd,\ne,"x, y"\n', encoding="utf-8")
+    splits = data.load(DataOptions(train=str(path)))
+    answers = {row["prompt"]: row["completion"] for row in everything(splits)}
+    assert answers == {"a": "1.0", "b": "007", "c": "nan", "e": "x, y"} and splits.blank == 1
+
+
+def test_a_cell_that_lost_its_quotes_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "train.csv"
+    path.write_text("prompt,completion\na,b\nc,d, and more\n", encoding="utf-8")
+    with pytest.raises(UserError, match="line 3 has more cells than there are columns"):
+        data.load(DataOptions(train=str(path)))
+
+
+def test_chats_in_csv_are_read(tmp_path: Path) -> None:
+    import csv
+    import json
+
+    chats = [
+        [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "yes"}]
+        for n in range(4)
+    ]
+    with (tmp_path / "train.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["messages"], *([json.dumps(chat)] for chat in chats)])
+    splits = data.load(DataOptions(train=str(tmp_path / "train.csv")))
+    assert sorted(str(row["messages"]) for row in everything(splits)) == sorted(map(str, chats))
+
+
+def test_every_turn_of_every_speaker_is_kept(write_rows: Write) -> None:
+    names = [("human", "gpt"), ("user", "chatgpt"), ("human", "bing"), ("human", "bard")]
+    rows = [
+        {"conversations": [{"from": asks, "value": f"{n}?"}, {"from": says, "value": f"{n}!"}]}
+        for n, (asks, says) in enumerate(names * 2)
+    ]
+    options = DataOptions(train=write_rows(rows), columns={"messages": "conversations"})
+    found = sorted(everything(data.load(options)), key=str)
+    assert [row["messages"] for row in found] == [
+        [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}]
+        for n in range(8)
+    ]
+
+
+def test_the_row_of_an_unknown_speaker_is_named(write_rows: Write) -> None:
+    rows = [
+        {"conversations": [{"from": "human", "value": f"{n}?"}, {"from": says, "value": "!"}]}
+        for n, says in enumerate(["gpt", "gpt", "narrator"])
+    ]
+    options = DataOptions(train=write_rows(rows), columns={"messages": "conversations"})
+    with pytest.raises(UserError) as refused:
+        data.load(options)
+    assert str(refused.value) == (
+        "data.train: example 3 has a message in the column 'conversations' of 'narrator', which "
+        "is no role; the roles are user, human, assistant, gpt, chatgpt, bot, chatbot, bard, bing, "
+        "model, ai, tool, observation, system, developer, function, ipython, function_call"
+    )
+
+
+def test_a_system_column_opens_its_chats(write_rows: Write) -> None:
+    rows = [
+        {
+            "sys": "Answer in capitals." if n else " ",
+            "conversations": [
+                {"from": "human", "value": f"hi {n}"},
+                {"from": "gpt", "value": "YES"},
+            ],
+        }
+        for n in range(3)
+    ]
+    columns = {"messages": "conversations", "system": "sys"}
+    splits = data.load(DataOptions(train=write_rows(rows), columns=columns))
+    system = {"role": "system", "content": "Answer in capitals."}
+    for row in everything(splits):
+        asked = row["messages"][-2]["content"]
+        assert row["messages"][:-2] == ([] if asked == "hi 0" else [system])
+
+
+def test_an_instruction_has_its_input_with_it_also_where_it_is_mapped(write_rows: Write) -> None:
+    rows = [{"instruction": "Add.", "input": f"{n}+1", "output": f"{n + 1}"} for n in range(3)]
+    for columns in ({}, {"prompt": "instruction", "completion": "output"}):
+        splits = data.load(DataOptions(train=write_rows(rows), columns=columns))
+        assert sorted(row["prompt"] for row in everything(splits)) == [
+            f"Add.\n{n}+1" for n in range(3)
+        ]
+    own = [{"q": "Add.", "about": f"{n}+1", "a": "1"} for n in range(3)]
+    columns = {"prompt": "q", "input": "about", "completion": "a"}
+    splits = data.load(DataOptions(train=write_rows(own), columns=columns))
+    assert sorted(row["prompt"] for row in everything(splits))[0] == "Add.\n0+1"
+
+
+def test_columns_that_no_example_holds_are_named(write_rows: Write) -> None:
+    rows: list[dict[str, Any]] = [
+        {
+            "prompt": f"{n}",
+            "completion": "1",
+            "tools": [{"name": "f"}],
+            "source": "web",
+            "none": "",
+        }
+        for n in range(3)
+    ]
+    assert data.load(DataOptions(train=write_rows(rows))).unread == ("tools", "source")
+
+
+def test_a_look_reads_the_beginning_of_what_is_here(write_rows: Write) -> None:
+    train = write_rows([{"prompt": f"{n}", "completion": "1", "id": n} for n in range(100)])
+    with Path(train).open("a", encoding="utf-8") as file:
+        file.write("no JSON\n")
+    options = DataOptions(train=train, validation="some-org/on-the-hub")
+    found = data.look(options)
+    assert list(found) == ["data.train"]
+    assert found["data.train"].kind == "prompt-completion"
+    assert found["data.train"].unread == ("id",)
+    assert found["data.train"].columns == {"prompt": "prompt", "completion": "completion"}
+    later = write_rows([*[{"id": n} for n in range(80)], {"text": "a"}], "later.jsonl")
+    assert data.look(DataOptions(train=later))["data.train"].kind == "text"
+    with pytest.raises(UserError, match="has the columns 'id'; needed are"):
+        data.look(DataOptions(train=write_rows([{"id": 1}], "none.jsonl")))

@@ -168,3 +168,33 @@ def test_a_hub_name_without_network_is_one_sentence() -> None:
         sources.read("some-org/some-data", key="data.train", split="train")
     assert "\n" not in str(refused.value)
     assert str(refused.value).startswith("data.train: 'some-org/some-data'")
+
+
+def test_rows_that_are_wanted_are_all_that_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", ROWS)
+    path.write_text(path.read_text() + "\nno JSON", encoding="utf-8")
+    assert sources.read(str(path), key="data.train", split="train", limit=2) == ROWS
+    with pytest.raises(UserError, match="line 3 is no JSON"):
+        sources.read(str(path), key="data.train", split="train")
+
+
+def test_a_file_cut_short_in_its_compression_is_one_sentence(tmp_path: Path) -> None:
+    import gzip
+
+    whole = gzip.compress(b"\n".join(b'{"text": "%d"}' % n for n in range(9999)))
+    (tmp_path / "data.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"data\.train: '.*data\.jsonl\.gz' cannot be read: "):
+        sources.read(str(tmp_path / "data.jsonl.gz"), key="data.train", split="train")
+
+
+def test_a_card_that_names_no_such_split_or_subset_says_which_there_are(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: main\n  data_files: a.jsonl\n---\n", encoding="utf-8"
+    )
+    write(tmp_path / "a.jsonl", ROWS)
+    source = str(tmp_path)
+    assert sources.read(source, key="data.train", split="train", subset="main") == ROWS
+    with pytest.raises(UserError, match="has no split 'test'; it has train"):
+        sources.read(source, key="data.test", split="test", subset="main")
+    with pytest.raises(UserError, match="'other' not found"):
+        sources.read(source, key="data.train", split="train", subset="other")

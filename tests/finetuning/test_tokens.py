@@ -239,3 +239,43 @@ class TestCache:
         (tmp_path / "tokens").write_text("in the way")
         with pytest.raises(UserError, match=r"the cache folder .*tokens' cannot be written"):
             self.made(base, tmp_path)
+
+
+class TestNoEnd:
+    """A tokenizer without an end-of-sequence token."""
+
+    @pytest.fixture
+    def endless(self, base: Any) -> Any:
+        tokenizer = deepcopy(base.tokenizer)
+        tokenizer.eos_token = None
+        return replace(base, tokenizer=tokenizer)
+
+    @pytest.mark.parametrize("row", [{"text": "ab"}, {"prompt": "a", "completion": "b"}])
+    def test_text_is_refused_in_a_sentence(self, endless: Any, row: dict[str, str]) -> None:
+        kind: Kind = "text" if "text" in row else "prompt-completion"
+        with pytest.raises(UserError) as refused:
+            made(endless, kind, [row])
+        assert "has no end-of-sequence token to end the examples with" in str(refused.value)
+        assert "training.extra.eos_token" in str(refused.value)
+
+    def test_text_ends_with_the_token_that_was_named(self, endless: Any) -> None:
+        tokens = made(endless, "text", [{"text": "ab"}], eos_token="9")
+        assert learnt(endless, tokens) == ["ab9"]
+
+    def test_chats_end_as_their_template_says(self, endless: Any) -> None:
+        tokens = made(endless, "messages", [{"messages": TURNS}])
+        assert learnt(endless, tokens) == ["u>2?\na>yes\n"]
+
+
+def test_the_text_of_special_tokens_is_counted(base: Any) -> None:
+    rows = [{"text": "a</s>b"}, {"text": "plain"}, {"text": "<pad>"}]
+    assert made(base, "text", rows).special == {"train": 2, "validation": 2}
+    chats = [{"messages": [{"role": "user", "content": "</s>"}, TURNS[1]]}, {"messages": TURNS}]
+    assert made(base, "messages", chats).special == {"train": 1, "validation": 1}
+
+
+def test_what_was_cut_is_counted(base: Any) -> None:
+    rows = [{"text": "1234"}, {"text": "12345"}, {"text": "123456"}]
+    tokens = made(base, "text", rows, max_length=6)
+    assert tokens.cut == {"train": 1, "validation": 1}
+    assert [len(ids) for ids in tokens.train["input_ids"]] == [5, 6, 6]
