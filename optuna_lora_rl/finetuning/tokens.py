@@ -268,14 +268,12 @@ def _check_templates(datasets: dict[str, list[Row]], base: Base) -> None:
 
 def _check_said(row: Row, turn: Row, role: str, base: Base) -> None:
     mark = "Xyzzy"
+    marked = {**turn, "content": mark}
     if turn.get("tool_calls"):
-        call = turn["tool_calls"][0]
-        mark = str(call.get("function", call).get("name")) if isinstance(call, dict) else mark
-        marked = turns(row)
-    else:
-        marked = [{**other, "content": mark} if other is turn else other for other in turns(row)]
+        marked = {**turn, "tool_calls": [_called(turn["tool_calls"][0], mark)]}
+    said = [marked if other is turn else other for other in turns(row)]
     try:
-        text = _rendered(base.tokenizer, marked, row.get("tools"))
+        text = _rendered(base.tokenizer, said, row.get("tools"))
     except Exception:
         # What it refuses altogether is told when the examples are tokenised.
         return
@@ -285,6 +283,13 @@ def _check_said(row: Row, turn: Row, role: str, base: Base) -> None:
             f"{role}, at the example that begins with {_opening(row)!r}; such chats would be "
             "learnt without them"
         )
+
+
+def _called(call: Any, name: str) -> Any:
+    # With or without OpenAI's envelope.
+    if isinstance(call, dict) and isinstance(call.get("function"), dict):
+        return {**call, "function": _called(call["function"], name)}
+    return {**call, "name": name} if isinstance(call, dict) else call
 
 
 def _with_special(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> int:

@@ -99,6 +99,6 @@ def section(facts: Mapping[str, Any]) -> str:
 
 def _split(counts: Mapping[str, int]) -> str:
     if counts["used"] == counts["read"]:
-        return f"{counts['used']} rows"
+        return f"{counts['used']} {'row' if counts['used'] == 1 else 'rows'}"
     left_out = [f"{counts[name]} {words}" for name, words in _LEFT_OUT.items() if counts[name]]
     return f"{counts['used']} of {counts['read']} rows ({', '.join(left_out)})"

@@ -346,8 +346,8 @@ def test_the_row_of_an_unknown_speaker_is_named(write_rows: Write) -> None:
         data.load(options)
     assert str(refused.value) == (
         "data.train: example 3 has a message in the column 'conversations' of 'narrator', which "
-        "is no role; the roles are user, human, assistant, gpt, chatgpt, bot, chatbot, bard, bing, "
-        "model, ai, tool, observation, system, developer, function, ipython, function_call"
+        "is no role; the roles are user, human, assistant, gpt, chatgpt, bot, chatbot, bard, "
+        "bing, model, ai, tool, observation, system, developer, function, ipython, function_call"
     )
 
 
