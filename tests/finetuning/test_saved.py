@@ -144,9 +144,9 @@ def test_the_revision_of_the_base_goes_with_the_adapter(
     load_tokenizer = AutoTokenizer.from_pretrained
 
     def model_of_the_hub(name: str, revision: str, **rest: Any) -> Any:
-        model = load_model(random_llama, **rest)
+        model, loading = load_model(random_llama, **rest)
         model.config._commit_hash = revision
-        return model
+        return model, loading
 
     def tokenizer_of_the_hub(name: str, revision: str, **rest: Any) -> Any:
         return load_tokenizer(random_llama, **rest)
