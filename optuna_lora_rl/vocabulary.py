@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ Value = int | float | str | bool
 Configuration = dict[str, Value]
 
 TARGET_PRESETS = ("qv", "attention", "mlp", "all-linear")
+# Optuna stores whole numbers as floats, which hold no larger ones exactly.
+_LARGEST_WHOLE = 2**53
 _LAYERS = r"all|first-half|last-half|middle|\d+(-\d+)?(,\d+(-\d+)?)*"
 # Those of `rank/initialisation.py`; B begins with zeros, or like A.
 OWN_INITIALISATIONS = {
@@ -74,10 +77,12 @@ class Term:
         number = finite_number(value)
         if number is None or (self.whole and not float(number).is_integer()):
             raise UserError(f"space.{name}: {value!r} is not {kind}")
-        if not self.low <= number <= self.high:
+        if not self.low <= number <= self.high or (self.whole and number > _LARGEST_WHOLE):
             bounds = f"at least {self.low:g}"
             if math.isfinite(self.high):
                 bounds = f"from {self.low:g} to {self.high:g}"
+            elif number > self.low:
+                bounds = f"at most {_LARGEST_WHOLE}"
             raise UserError(f"space.{name}: {value!r} is out of range; use {kind} {bounds}")
         return int(number) if self.whole else number
 
@@ -91,7 +96,9 @@ def finite_number(value: Any) -> int | float | None:
             value = float(value)
         except ValueError:
             return None
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
+    # Also no whole number that is too large for a float.
+    is_finite = isinstance(value, int | float) and abs(value) <= sys.float_info.max
+    return value if is_finite else None
 
 
 VOCABULARY: dict[str, Term] = {

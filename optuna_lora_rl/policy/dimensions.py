@@ -73,8 +73,9 @@ class Dimension:
     step: float | None = None
     choices: tuple[Choice, ...] = ()
     role: str | None = None
-    # Of whole numbers low, high and step exactly: a float holds them up to 2 ** 53.
-    _whole: tuple[int, int, int] = field(default=(0, 0, 1), init=False)
+    # Of whole numbers low, high and step exactly: a float holds them up to 2 ** 53. Copies with
+    # another role are handed it, since their low and high are floats already.
+    _whole: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ("float", "int", "categorical"):
@@ -85,7 +86,7 @@ class Dimension:
             raise ValueError(f"dimension {self.name}: low {self.low} > high {self.high}")
         if self.log and self.low <= 0:
             raise ValueError(f"dimension {self.name}: a logarithmic scale needs low > 0")
-        if self.kind == "int":
+        if self.kind == "int" and self._whole is None:
             whole = int(self.low), int(self.high), int(self.step or 1)
             object.__setattr__(self, "_whole", whole)
         for name in ("low", "high", "step"):
@@ -181,6 +182,7 @@ class Dimension:
         return min(max(value, self.low), self.high)
 
     def _nearest_whole(self, u: float, value: float) -> int:
+        assert self._whole is not None
         low, high, step = self._whole
         most = (high - low) // step
         if self.n_levels is None and not self.log:
