@@ -57,19 +57,17 @@ class _Loader(yaml.SafeLoader):
         self._nodes += 1
         line = self.peek_event().start_mark.line + 1
         self._check(line, self._nodes, self._depth)
+        is_alias = self.check_event(yaml.AliasEvent)
         node = super().compose_node(parent, index)
         self._depth -= 1
-        if id(node) not in self._sizes:
-            inner = [self._size(child, line) for child in _children(node)]
+        if not is_alias:
+            inner = [self._sizes[id(child)] for child in _children(node)]
             size = 1 + sum(s for s, _ in inner), 1 + max((d for _, d in inner), default=0)
             self._check(line, *size)
             self._sizes[id(node)] = size
-        return node
-
-    def _size(self, node: yaml.Node, line: int) -> tuple[int, int]:
-        if id(node) not in self._sizes:
+        elif id(node) not in self._sizes:
             raise UserError(f"line {line}: an alias (*) stands within what it stands for")
-        return self._sizes[id(node)]
+        return node
 
     def _check(self, line: int, nodes: int, depth: int) -> None:
         if nodes > _MOST_NODES:
@@ -175,7 +173,10 @@ def _parse(text: str, source: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{source}{where}: this is not valid YAML ({error.problem})") from None
+        problem = error.problem or "unreadable"
+        if problem.startswith("but") and error.context:
+            problem = f"{error.context}, {problem}"
+        raise UserError(f"{source}{where}: this is not valid YAML ({problem})") from None
 
 
 def override(
@@ -251,9 +252,12 @@ def validate(model: type[Model], content: Mapping[str, Any], source: str) -> Mod
 def sentence(model: type[BaseModel], mistake: Mapping[str, Any]) -> str:
     """One pydantic error in words that name the key, the value and what is allowed."""
     location = tuple(part for part in mistake["loc"] if not _is_union_branch(part))
-    key = ".".join(str(part) for part in location)
     if mistake["type"] == "extra_forbidden":
-        return _unknown_key(model, location)
+        # The last part is the writer's own word, whatever it looks like.
+        *_, unknown = mistake["loc"]
+        where = location[:-1] if location[-1:] == (unknown,) else location
+        return _unknown_key(model, where, str(unknown))
+    key = ".".join(str(part) for part in location)
     if mistake["type"] == "missing":
         return f"{key} is missing; it has to be given"
     message = str(mistake["msg"]).removeprefix("Value error, ")
@@ -287,24 +291,32 @@ _PLAIN = {
 def _is_union_branch(part: int | str) -> bool:
     """Pydantic names the tried branch of a union in the location; people do not write it."""
     return isinstance(part, str) and (
-        part in {"str", "int", "float", "bool", "none"} or "[" in part
+        part in {"str", "int", "float", "bool", "none"} or "[" in part or part[:1].isupper()
     )
 
 
-def _unknown_key(model: type[BaseModel], location: tuple[int | str, ...]) -> str:
-    key = ".".join(str(part) for part in location)
-    known = sorted(_section(model, location[:-1]).model_fields)
-    close = difflib.get_close_matches(str(location[-1]), known, n=1)
+def _unknown_key(model: type[BaseModel], section: tuple[int | str, ...], unknown: str) -> str:
+    key = ".".join(str(part) for part in (*section, unknown))
+    known = sorted(_section(model, section).model_fields)
+    close = difflib.get_close_matches(unknown, known, n=1)
     hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
     return f"{key} is not a known key; {hint}"
 
 
 def _section(model: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
     for part in location:
-        annotation = model.model_fields[str(part)].annotation
-        nested = [annotation, *get_args(annotation)]
-        model = next(t for t in nested if isinstance(t, type) and issubclass(t, BaseModel))
+        # A number is the place in a list, whose elements the annotation of its key describes.
+        if isinstance(part, str):
+            model = next(_models(model.model_fields[part].annotation))
     return model
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that an annotation, such as a union, speaks of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models(inner)
 
 
 def _kind(value: Any) -> str:
