@@ -48,10 +48,15 @@ def kept(
 def _intact(entry: Path) -> bool:
     # By content: a stream that was cut between two batches reads as a shorter data set.
     try:
-        expected: dict[str, str] = json.loads((entry / _SUMS).read_text(encoding="utf-8"))
-        return all(_sum(entry / name) == found for name, found in expected.items())
-    except (OSError, ValueError):
+        expected = json.loads((entry / _SUMS).read_bytes())
+        return expected == {name: _sum(entry / name) for name in _files(entry) if name != _SUMS}
+    except (OSError, ValueError, RecursionError):
         return False
+
+
+def _files(folder: Path) -> list[str]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [path.relative_to(folder).as_posix() for path in paths]
 
 
 def _sum(file: Path) -> str:
@@ -65,8 +70,7 @@ def _write(entry: Path, made: dict[str, Dataset]) -> None:
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         DatasetDict(made).save_to_disk(unfinished)
-        files = sorted(file for file in unfinished.rglob("*") if file.is_file())
-        sums = {file.relative_to(unfinished).as_posix(): _sum(file) for file in files}
+        sums = {name: _sum(unfinished / name) for name in _files(unfinished)}
         (unfinished / _SUMS).write_text(json.dumps(sums), encoding="utf-8")
         if not _intact(entry):
             shutil.rmtree(entry, ignore_errors=True)

@@ -34,10 +34,8 @@ def once(
         return measure()
     text = json.dumps(dict(facts), sort_keys=True)
     path = folder / kind / f"{digest(text)}.json"
-    try:
-        saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        # Absent, or not what was written: measured (again).
+    saved = _read(path)
+    if saved is None:
         saved = measure()
         _write(path, saved)
     return saved
@@ -47,12 +45,25 @@ def digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+def _read(path: Path) -> dict[str, Any] | None:
+    """What was written, or None where nothing was or it has changed since."""
+    try:
+        entry = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(entry, dict) or entry.keys() != {"values", "sum"}:
+        return None
+    is_intact = entry["sum"] == digest(json.dumps(entry["values"]))
+    return entry["values"] if is_intact else None
+
+
 def _write(path: Path, values: dict[str, Any]) -> None:
     # Through another file, so that a killed process leaves all or nothing.
     unfinished = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(values), encoding="utf-8")
+        entry = {"values": values, "sum": digest(json.dumps(values))}
+        unfinished.write_text(json.dumps(entry), encoding="utf-8")
         unfinished.replace(path)
     except OSError as error:
         raise unwritable(path.parent, error) from None

@@ -16,7 +16,9 @@ def small() -> dict[str, Dataset]:
     return {"train": Dataset.from_dict({"input_ids": [[n, n] for n in range(3)]})}
 
 
-@pytest.mark.parametrize("damage", ["cut", "changed", "gone", "no sums"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "changed", "gone", "no sums", "[]", "{}", "3", "null", "[" * 100_000, "{"]
+)
 def test_a_damaged_entry_is_made_again(tmp_path: Path, damage: str) -> None:
     kept(tmp_path, {"a": 1}, small)
     (arrow,) = tmp_path.rglob("*.arrow")
@@ -28,8 +30,10 @@ def test_a_damaged_entry_is_made_again(tmp_path: Path, damage: str) -> None:
             arrow.write_bytes(content[:-300] + b"\x07" + content[-299:])
         case "gone":
             arrow.unlink()
-        case _:
+        case "no sums":
             (arrow.parents[1] / "sums.json").unlink()
+        case sums:
+            (arrow.parents[1] / "sums.json").write_text(sums)
     for times in (1, 0):
         calls: list[int] = []
 
