@@ -18,7 +18,7 @@ from optuna_lora_rl.errors import UserError
 Row = dict[str, Any]
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 # Around any of the formats but Parquet, which compresses itself.
-_COMPRESSIONS = (".gz", ".bz2", ".zst")
+_COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 
 
 def format_of(path: Path) -> str | None:
@@ -76,12 +76,13 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _opened(path: Path, newline: str | None = None) -> TextIO:
-    if path.suffix.lower() not in _COMPRESSIONS:
+    compression = _COMPRESSIONS.get(path.suffix.lower())
+    if compression is None:
         return path.open(encoding="utf-8-sig", newline=newline)
     import pyarrow
 
     return io.TextIOWrapper(
-        pyarrow.input_stream(str(path), compression="detect"),
+        pyarrow.input_stream(str(path), compression=compression),
         encoding="utf-8-sig",
         newline=newline,
     )

@@ -187,7 +187,7 @@ def _prepare(
         "max_steps": 1,
         **_preparation(training.extra),
     }
-    rows = {name: _streamed(split) for name, split in datasets.items()}
+    rows = {name: _source(split) for name, split in datasets.items()}
     train = rows.pop("train")
     with quiet(), restored(base.model, {}):
         trainer = SFTTrainer(
@@ -216,7 +216,9 @@ def _prepare(
     return made
 
 
-def _streamed(rows: Sequence[Row]) -> IterableDataset:
+def _source(rows: list[Row]) -> Dataset | IterableDataset:
+    if not any(map(turns, rows)):
+        return Dataset.from_list(rows)
     # As JSON until each is read: a table would give every structure the fields of all others.
     table = Dataset.from_dict({"row": [json.dumps(row) for row in rows]})
     return table.to_iterable_dataset().map(

@@ -13,6 +13,9 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning import data
@@ -119,3 +122,58 @@ def written(name: str, rows: list[dict[str, Any]]) -> bytes:
         return "\n".join(map(separator.join, [["prompt", "completion"], *lines])).encode()
     text = json.dumps(rows) if stem == ".json" else "\n".join(map(json.dumps, rows))
     return text.encode()
+
+
+cells = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text("a{[\"' ", max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["type", "text", "name", "x"]), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+messages = st.dictionaries(
+    st.sampled_from(["role", "content", "from", "value", "tool_calls", "function_call", "weight"]),
+    st.sampled_from(["user", "gpt", "function_call", "system", "narrator"]) | cells,
+    max_size=4,
+)
+columns = st.sampled_from(
+    [
+        "messages",
+        "conversations",
+        "prompt",
+        "completion",
+        "text",
+        "instruction",
+        "input",
+        "output",
+        "system",
+        "tools",
+        "label",
+        "weight",
+        "images",
+        "id",
+    ]
+)
+some_rows = st.dictionaries(columns, st.lists(messages, max_size=3) | cells, max_size=4)
+
+
+@settings(max_examples=400, deadline=None)
+@given(kinds=st.lists(some_rows, min_size=1, max_size=4), copies=st.integers(1, 3))
+def test_any_rows_are_read_or_refused_in_a_sentence(
+    tmp_path_factory: pytest.TempPathFactory, kinds: list[dict[str, Any]], copies: int
+) -> None:
+    file = tmp_path_factory.mktemp("rows") / "train.jsonl"
+    file.write_text("\n".join(map(json.dumps, kinds * copies)), encoding="utf-8")
+    options = DataOptions(train=str(file))
+    try:
+        splits = data.load(options)
+    except UserError as refused:
+        assert "\n" not in str(refused) and str(refused).startswith("data.")
+        return
+    for row in [*splits.train, *splits.validation]:
+        for turn in data.turns(row):
+            assert isinstance(turn["role"], str) and isinstance(turn["content"], str)
+    for counts in splits.counts.values():
+        left_out = counts.blank + counts.unanswered + counts.overlapping + counts.undrawn
+        assert counts.read == counts.used + left_out + counts.set_aside + counts.repeated

@@ -198,3 +198,12 @@ def test_a_card_that_names_no_such_split_or_subset_says_which_there_are(tmp_path
         sources.read(source, key="data.test", split="test", subset="main")
     with pytest.raises(UserError, match="'other' not found"):
         sources.read(source, key="data.train", split="train", subset="other")
+
+
+def test_names_in_capitals_are_read_too(tmp_path: Path) -> None:
+    import gzip
+
+    lines = "\n".join(map(json.dumps, ROWS)).encode()
+    (tmp_path / "DATA.JSONL.GZ").write_bytes(gzip.compress(lines))
+    found = sources.read(str(tmp_path / "DATA.JSONL.GZ"), key="data.train", split="train")
+    assert found == ROWS
