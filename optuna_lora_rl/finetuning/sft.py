@@ -9,6 +9,7 @@ from collections.abc import Collection
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from contextlib import contextmanager
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -230,7 +231,7 @@ def evaluate(
     return metrics
 
 
-def loss_of(
+def losses_of(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
@@ -239,14 +240,14 @@ def loss_of(
     device: torch.device,
     own_head: bool = False,
 ) -> Tensor:
-    """Returns the mean cross-entropy of all rows in one batch, with the graph it came from."""
+    """Returns the losses of the learnt tokens of all rows, in one batch, with their graph."""
     together = options.model_copy(update={"eval_batch_size": len(dataset)})
     trainer = _evaluator(model, tokenizer, dataset, together, device, own_head)
     batch = trainer._prepare_inputs(next(iter(trainer.get_eval_dataloader())))
-    with quiet(), learnt_only(trainer.model, batch) as selected:
+    with quiet(), trainer.learnt(batch) as selected:
         found = trainer.model(**selected, fused_lm_head=True)
-    loss: Tensor = -found.log_probs.sum() / found.label_mask.sum()
-    return loss
+    losses: Tensor = -found.log_probs[found.label_mask].float()
+    return losses
 
 
 class _Trainer(SFTTrainer):
@@ -254,6 +255,11 @@ class _Trainer(SFTTrainer):
     stages: Mapping[int, Dataset] | None = None
     evaluations: _Evaluations | None = None
     merges = False
+    own_head = False
+
+    def learnt(self, inputs: dict[str, Any]) -> AbstractContextManager[dict[str, Any]]:
+        """Selects what is learnt of a batch, where the head is sure to take it by positions."""
+        return nullcontext(inputs) if self.own_head else learnt_only(self.model, inputs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         if self.stages is not None:
@@ -270,7 +276,7 @@ class _Trainer(SFTTrainer):
     ) -> Any:
         if return_outputs or self.label_smoother is not None or self.compute_loss_func is not None:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
-        with learnt_only(self.model, inputs) as selected:
+        with self.learnt(inputs) as selected:
             return super().compute_loss(model, selected, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -367,6 +373,7 @@ def _trainer(
         )
     trainer.remove_callback(PrinterCallback)
     if own_head:
+        trainer.own_head = True
         heads.use_own(model.get_base_model() if isinstance(model, PeftModel) else model)
     return trainer
 

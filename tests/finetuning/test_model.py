@@ -126,3 +126,40 @@ def test_a_model_that_is_not_there_is_named(name: str, words: str) -> None:
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no model \(config\.json\)"):
         load(tmp_path)
+
+
+def save_llama(random_llama: Path, folder: Path, **changes: Any) -> None:
+    """Copies the random Llama, with another configuration in its file."""
+    shutil.copytree(random_llama, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, **changes}), encoding="utf-8")
+
+
+@pytest.mark.parametrize("has_model", [True, False])
+def test_a_folder_with_an_adapter_is_refused(
+    random_llama: Path, tmp_path: Path, has_model: bool
+) -> None:
+    from peft import LoraConfig
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(random_llama)
+    adapted = get_peft_model(base, LoraConfig(r=1, target_modules=["q_proj"]))
+    if has_model:
+        save_llama(random_llama, tmp_path / "model")
+    adapted.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=r"holds an adapter.*merge it first") as refused:
+        load(tmp_path / "model")
+    assert ("beside a model" in str(refused.value)) == has_model
+
+
+def test_weights_of_other_shapes_are_named(random_llama: Path, tmp_path: Path) -> None:
+    save_llama(random_llama, tmp_path / "model", vocab_size=120)
+    with pytest.raises(UserError, match=r"embed_tokens.weight has the shape \(\d+, 32\).*vocab"):
+        load(tmp_path / "model")
+
+
+def test_weights_that_are_in_no_file_are_not_made_up(random_llama: Path, tmp_path: Path) -> None:
+    save_llama(random_llama, tmp_path / "model", num_hidden_layers=3)
+    with pytest.raises(UserError, match=r"lacks weights of a LlamaForCausalLM.*layers\.2\."):
+        load(tmp_path / "model")
