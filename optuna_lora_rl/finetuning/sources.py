@@ -12,8 +12,11 @@ from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning import files
 from optuna_lora_rl.finetuning import hub
 from optuna_lora_rl.finetuning.files import Row
+from optuna_lora_rl.real import PREFIXES
 
 TINY = "tiny:"
+# Data by a task's name, in three splits: the built-in tasks, and those made from packages.
+_TASKS = (TINY, *PREFIXES)
 # Splits that are not trained on, and what else files of theirs are called.
 SPLIT_NAMES = {"validation": ("valid", "val", "dev", "eval"), "test": ()}
 # What the hub keeps beside data.
@@ -27,7 +30,8 @@ def read(
     """Reads the rows of one split.
 
     Args:
-        source: ``tiny:<task>``, a file, a folder, or a data set name on the hub.
+        source: ``tiny:<task>``, ``real:<task>``, ``reasoning_gym:<generator>``, a file, a folder,
+            or a data set name on the hub.
         key: The option that named the source, for error messages.
         split: Split of a folder, a built-in task or a hub data set.
         subset: Configuration name of a hub data set, or of a local one in its form.
@@ -50,7 +54,7 @@ def is_file(source: str) -> bool:
 
 def is_hub(source: str) -> bool:
     """Whether a source is a name on the hub, which says nothing before it is fetched."""
-    here = source.startswith(TINY) or is_file(source) or Path(source).expanduser().is_dir()
+    here = source.startswith(_TASKS) or is_file(source) or Path(source).expanduser().is_dir()
     return not here and not _is_path(source)
 
 
@@ -62,7 +66,7 @@ def brings(source: str, name: str, subset: str | None = None) -> bool:
         name: ``"validation"`` or ``"test"``.
         subset: Configuration name of a hub data set.
     """
-    if source.startswith(TINY):
+    if source.startswith(_TASKS):
         return True
     path = Path(source).expanduser()
     if not path.is_dir():
@@ -81,6 +85,13 @@ def _read(source: str, key: str, split: str, subset: str | None, limit: int | No
         from optuna_lora_rl import tiny
 
         return list(tiny.load(source.removeprefix(TINY), split))
+    if source.startswith(PREFIXES):
+        from optuna_lora_rl import real
+
+        try:
+            return list(real.load(source, split))
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
     path = Path(source).expanduser()
     if is_file(source):
         if not path.exists():
