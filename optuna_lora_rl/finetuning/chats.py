@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,10 @@ _SPEAKERS = {
     **{name: name for name in ("system", "developer", "function", "ipython")},
 }
 _CALL = "function_call"
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+# Axolotl's and Swift's words for what is to be learnt.
+_LEARNT = ("train", "loss")
+_WEIGHTS = ("weight", *_LEARNT)
 
 
 def turns(messages: Sequence[Mapping[str, Any]], column: str, where: str) -> list[Turn]:
@@ -82,13 +87,26 @@ def counts_nothing(values: Mapping[str, Any]) -> bool:
     return values.get("weight") in (0, "0", "0.0")
 
 
+def is_missing(value: Any) -> bool:
+    """Whether a cell has nothing in it, as JSON or as pandas writes that."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def says(value: Any) -> bool:
+    """Whether there is anything in a cell."""
+    return not is_missing(value) and value not in ("", [], {})
+
+
 def _turn(message: Mapping[str, Any], where: str) -> Turn:
-    if counts_nothing(message) or message.get("train") is False:
+    if counts_nothing(message) or any(message.get(name) is False for name in _LEARNT):
         raise UserError(
-            f"{where} that is not to be learnt (weight, train), but all messages of a chat are "
-            "learnt; take such chats out"
+            f"{where} that is not to be learnt ({', '.join(_WEIGHTS)}), but all messages of a "
+            "chat are learnt; take such chats out"
         )
-    turn = {name: value for name, value in message.items() if name not in ("weight", "train")}
+    shown = [name for name in MEDIA if says(message.get(name))]
+    if shown:
+        raise UserError(f"{where} with something under {shown[0]!r}; only text is learnt here")
+    turn = {name: value for name, value in message.items() if name not in _WEIGHTS}
     if "from" in turn and "value" in turn:
         # ShareGPT's words for the same thing; what else stands there is about the message.
         turn = {"role": turn["from"], "content": turn["value"]}
@@ -134,7 +152,7 @@ def _called(value: Any, where: str) -> Turn:
 
 def _text(content: Any, where: str) -> str:
     # A message that only calls tools may say null; templates join text.
-    if content is None:
+    if is_missing(content):
         return ""
     if isinstance(content, str):
         return content

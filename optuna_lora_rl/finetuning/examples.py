@@ -7,7 +7,6 @@ number, and columns that are not read are named.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from typing import Literal
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning import chats
+from optuna_lora_rl.finetuning.chats import is_missing
+from optuna_lora_rl.finetuning.chats import says
 from optuna_lora_rl.finetuning.files import Row
 
 Kind = Literal["text", "prompt-completion", "messages"]
@@ -41,7 +42,8 @@ _KNOWN: tuple[tuple[Kind, dict[str, str]], ...] = (
 )
 # Alpaca's and Dolly's name for what an instruction is about.
 _INPUTS = ("input", "context")
-_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+# Of KTO's rows, in TRL and in LLaMA-Factory.
+_LABELS = ("label", "kto_tag")
 _PREFERENCE = ("chosen", "rejected")
 
 
@@ -73,8 +75,8 @@ def form_of(rows: Sequence[Row], source: str, key: str, mapping: Mapping[str, st
         UserError: When the columns make no example.
     """
     names = list(dict.fromkeys(name for row in rows for name in row))
-    filled = {name for row in rows for name, value in row.items() if not _is_missing(value)}
-    saying = {name for row in rows for name, value in row.items() if _says(value)}
+    filled = {name for row in rows for name, value in row.items() if not is_missing(value)}
+    saying = {name for row in rows for name, value in row.items() if says(value)}
     for role, column in mapping.items():
         if column not in names:
             raise UserError(
@@ -166,12 +168,12 @@ def _with_whole_numbers(rows: Sequence[Row], form: Form) -> Sequence[Row]:
     """Makes whole numbers again of what pandas made floats of, since some cells are missing."""
     for column in form.columns.values():
         cells = [row.get(column) for row in rows]
-        numbers = [cell for cell in cells if isinstance(cell, float) and not _is_missing(cell)]
-        has_gaps = any(map(_is_missing, cells))
+        numbers = [cell for cell in cells if isinstance(cell, float) and not is_missing(cell)]
+        has_gaps = any(map(is_missing, cells))
         if has_gaps and numbers and all(number.is_integer() for number in numbers):
             rows = [
                 {**row, column: int(cell)}
-                if isinstance(cell, float) and not _is_missing(cell)
+                if isinstance(cell, float) and not is_missing(cell)
                 else row
                 for row, cell in zip(rows, cells, strict=True)
             ]
@@ -204,8 +206,8 @@ def _example(row: Row, form: Form, where: str) -> Row:
 def _check_meaning(row: Row, form: Form, where: str) -> None:
     """Refuses what says that the rest of the row is not to be learnt, or not as text alone."""
     others = {name: value for name, value in row.items() if name in form.unread}
-    for name in _MEDIA:
-        if _says(others.get(name)):
+    for name in chats.MEDIA:
+        if says(others.get(name)):
             raise UserError(
                 f"{where} has something in the column {name!r}, but only text is learnt here; "
                 "take such rows out, or the column where the text stands for itself"
@@ -215,17 +217,18 @@ def _check_meaning(row: Row, form: Form, where: str) -> None:
             f"{where} has the weight {others['weight']!r}, but all rows count the same; take such "
             "rows out, and the column"
         )
-    # A class's number is no label of this kind.
-    is_unwanted = others.get("label") is False or others.get("label") in ("False", "false")
-    if form.kind == "prompt-completion" and is_unwanted:
-        raise UserError(
-            f"{where} has the label false: its completion is not wanted, and would be learnt like "
-            "all others; take such rows out, and the column"
-        )
+    for name in _LABELS:
+        # A class's number is no label of this kind.
+        is_unwanted = others.get(name) is False or others.get(name) in ("False", "false")
+        if form.kind != "text" and is_unwanted:
+            raise UserError(
+                f"{where} has the {name} false: its answer is not wanted, and would be learnt "
+                "like all others; take such rows out, and the column"
+            )
 
 
 def _value(value: Any, role: str, column: str, where: str) -> Any:
-    if _is_missing(value):
+    if is_missing(value):
         return None
     if role == "messages" and isinstance(value, str):
         value = chats.parsed(value, column, where)
@@ -291,15 +294,6 @@ def _check_alike(made: Sequence[Row], key: str) -> None:
             f"{key}: example {one} has {form} and {where}{other}; all prompts and completions "
             "must be of one form"
         )
-
-
-def _is_missing(value: Any) -> bool:
-    # What pandas writes for a cell that has nothing in it.
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def _says(value: Any) -> bool:
-    return not _is_missing(value) and value not in ("", [], {})
 
 
 def _names(names: Sequence[str]) -> str:

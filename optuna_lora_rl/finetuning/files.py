@@ -127,6 +127,10 @@ def _csv(path: Path, delimiter: str = ",") -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     with _opened(path, newline="") as lines:
         reader = csv.DictReader(lines, delimiter=delimiter)
+        names = list(reader.fieldnames or ())
+        twice = [name for name in names if name and names.count(name) > 1]
+        if twice:
+            raise ValueError(f"its head names {twice[0]!r} more than once")
         for row in reader:
             if None in row:
                 raise ValueError(

@@ -186,10 +186,11 @@ def _declared(path: Path, subset: str | None, key: str = "") -> dict[str, list[P
         raise UserError(
             f"{key or 'data'}: the folder {str(path)!r} cannot be read: {hub.first_line(error)}"
         ) from None
-    return {
+    read = {
         str(split): [Path(name) for name in names if files.format_of(Path(name))]
         for split, names in found.items()
     }
+    return {split: paths for split, paths in read.items() if paths} or None
 
 
 def _of_split(among: Sequence[Path], split: str, *, every: bool = False) -> list[Path]:

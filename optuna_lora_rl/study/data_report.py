@@ -47,7 +47,7 @@ def line(facts: Mapping[str, Any]) -> str:
     unread = facts["unread"]
     if unread:
         more = f" and {len(unread) - _MOST} more" if len(unread) > _MOST else ""
-        said.append(f"not read: {', '.join(unread[:_MOST])}{more}")
+        said.append(f"not read: {', '.join(map(repr, unread[:_MOST]))}{more}")
     return f"data: {'; '.join(said)}"
 
 
@@ -92,7 +92,7 @@ def section(facts: Mapping[str, Any]) -> str:
         *(f"{warning[0].upper()}{warning[1:]}." for warning in warnings(facts)),
     ]
     if facts["unread"]:
-        notes.append(f"Columns that no example holds: {', '.join(facts['unread'])}.")
+        notes.append(f"Columns that no example holds: {', '.join(map(repr, facts['unread']))}.")
     words = "".join(f"<p class=quiet>{html.escape(note)}</p>" for note in notes)
     return f"<h2>The data</h2><table><tr><th></th>{heads}</tr>{body}</table>{words}"
 

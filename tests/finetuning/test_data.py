@@ -308,6 +308,13 @@ def test_a_cell_that_lost_its_quotes_is_refused(tmp_path: Path) -> None:
         data.load(DataOptions(train=str(path)))
 
 
+def test_a_head_with_a_name_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "train.csv"
+    path.write_text("prompt,completion,completion\na,b,c\n", encoding="utf-8")
+    with pytest.raises(UserError, match="its head names 'completion' more than once"):
+        data.load(DataOptions(train=str(path)))
+
+
 def test_chats_in_csv_are_read(tmp_path: Path) -> None:
     import csv
     import json

@@ -147,6 +147,11 @@ def test_text_that_is_no_utf8_is_one_sentence(tmp_path: Path) -> None:
 def test_a_folder_without_data_says_what_it_looked_for(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no file ending in \.jsonl"):
         sources.read(str(tmp_path), key="data.train", split="train")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "cat.png").write_bytes(b"no data")
+    (tmp_path / "notes.txt").write_text("no data either", encoding="utf-8")
+    with pytest.raises(UserError, match=r"holds no file ending in \.jsonl"):
+        sources.read(str(tmp_path), key="data.train", split="train")
     write(tmp_path / "train.csv", ROWS)
     with pytest.raises(UserError, match=r"no file for the split 'test', only train\.csv"):
         sources.read(str(tmp_path), key="data.test", split="test")

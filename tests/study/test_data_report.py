@@ -139,7 +139,7 @@ def test_it_is_said_stored_and_reported(make_spec: MakeSpec, write_rows: Write) 
     spec = make_spec({"data": {"train": write_rows(rows)}, "budget": 1})
     line = (
         "data: train 36 of 60 rows (20 blank, 4 set aside for validation), validation 4 rows; "
-        "prompts and completions, learnt in the completion; not read: source"
+        "prompts and completions, learnt in the completion; not read: 'source'"
     )
     printed = shown(spec)
     assert line in printed.splitlines()
@@ -164,7 +164,7 @@ def test_it_is_said_stored_and_reported(make_spec: MakeSpec, write_rows: Write) 
         "train validation rows read 60 4 left out: blank 20 0 left out: set aside for validation "
         "4 0 used 36 4"
     )
-    assert "Columns that no example holds: source." in report
+    assert "Columns that no example holds: &#x27;source&#x27;." in report
     assert "Validation reads only 4 examples" in report
 
 
