@@ -84,18 +84,22 @@ def write(study: optuna.Study, spec: StudySpec) -> Path:
     trials = study.get_trials(deepcopy=False)
     facts = best_facts(study, spec)
     parts = [_opening(study, spec, trials), _shortfall(study)]
-    if facts is not None:
+    known = study.user_attrs.get(data_report.DATA)
+    examples = data_report.section(known) if known else ""
+    if facts is None:
+        parts.append(examples)
+    else:
         parts += [
             _cards(facts),
             _best(facts, spec),
+            examples,
             rank_report.section(trials[facts["trial"]], spec),
             _figures(trials, facts["trial"], spec),
             explaining.section(study, spec),
             _table(trials, spec),
             rank_report.truncations(top(trials, len(trials))),
         ]
-    known = study.user_attrs.get(data_report.DATA)
-    parts += [data_report.section(known) if known else "", _failures(trials)]
+    parts.append(_failures(trials))
     path = spec.folder / FILE
     page = _PAGE.format(title=html.escape(spec.name), body="\n".join(filter(None, parts)))
     path.write_text(page, encoding="utf-8")
