@@ -79,7 +79,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": _HEAD,
     "hunyuan_v1_moe": _HEAD,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
-    "mamba2": {"head_dim": 16},
+    "mamba2": {"head_dim": 16, "n_groups": 1},
     "ministral": {**_HEAD, "layer_types": ["sliding_attention", "full_attention"]},
     "nemotron": _HEAD,
     "qwen4_exp": {"text_config": _HEAD},

@@ -162,14 +162,19 @@ def _unreached(
 
 
 def _refused(model: PreTrainedModel, linears: Sequence[LinearModule]) -> set[str]:
-    """Names what PEFT does not adapt as a linear module.
+    """Names what PEFT does not adapt as a linear module, or does not load again.
 
     Kernels of state-space models read the weights of some. Of mixtures of experts it takes names
     that were those of experts once for the tensors in which the experts lie today, although
-    shared experts and dense layers still bear these names.
+    shared experts and dense layers still bear these names. And where transformers renames a
+    checkpoint's weights it renames those of a saved adapter, whose names are the new ones.
     """
+    import torch
     from peft import LoraConfig
     from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
+    from peft.utils.transformers_weight_conversion import (
+        convert_peft_adapter_state_dict_for_transformers,
+    )
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
     def is_refused(leaf: str) -> bool:
@@ -183,7 +188,13 @@ def _refused(model: PreTrainedModel, linears: Sequence[LinearModule]) -> set[str
 
     leaves = {linear.name.rpartition(".")[2] for linear in linears}
     refused = {leaf for leaf in leaves if is_refused(leaf)}
-    return {linear.name for linear in linears if linear.name.rpartition(".")[2] in refused}
+    saved = {f"base_model.model.{m.name}.lora_A.weight": torch.zeros(1, 1) for m in linears}
+    loaded = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), dict(saved))
+    return {
+        linear.name
+        for linear, key in zip(linears, saved, strict=True)
+        if linear.name.rpartition(".")[2] in refused or key not in loaded
+    }
 
 
 def _fused_experts(model: PreTrainedModel) -> list[str]:

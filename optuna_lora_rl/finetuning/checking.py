@@ -50,7 +50,7 @@ from optuna_lora_rl.rank.layers import lora_layers
 
 _ROWS = 3
 # Root mean square, over tokens, of what sums in two orders may lie apart; times the mean loss.
-_TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_TOLERANCES = {torch.float32: 3e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 # Kernels for batches differ more. No model is refused for that; only its own head is taken.
 _SLACK = 10
 
@@ -226,7 +226,7 @@ def _check_causal(model: PreTrainedModel, rows: Dataset, device: torch.device) -
         )
     apart = (before - after).abs().max().item()
     largest = max(1.0, before.abs().max().item())
-    if not apart <= 10 * _SLACK * _TOLERANCES[model.dtype] * largest:
+    if not apart <= _SLACK * _TOLERANCES[model.dtype] * largest:
         raise UserError(
             f"model.name: this {model.config.model_type} model sees the tokens that it should "
             "predict, so it is no causal language model; a BERT becomes one with is_decoder: true "

@@ -80,7 +80,9 @@ def _peft_config(spec: StudySpec, trial: FrozenTrial) -> str:
     from optuna_lora_rl.finetuning.quiet import quiet
 
     with quiet():
-        base = model.load(spec.model, device_of(use_cpu=True))
+        # A GPU's attention kernel does not run here, and the modules are the same with any.
+        options = spec.model.model_copy(update={"attn_implementation": None})
+        base = model.load(options, device_of(use_cpu=True))
     configuration = Configuration.of(trial.user_attrs["configuration"])
     chosen = lora.targets_of(configuration, base.architecture, spec.target_sets)
     # Of each layer the rank it ended with, as in an adapter whose weights were kept.

@@ -28,6 +28,8 @@ DIVERSE = [
     "bert",
     "doge",
     "granitemoe",
+    "inkling_text",
+    "laguna",
     "llama4_text",
     "mamba",
     "modernbert-decoder",
