@@ -184,8 +184,7 @@ class Course:
     def _callbacks(self) -> list[TrainerCallback]:
         found: list[TrainerCallback] = [] if self._changing is None else [self._changing]
         training = self._shared.training
-        # Of a sharded model no process has a whole layer.
-        if training.monitor and not {"deepspeed", "fsdp"} & set(training.extra):
+        if training.monitor:
             every = math.ceil(self._plan.steps / training.monitor)
             found.append(MonitorCallback(self._monitor, every=every))
         return found

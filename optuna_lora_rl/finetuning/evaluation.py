@@ -31,7 +31,8 @@ class Evaluation:
     """What an evaluation found.
 
     Attributes:
-        loss: Mean cross-entropy of the learnt tokens, in nats, averaged over batches as TRL does.
+        loss: Mean cross-entropy over all learnt tokens, in nats, of the model alone: no auxiliary
+            loss, no smoothing, no other training loss is in it.
         token_accuracy: Share of them that are the most likely token given the ones before.
         exact_match: Share of generated answers equal to the expected ones but for outer spaces.
         accuracy: The same, regardless of case, inner spacing and anything after the first line.

@@ -20,9 +20,13 @@ _TUNED = {
     "weight_decay": "weight_decay",
 }
 _OPTIONS = {
+    "activation_checkpointing": "training.gradient_checkpointing",
     "attn_implementation": "model.attn_implementation",
+    "auto_find_batch_size": "training.micro_batch_size",
     "bf16": "training.precision",
+    "bf16_full_eval": "training.precision",
     "fp16": "training.precision",
+    "fp16_full_eval": "training.precision",
     "data_seed": "training.seed",
     "dataset_text_field": "data.columns",
     "eval_on_start": "training.evaluations, and the untuned model is measured in any case",
@@ -38,11 +42,14 @@ _OPTIONS = {
     "use_cpu": "training.use_cpu",
 }
 _OWN = (
+    "accelerator_config",
     "dataset_kwargs",
+    "debug",
     "disable_tqdm",
     "do_eval",
     "do_predict",
     "do_train",
+    "eval_packing",
     "load_best_model_at_end",
     "model_init_kwargs",
     "output_dir",
@@ -52,6 +59,9 @@ _OWN = (
     "save_steps",
     "save_strategy",
 )
+_SEVERAL_PROCESSES = ("ddp_backend", "deepspeed", "fsdp", "fsdp_config", "parallelism_config")
+# These patch the modules themselves, which all trials share and each gives back as they were.
+_PATCHES = ("liger_kernel_config", "use_liger_kernel")
 
 
 def check_extra(extra: dict[str, Any]) -> None:
@@ -74,6 +84,16 @@ def check_extra(extra: dict[str, Any]) -> None:
             raise ValueError(f"extra.{name} has no use: nothing is pushed to the hub")
         if name in _OWN:
             raise ValueError(f"extra.{name} is kept by the study and cannot be changed")
+        if name in _SEVERAL_PROCESSES:
+            raise ValueError(
+                f"extra.{name} is for training with several processes, and a trial has one; leave "
+                "it out (gradient_checkpointing, micro_batch_size and model.dtype save memory)"
+            )
+        if name in _PATCHES:
+            raise ValueError(
+                f"extra.{name} would patch the base model for good, which all trials share; leave "
+                "it out"
+            )
         if name not in known:
             close = get_close_matches(name, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""

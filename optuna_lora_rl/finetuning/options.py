@@ -274,7 +274,7 @@ class TrainingOptions(Section):
     monitor: NonNegativeInt = Field(
         default=8,
         description="How often in a run every layer's rank, update and gradient are looked at, "
-        "evenly spaced, for `optuna-lora-rl report`; 0 for never. Not with deepspeed or fsdp.",
+        "evenly spaced, for `optuna-lora-rl report`; 0 for never.",
         examples=[8],
     )
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
@@ -300,8 +300,10 @@ class TrainingOptions(Section):
     )
     extra: dict[str, Any] = Field(
         default_factory=dict,
-        description="Further arguments of TRL's SFTConfig, handed on as they stand (`deepspeed`, "
-        "`fsdp`, `neftune_noise_alpha`, `assistant_only_loss`, ...).",
+        description="Further arguments of TRL's SFTConfig, handed on as they stand "
+        "(`neftune_noise_alpha`, `assistant_only_loss`, ...). Those of the training loss "
+        "(`loss_type`, `label_smoothing_factor`, ...) are for training alone: evaluations measure "
+        "plain cross-entropy.",
         examples=[{"neftune_noise_alpha": 5}],
     )
 
@@ -321,8 +323,6 @@ class TrainingOptions(Section):
                 "packing needs a GPU with flash attention: on a CPU packed examples would "
                 "attend to each other"
             )
-        if "deepspeed" in self.extra and "fsdp" in self.extra:
-            raise ValueError("extra: deepspeed and fsdp cannot both shard one model; keep one")
         return self
 
 

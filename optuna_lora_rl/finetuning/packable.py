@@ -18,15 +18,10 @@ _ROWS, _LENGTH = 2, 3
 # Arguments of SFTConfig that change the model or the course of a step.
 _OWN_COURSE = (
     "activation_offloading",
-    "deepspeed",
-    "fsdp",
     "label_smoothing_factor",
-    "liger_kernel_config",
     "neftune_noise_alpha",
     "padding_free",
-    "parallelism_config",
     "torch_compile",
-    "use_liger_kernel",
 )
 _FUSED_OPTIMIZERS = ("lomo", "adalomo", "layerwise")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Collection
 from collections.abc import Iterator
@@ -22,15 +23,18 @@ from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase
 from transformers import PrinterCallback
 from transformers import TrainerCallback
 from transformers import get_scheduler
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from optuna_lora_rl.finetuning import heads
 from optuna_lora_rl.finetuning.configuration import Configuration
@@ -188,7 +192,7 @@ def train(
         # Training loss goes to trackers only; each log costs a synchronisation.
         "logging_steps": 10 if trackers else 10**9,
         **_shared(options, device),
-        **({} if log_every is None else {"logging_steps": log_every}),
+        **({} if log_every is None else _logging(log_every)),
     }
     if trackers:
         settings["report_to"] = trackers
@@ -204,7 +208,7 @@ def train(
         trainer.merges = merges and not (trainer.args.bf16 or trainer.args.fp16)
     except (ValueError, TypeError, ImportError) as error:
         raise FineTuningError("configuration", first_line(error)) from error
-    if configuration.rank_change == "none" and not {"deepspeed", "fsdp"} & set(options.extra):
+    if configuration.rank_change == "none":
         _spare_walks(model)
     if follower:
         follower.joins(trainer)
@@ -267,9 +271,39 @@ class _Trainer(SFTTrainer):
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         return metrics
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
+        # Every row, with padding and a mask: options of training may drop rows or join them.
+        return DataLoader(
+            self.eval_dataset,
+            batch_size=self.args.per_device_eval_batch_size,
+            collate_fn=DataCollatorForLanguageModeling(
+                pad_token_id=self.processing_class.pad_token_id
+            ),
+        )
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        self.sums: Counter[str] = Counter()
         with merged(self.model) if self.merges else nullcontext():
-            return super().evaluation_loop(*args, **kwargs)
+            output = super().evaluation_loop(*args, **kwargs)
+        # Over tokens, as if all were one batch; the loop's own loss is the mean over batches.
+        means = {f"eval_{name}": total / self.sums["tokens"] for name, total in self.sums.items()}
+        output.metrics.update({**means, "eval_tokens": self.sums["tokens"]})
+        return output
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, None, None]:
+        """Measures a batch by plain cross-entropy, whatever is trained on."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            with learnt_only(self.model, inputs) as selected:
+                found = model(**selected, fused_lm_head=True)
+        tokens = found.label_mask.sum()
+        loss = -found.log_probs.sum()
+        sums = {"loss": loss, "mean_token_accuracy": found.is_top1.sum(), "tokens": tokens}
+        sums["entropy"] = found.entropy.sum()
+        self.sums.update({name: total.item() for name, total in sums.items()})
+        return loss / tokens, None, None
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
@@ -362,15 +396,18 @@ def _trainer(
     *,
     own_head: bool,
 ) -> _Trainer:
-    with quiet():
-        trainer = _Trainer(
-            model=model,
-            args=SFTConfig(**settings),
-            train_dataset=datasets[0],
-            eval_dataset=datasets[1],
-            processing_class=tokenizer,
-            callbacks=callbacks,
-        )
+    try:
+        with quiet():
+            trainer = _Trainer(
+                model=model,
+                args=SFTConfig(**settings),
+                train_dataset=datasets[0],
+                eval_dataset=datasets[1],
+                processing_class=tokenizer,
+                callbacks=callbacks,
+            )
+    except (ValueError, TypeError, ImportError) as error:
+        raise FineTuningError("configuration", first_line(error)) from error
     trainer.remove_callback(PrinterCallback)
     if own_head:
         trainer.own_head = True
@@ -401,6 +438,11 @@ def _shared(options: TrainingOptions, device: torch.device) -> dict[str, Any]:
         "router_aux_loss_coef": 0.0,
         **options.extra,
     }
+
+
+def _logging(every: int) -> dict[str, Any]:
+    # A callback reads the losses, whatever else the user wants logged.
+    return {"logging_strategy": "steps", "logging_steps": every, "logging_first_step": False}
 
 
 def _warmup(configuration: Configuration, plan: Plan) -> int:

@@ -42,7 +42,7 @@ from optuna_lora_rl.finetuning.stages import Stages
 class Shared:
     """Model, data, prices and the untuned model's evaluations.
 
-    Each is made at its first use, and again after :meth:`release` took a sharded model apart.
+    Each is made at its first use.
 
     Args:
         model: The base model.
@@ -158,6 +158,7 @@ class Shared:
         prepared = self.prepared
         irrelevant = {"monitor", "report_to", "seed"}
         return {
+            "loss": "cross-entropy, mean over tokens",
             "model": prepared.base.fingerprint,
             "device": prepared.device.type,
             "versions": [torch.__version__, transformers.__version__],
@@ -170,10 +171,6 @@ class Shared:
         """Gives back what a run took and no other needs."""
         if self.prepared.device.type == "cuda":
             torch.cuda.empty_cache()
-        if {"deepspeed", "fsdp"} & set(self.training.extra):
-            # Sharding takes the model apart for good: the next trial needs a fresh one.
-            for name in ("prepared", "price", "allocator", "stages"):
-                self.__dict__.pop(name, None)
 
 
 def content_of(dataset: Dataset) -> str:

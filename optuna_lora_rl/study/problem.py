@@ -59,6 +59,8 @@ def describe(spec: StudySpec) -> dict[str, Any]:
         content = _content(built_in / "model.safetensors" if built_in else said)
         if content:
             flat[f"{key} (content)"] = content
+    # What once was a mean over batches, with all that the training loss has in it.
+    flat["objective.loss"] = "cross-entropy, mean over tokens"
     return flat
 
 

@@ -53,8 +53,6 @@ PrunerName = Literal[
     "wilcoxon",
 ]
 Count = Annotated[int, Field(ge=1)]
-# What shards the base model for one trainer, so that no second adapter can train beside it.
-_SHARDING = ("deepspeed", "fsdp")
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -270,12 +268,6 @@ class StudySpec(BaseModel):
                 "and memory of one trial cannot be told apart in a pack; use cost_source: "
                 "estimated, or packing: off"
             )
-        for name in _SHARDING:
-            if name in self.training.extra:
-                raise ValueError(
-                    f"packing is {self.packing!r}, but training.extra has {name!r}, which takes "
-                    "the base model apart for one trial; leave it out, or use packing: off"
-                )
 
     def lora_space(self) -> LoraSpace:
         """The search space that ``space`` and ``target_sets`` describe."""

@@ -48,8 +48,6 @@ def test_another_packing_is_one_sentence(make_spec: MakeSpec, said: Any) -> None
     ("changes", "reason"),
     [
         ({"objective.cost_source": "measured"}, "cannot be told apart in a pack"),
-        ({"training.extra": {"deepspeed": "zero.json"}}, "takes the base model apart"),
-        ({"training.extra": {"fsdp": "full_shard"}}, "takes the base model apart"),
     ],
 )
 def test_what_needs_a_trial_of_its_own_is_not_packed(

@@ -150,3 +150,12 @@ def test_a_study_of_another_program_is_refused(make_spec: MakeSpec, tmp_path: Pa
     optuna.create_study(study_name="small", storage=url, direction="maximize").ask()
     with pytest.raises(UserError, match="begun by another program"):
         runner.run(make_spec({"storage": url}))
+
+
+def test_a_study_whose_losses_were_means_over_batches_does_not_go_on(make_spec: MakeSpec) -> None:
+    study = runner.run(make_spec({"budget": 1})).study
+    before = dict(study.user_attrs[PROBLEM])
+    del before["objective.loss"]
+    study.set_user_attr(PROBLEM, before)
+    with pytest.raises(UserError, match="is now 'cross-entropy, mean over tokens'"):
+        runner.run(make_spec({"budget": 2}))
