@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from optuna_lora_rl.finetuning.options import FLASH_ATTENTION
@@ -49,7 +47,7 @@ def obstacle(model: ModelOptions, training: TrainingOptions) -> str | None:
             "training.packing needs model.attn_implementation flash_attention_2: with any other "
             "kernel packed examples attend to each other"
         )
-    if device.type == "cuda" and torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
+    if device.type == "cuda" and torch.cuda.device_count() > 1:
         return (
             f"{torch.cuda.device_count()} GPUs are visible to one process, which TRL does not "
             "train on; set CUDA_VISIBLE_DEVICES to one of them and start a worker for each"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from typing import Any
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.finetuning import process
 from optuna_lora_rl.finetuning.configuration import Configuration
 from optuna_lora_rl.finetuning.evaluation import Evaluation
 from optuna_lora_rl.finetuning.evaluation import quality
@@ -46,7 +47,10 @@ class FineTuner:
     """Fine-tunes LoRA adapters of one base model on one data set, one run for each trial.
 
     Loading is put off to the first use; then the base model is loaded once and the data is
-    tokenised once, and each run leaves both as it found them.
+    tokenised once, and each run leaves both as it found them. A run depends on nothing that a
+    launcher or another trainer left in the process. Called from several threads, also of several
+    fine-tuners, one call at a time is carried out, the others wait. In one of several processes
+    that a launcher started for one training every call raises ``UserError``.
 
     Args:
         model: The base model.
@@ -84,6 +88,7 @@ class FineTuner:
         self.target_sets = dict(target_sets or {})
         self.cache = cache
 
+    @process.alone()
     def prepare(self, targets: Iterable[str] = (), layers: Iterable[str] = ("all",)) -> list[str]:
         """Loads model and data and checks what can be checked before any trial.
 
@@ -115,6 +120,7 @@ class FineTuner:
             raise UserError(f"objective.reference: {error.message}") from None
         return checking.notes(self._prepared.base)
 
+    @process.alone()
     def traits(self) -> dict[str, int | float]:
         """Returns what there is to learn from and with: sizes of data and model, rows left out."""
         splits, tokens = self._prepared.splits, self._prepared.tokens
@@ -134,6 +140,7 @@ class FineTuner:
             "vocabulary": architecture.vocabulary,
         }
 
+    @process.alone()
     def data_facts(self) -> dict[str, Any]:
         """Returns what was made of the data, as JSON values.
 
@@ -163,10 +170,12 @@ class FineTuner:
             "splits": known,
         }
 
+    @process.alone()
     def baseline(self) -> Evaluation:
         """Returns the untuned model's evaluation on the validation set, measured once."""
         return self._shared.baseline
 
+    @process.alone()
     def estimate(self, configuration: Mapping[str, Value]) -> tuple[Estimate, dict[str, float]]:
         """Counts a whole run without doing it, and returns it with its ``cost_parts``.
 
@@ -177,6 +186,7 @@ class FineTuner:
         counted = price.estimate(Configuration.of(configuration))
         return counted, price.estimated(counted)
 
+    @process.alone()
     def run(
         self,
         configuration: Mapping[str, Value],
@@ -203,6 +213,7 @@ class FineTuner:
         """
         return self._alone(Run(number, configuration, seed, report, folder, trackers_name))
 
+    @process.alone()
     def run_packed(
         self,
         runs: Callable[[], Run | None],
@@ -255,6 +266,7 @@ class FineTuner:
         follower.ended("complete", values)
         return result
 
+    @process.alone()
     def test(self, adapter: Path) -> Evaluation | None:
         """Evaluates a saved adapter on the test split, or returns None where there is none.
 
@@ -276,6 +288,7 @@ class FineTuner:
         gained = quality(self.objective.metric, after.metrics(), before)
         return replace(after, quality=gained)
 
+    @process.alone()
     def cut(self, adapter: Path) -> list[float]:
         """Cuts a saved adapter to ever less of its energy, and evaluates what is left.
 

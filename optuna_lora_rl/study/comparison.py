@@ -27,6 +27,7 @@ from optuna.trial import TrialState
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.errors import masked
+from optuna_lora_rl.finetuning import process
 from optuna_lora_rl.learning.comparison.statistics import interval
 from optuna_lora_rl.learning.comparison.writing import cell
 from optuna_lora_rl.learning.comparison.writing import footer
@@ -155,6 +156,7 @@ def _compare_on_study(
     for name in samplers:
         if name not in NAMES:
             raise UserError(f"--samplers: {name!r} is not known; use some of {', '.join(NAMES)}")
+    process.check()
     spec = load(file, overrides)
     contestants = [
         _contestant(spec, name, seed, overrides) for name in samplers for seed in range(seeds)

@@ -16,6 +16,7 @@ from typing import Literal
 import optuna
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.finetuning import process
 from optuna_lora_rl.finetuning.trackers import TENSORBOARD_FOLDER
 from optuna_lora_rl.study import adapters
 from optuna_lora_rl.study import checks
@@ -77,16 +78,21 @@ class RunResult:
 def run(spec: StudySpec, *, display: Display | None = None) -> RunResult:
     """Runs the study until its budget is used up, or goes on with it.
 
+    While another study runs in this process, in another thread, it waits.
+
     Args:
         spec: The study.
         display: Shows what happens; by default nothing is shown.
 
     Raises:
-        UserError: If model, data, storage or disk cannot be used.
+        UserError: If model, data, storage or disk cannot be used, or a launcher started this
+            process as one of several.
     """
+    process.check()
     checks.require(spec)
     display = display or Display()
     with (
+        process.turn(lambda: display.says("another study runs in this process; this one waits")),
         database_errors(spec.storage_url),
         quiet(),
         _threads(spec),
@@ -116,6 +122,9 @@ class _Worker:
 
     def run(self) -> RunResult:
         self.display.opens(self.spec, self._trials())
+        if settings := process.unused():
+            said = ", ".join(settings)
+            self.display.says(f"not used: {said}, which a launcher set; the file alone counts")
         for number in outcome.recover(self.study):
             self.display.says(f"trial {number} was killed in the middle; it runs once again")
         try:

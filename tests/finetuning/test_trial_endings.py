@@ -232,7 +232,6 @@ def test_several_gpus_in_one_process_are_refused(
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(UserError, match="2 GPUs are visible to one process"):
         make_tuner(use_cpu=None).prepare()
 
