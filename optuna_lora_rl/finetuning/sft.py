@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Callable
-from collections.abc import Collection
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from contextlib import contextmanager
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,33 +19,27 @@ from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase
 from transformers import PrinterCallback
 from transformers import TrainerCallback
 from transformers import get_scheduler
-from transformers.trainer_utils import EvalLoopOutput
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 from trl import SFTTrainer
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from optuna_lora_rl.finetuning import heads
 from optuna_lora_rl.finetuning.configuration import Configuration
 from optuna_lora_rl.finetuning.device import precision_of
 from optuna_lora_rl.finetuning.failure import FineTuningError
 from optuna_lora_rl.finetuning.hub import first_line
-from optuna_lora_rl.finetuning.learnt import learnt_only
-from optuna_lora_rl.finetuning.merged import merged
 from optuna_lora_rl.finetuning.options import TrainingOptions
 from optuna_lora_rl.finetuning.quiet import quiet
 from optuna_lora_rl.finetuning.trackers import Follower
-
-# Called after each evaluation with step, epoch and TRL's metrics, and `train_loss`, the mean
-# training loss of the steps since the evaluation before; True ends the run.
-OnEvaluation = Callable[[int, float, dict[str, float]], bool]
+from optuna_lora_rl.finetuning.trainer import Evaluations
+from optuna_lora_rl.finetuning.trainer import OnEvaluation
+from optuna_lora_rl.finetuning.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -173,7 +163,7 @@ def train(
     Raises:
         FineTuningError: When the loss is no finite number, or TRL refuses the configuration.
     """
-    callback = _Evaluations(plan.evaluated, on_evaluation)
+    callback = Evaluations(plan.evaluated, on_evaluation)
     trackers = follower.names if follower else []
     settings = {
         "output_dir": str(folder),
@@ -254,116 +244,6 @@ def losses_of(
     return losses
 
 
-class _Trainer(SFTTrainer):
-    after_backward: Callable[[], None] | None = None
-    stages: Mapping[int, Dataset] | None = None
-    evaluations: _Evaluations | None = None
-    merges = False
-    own_head = False
-
-    def learnt(self, inputs: dict[str, Any]) -> AbstractContextManager[dict[str, Any]]:
-        """Selects what is learnt of a batch, where the head is sure to take it by positions."""
-        return nullcontext(inputs) if self.own_head else learnt_only(self.model, inputs)
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        if self.stages is not None:
-            self.eval_dataset = self.stages[self.state.global_step]
-        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
-        return metrics
-
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
-        # Every row, with padding and a mask: options of training may drop rows or join them.
-        return DataLoader(
-            self.eval_dataset,
-            batch_size=self.args.per_device_eval_batch_size,
-            collate_fn=DataCollatorForLanguageModeling(
-                pad_token_id=self.processing_class.pad_token_id
-            ),
-        )
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        self.sums: Counter[str] = Counter()
-        with merged(self.model) if self.merges else nullcontext():
-            output = super().evaluation_loop(*args, **kwargs)
-        # Over tokens, as if all were one batch; the loop's own loss is the mean over batches.
-        means = {f"eval_{name}": total / self.sums["tokens"] for name, total in self.sums.items()}
-        output.metrics.update({**means, "eval_tokens": self.sums["tokens"]})
-        return output
-
-    def prediction_step(
-        self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, None, None]:
-        """Measures a batch by plain cross-entropy, whatever is trained on."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            with learnt_only(self.model, inputs) as selected:
-                found = model(**selected, fused_lm_head=True)
-        tokens = found.label_mask.sum()
-        loss = -found.log_probs.sum()
-        sums = {"loss": loss, "mean_token_accuracy": found.is_top1.sum(), "tokens": tokens}
-        sums["entropy"] = found.entropy.sum()
-        self.sums.update({name: total.item() for name, total in sums.items()})
-        return loss / tokens, None, None
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
-    ) -> Any:
-        if return_outputs or self.label_smoother is not None or self.compute_loss_func is not None:
-            return super().compute_loss(model, inputs, return_outputs, **kwargs)
-        with self.learnt(inputs) as selected:
-            return super().compute_loss(model, selected, **kwargs)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss: Tensor = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            raise FineTuningError(
-                "diverged", f"the training loss was {loss.item()} at step {self.state.global_step}"
-            )
-        if self.evaluations is not None:
-            self.evaluations.losses += float(loss)
-        if self.after_backward is not None:
-            self.after_backward()
-        return loss
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        # The package counts by itself; transformers would walk all parameters at every step.
-        return 0
-
-
-class _Evaluations(TrainerCallback):
-    """Has the model evaluated after certain steps, and hands the metrics on.
-
-    Attributes:
-        raised: What the caller's function raised.
-        losses: Sum of the training losses since the last evaluation, of which each forward pass
-            adds its part of its step's.
-    """
-
-    def __init__(self, steps: Collection[int], on_evaluation: OnEvaluation) -> None:
-        self.raised: BaseException | None = None
-        self.losses = 0.0
-        self._since = 0
-        self._steps = steps
-        self._on_evaluation = on_evaluation
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_evaluate = state.global_step in self._steps
-
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
-    ) -> None:
-        step = state.global_step
-        if step > self._since:
-            metrics = {**metrics, "train_loss": self.losses / (step - self._since)}
-        self.losses, self._since = 0.0, step
-        # A pruned run ends through the trainer's own door, so that trackers close.
-        try:
-            stop = self._on_evaluation(step, float(state.epoch or 0.0), metrics)
-        except Exception as error:
-            self.raised, stop = error, True
-        control.should_training_stop = control.should_training_stop or stop
-
-
 def _spare_walks(model: PeftModel) -> None:
     """Remembers what a trainer would walk all modules for, three times in every step."""
     parameters, train = list(model.parameters()), model.train
@@ -382,7 +262,7 @@ def _evaluator(
     options: TrainingOptions,
     device: torch.device,
     own_head: bool,
-) -> _Trainer:
+) -> Trainer:
     settings = {"output_dir": "runs", "gradient_checkpointing": False, **_shared(options, device)}
     return _trainer(model, tokenizer, (dataset, dataset), settings, [], own_head=own_head)
 
@@ -395,10 +275,10 @@ def _trainer(
     callbacks: list[TrainerCallback],
     *,
     own_head: bool,
-) -> _Trainer:
+) -> Trainer:
     try:
         with quiet():
-            trainer = _Trainer(
+            trainer = Trainer(
                 model=model,
                 args=SFTConfig(**settings),
                 train_dataset=datasets[0],

@@ -128,9 +128,10 @@ def test_a_routers_loss_is_trained_and_not_measured(
     side_by_side: bool,
 ) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_key_value_heads": 1}
-    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 1.0}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
     name = saved_model("mixtral", {**sizes, **experts}, make_tokenizer(), tmp_path)
-    tuner = make_tuner(name=name, train=uneven, max_length=32)
+    coefficient = {"router_aux_loss_coef": 1.0}
+    tuner = make_tuner(name=name, train=uneven, max_length=32, extra=coefficient)
     runs = [Run(0, {**QUICK, "target_modules": "qv"}, folder=tmp_path / "adapter")]
     if side_by_side:
         (result,), _ = packed(tuner, runs)

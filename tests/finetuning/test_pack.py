@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from optuna_lora_rl.finetuning import sft
+from optuna_lora_rl.finetuning.trainer import Trainer
 from optuna_lora_rl.finetuning.trial import FineTuner
 from optuna_lora_rl.finetuning.trial import FineTuningError
 from optuna_lora_rl.finetuning.trial import Run
@@ -69,7 +69,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_a_model_that_is_called_in_an_own_way_computes_by_itself_and_says_so(
     tuner: FineTuner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loss = sft._Trainer.compute_loss
+    loss = Trainer.compute_loss
 
     def with_positions(trainer: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         positions = torch.arange(inputs["input_ids"].shape[1])[None]
@@ -77,7 +77,7 @@ def test_a_model_that_is_called_in_an_own_way_computes_by_itself_and_says_so(
 
     runs = runs_of([{"lora_rank": 2}, {"lora_rank": 3}])
     with monkeypatch.context() as patch:
-        patch.setattr(sft._Trainer, "compute_loss", with_positions)
+        patch.setattr(Trainer, "compute_loss", with_positions)
         outcomes, notes = packed(tuner, runs)
     reason = "its model is called with attention_mask, input_ids, position_ids"
     assert notes == [f"trial {i} runs alone: {reason}" for i in (0, 1)]

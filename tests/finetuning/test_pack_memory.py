@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from optuna_lora_rl.finetuning import lora
-from optuna_lora_rl.finetuning import sft
 from optuna_lora_rl.finetuning import side_by_side
 from optuna_lora_rl.finetuning.pack import Pack
+from optuna_lora_rl.finetuning.trainer import Trainer
 from optuna_lora_rl.finetuning.trial import FineTuner
 from optuna_lora_rl.finetuning.trial import FineTuningError
 from optuna_lora_rl.finetuning.trial import Run
@@ -118,7 +118,7 @@ def test_the_halves_of_a_pack_are_not_in_memory_together(
 
 def crowded(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     """Makes losses of the third step run out of memory beside a pass of more than these rows."""
-    beside, answer, loss = [0], Pack._answer, sft._Trainer.compute_loss
+    beside, answer, loss = [0], Pack._answer, Trainer.compute_loss
 
     def answered(pack: Any, passed: Any) -> None:
         outer, beside[0] = beside[0], len(passed.output) if passed.output.requires_grad else 0
@@ -132,7 +132,7 @@ def crowded(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
         return found
 
     monkeypatch.setattr(Pack, "_answer", answered)
-    monkeypatch.setattr(sft._Trainer, "compute_loss", computed)
+    monkeypatch.setattr(Trainer, "compute_loss", computed)
 
 
 def test_a_run_whose_own_part_found_no_room_runs_again_alone(

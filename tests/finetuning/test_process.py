@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning.trial import FineTuner
@@ -98,6 +99,7 @@ def test_settings_that_are_not_used_are_named(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_callers_own_accelerator_stays_what_it_was(tuner: FineTuner) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(mixed_precision="bf16", cpu=True, gradient_accumulation_steps=3)
     expected = tuner.run(QUICK)
     assert accelerator.mixed_precision == "bf16"
