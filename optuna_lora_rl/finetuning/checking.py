@@ -167,6 +167,8 @@ def _check(base: Base, rows: Dataset, training: TrainingOptions, device: torch.d
     kind, dtype, own_head = base.architecture.model_type, base.model.dtype, False
     try:
         ours = trained(own_head)
+    except UserError:
+        raise
     except Exception:
         # TRL's head expects of a model what not every one has.
         own_head = True

@@ -29,6 +29,7 @@ from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 from trl import SFTTrainer
 
+from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning import heads
 from optuna_lora_rl.finetuning.configuration import Configuration
 from optuna_lora_rl.finetuning.device import precision_of
@@ -264,7 +265,12 @@ def _evaluator(
     own_head: bool,
 ) -> Trainer:
     settings = {"output_dir": "runs", "gradient_checkpointing": False, **_shared(options, device)}
-    return _trainer(model, tokenizer, (dataset, dataset), settings, [], own_head=own_head)
+    try:
+        return _trainer(model, tokenizer, (dataset, dataset), settings, [], own_head=own_head)
+    except FineTuningError as error:
+        if not options.extra:
+            raise
+        raise UserError(f"training.extra: {error.message}") from error
 
 
 def _trainer(

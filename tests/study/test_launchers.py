@@ -144,7 +144,7 @@ def test_an_argument_that_only_the_trainer_refuses_is_said_in_a_sentence(
 ) -> None:
     ended = run("optuna_lora_rl", "run", str(study_file({"training.extra": {"loss_type": "x"}})))
     assert ended.returncode == 2
-    assert "error: the untuned model cannot be evaluated: Invalid `loss_type` x" in ended.stderr
+    assert "error: training.extra: Invalid `loss_type` x" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 
