@@ -119,7 +119,7 @@ class _Forms:
 
     def _tied(self, name: str, ratio: Any, of: Any) -> Tied:
         for side in (name, of):
-            if side not in VOCABULARY:
+            if not isinstance(side, str) or side not in VOCABULARY:
                 raise UserError(unknown_parameter(side))
             if isinstance(DEFAULTS[side], str | bool):
                 raise UserError(f"space.{name}: only numbers can be tied, and {side} is none")

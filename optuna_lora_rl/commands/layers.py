@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel
 
+    from optuna_lora_rl.finetuning.options import ModelOptions
     from optuna_lora_rl.rank.advisor import Advice
     from optuna_lora_rl.rank.advisor import Complexity
     from optuna_lora_rl.rank.advisor import Workload
@@ -234,16 +235,16 @@ def merge(console: Console, adapter: Path, model: str | None, output: Path) -> N
         UserError: When one of them cannot be read or written.
     """
     from optuna_lora_rl.finetuning.model import path_of
-    from optuna_lora_rl.finetuning.options import ModelOptions
     from optuna_lora_rl.finetuning.quiet import quiet
 
     config = saved.check(adapter)
     base = model or config.get("base_model_name_or_path")
     if not base:
         raise UserError(f"the adapter in {str(adapter)!r} names no base model; give --model")
+    options = _options(base, "--model" if model else str(adapter))
     revision = None if model else config.get("revision")
     with console.status(f"merging into {escape(base)}"), quiet():
-        path = path_of(ModelOptions(name=base))
+        path = path_of(options)
         count = merging.merge(path, adapter, output, revision=revision)
     _say(console, f"wrote the merged model to {output} ({tables.size(count)})")
 
@@ -260,16 +261,22 @@ def load(name: str, dtype: str = "auto") -> PreTrainedModel:
     """
     from optuna_lora_rl.finetuning import model
     from optuna_lora_rl.finetuning.device import device_of
-    from optuna_lora_rl.finetuning.options import ModelOptions
 
     if not name:
         raise UserError("--model: a model has a name")
-    options = ModelOptions.model_validate({"name": name, "dtype": dtype})
+    options = _options(name, "--model", dtype)
     try:
         return model.load(options, device_of(None)).model
     except UserError as error:
         # The same words, less the key of a study's file.
         raise UserError(f"--model: {str(error).removeprefix('model.name: ')}") from None
+
+
+def _options(name: object, source: str, dtype: str = "auto") -> ModelOptions:
+    from optuna_lora_rl.finetuning.options import ModelOptions
+    from optuna_lora_rl.study import reading
+
+    return reading.validate(ModelOptions, {"name": name, "dtype": dtype}, source)
 
 
 def _load(console: Console, name: str, dtype: str) -> PreTrainedModel:

@@ -14,6 +14,7 @@ from optuna_lora_rl.commands.given import StudyFile
 from optuna_lora_rl.commands.given import again
 from optuna_lora_rl.commands.given import console
 from optuna_lora_rl.commands.given import load
+from optuna_lora_rl.errors import masked
 
 app = typer.Typer()
 
@@ -47,7 +48,7 @@ def init(
     from optuna_lora_rl.study import template
 
     template.write(file, model=model, train=train, trials=trials, force=force)
-    console().print(f"wrote {file}; next: optuna-lora-rl run {file}", highlight=False)
+    console().print(masked(f"wrote {file}; next: optuna-lora-rl run {file}"), highlight=False)
 
 
 @app.command()

@@ -6,6 +6,7 @@ documentation: the docs page and ``optuna-lora-rl init`` are generated from them
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 from typing import Literal
 
@@ -28,11 +29,18 @@ FLASH_ATTENTION = ("flash_attention_2", "flash_attention_3", "kernels-community/
 
 
 def _no_address(source: str | None, info: ValidationInfo) -> str | None:
-    """Refuses a web address, which is no source and may hold a password, before it is stored."""
+    """Refuses a web address, which is no source and may hold a password, before it is stored.
+
+    So it does with ``~name`` where there is no user of that name.
+    """
     if source is not None and ("://" in source or masked(source) != source):
         raise ValueError(
             f"{info.field_name} is an address; name a file, a folder or what the hub has"
         )
+    try:
+        Path(source or "").expanduser()
+    except RuntimeError:
+        raise ValueError(f"{info.field_name} is {source!r}, but nobody has that name") from None
     return source
 
 

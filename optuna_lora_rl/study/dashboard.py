@@ -173,7 +173,7 @@ def _save_figure(study: optuna.Study) -> None:
     trials = [
         trial
         for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if "quality" in trial.user_attrs
+        if {"quality", "cost"} <= trial.user_attrs.keys()
     ]
     if not trials:
         return

@@ -22,6 +22,7 @@ from optuna_lora_rl.study import earlier
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import problem
 from optuna_lora_rl.study.storage import open_storage
+from optuna_lora_rl.study.storage import read
 from optuna_lora_rl.study.storage import sqlite_file
 
 if TYPE_CHECKING:
@@ -66,15 +67,19 @@ def open_study(spec: StudySpec, *, heartbeat: bool = True) -> optuna.Study:
     callback = _run_stale_trial_again if heartbeat else None
     storage = open_storage(spec.storage_url, stale_trial_callback=callback)
     directions = [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE][: spec.n_objectives]
-    _forget_if_empty(storage, spec, len(directions))
-    study = optuna.create_study(
-        study_name=spec.name,
-        storage=storage,
-        directions=directions,
-        load_if_exists=True,
-        sampler=create_sampler(spec, source_studies=earlier.load_all(spec)),
-        pruner=create_pruner(spec),
-    )
+    with read(spec.storage_url):
+        _forget_if_empty(storage, spec, len(directions))
+    sampler = create_sampler(spec, source_studies=earlier.load_all(spec))
+    with read(spec.storage_url):
+        study = optuna.create_study(
+            study_name=spec.name,
+            storage=storage,
+            directions=directions,
+            load_if_exists=True,
+            sampler=sampler,
+            pruner=create_pruner(spec),
+        )
+    _read_whole(study, spec)
     problem.adopt(study, spec)
     study.set_metric_names(list(spec.objective.objectives))
     return study
@@ -94,10 +99,19 @@ def load_study(spec: StudySpec) -> optuna.Study:
     if file is not None and not file.exists():
         raise missing
     storage = open_storage(spec.storage_url)
-    try:
-        return optuna.load_study(study_name=spec.name, storage=storage)
-    except KeyError:
-        raise missing from None
+    with read(spec.storage_url):
+        if spec.name not in optuna.get_all_study_names(storage):
+            raise missing
+        study = optuna.load_study(study_name=spec.name, storage=storage)
+    _read_whole(study, spec)
+    return study
+
+
+def _read_whole(study: optuna.Study, spec: StudySpec) -> None:
+    """Reads what there is of a study, once: what is damaged is found here and nowhere else."""
+    with quiet(), read(spec.storage_url):
+        study.get_trials(deepcopy=False)
+        _ = study.user_attrs, study.metric_names
 
 
 def create_sampler(

@@ -183,7 +183,7 @@ def _figures(trials: Sequence[FrozenTrial], best: int, spec: StudySpec) -> str:
         x="optimizer step",
         y="validation loss",
     )
-    priced = [t for t, _ in complete if "quality" in t.user_attrs]
+    priced = [t for t, _ in complete if {"quality", "cost"} <= t.user_attrs.keys()]
     trade = charts.chart(
         [
             _trade([t for t in priced if (t.number == best) is chosen], best=chosen)

@@ -112,6 +112,26 @@ def database_errors(url: str) -> Iterator[None]:
         raise UserError(disk_sentence(error)) from error
 
 
+@contextmanager
+def read(url: str) -> Iterator[None]:
+    """Raises ``UserError`` where what a database holds makes no sense to Optuna.
+
+    Args:
+        url: The storage's URL, named in the sentence without its password.
+    """
+    try:
+        with database_errors(url):
+            yield
+    except UserError:
+        raise
+    except (LookupError, ValueError, TypeError, AttributeError, AssertionError) as error:
+        detail = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"storage: the database {without_password(url)} holds what cannot be read, so it is "
+            f"damaged or another program's ({detail})"
+        ) from None
+
+
 def disk_sentence(error: OSError) -> str:
     """What to say when a file cannot be written."""
     where = f" at {error.filename}" if error.filename else ""
