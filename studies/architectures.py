@@ -41,9 +41,9 @@ from optuna_lora_rl.finetuning.options import DataOptions
 from optuna_lora_rl.finetuning.options import ModelOptions
 from optuna_lora_rl.finetuning.options import ObjectiveOptions
 from optuna_lora_rl.finetuning.options import TrainingOptions
+from optuna_lora_rl.finetuning.quiet import quiet
 from optuna_lora_rl.finetuning.targets import select
 from optuna_lora_rl.finetuning.trial import FineTuner
-from optuna_lora_rl.finetuning.trial import FineTuningError
 from optuna_lora_rl.finetuning.trial import Run
 from optuna_lora_rl.finetuning.trial import TrialResult
 from optuna_lora_rl.vocabulary import TARGET_PRESETS
@@ -103,8 +103,6 @@ def look(name: str, folder: Path) -> Found:
         found.outcome, found.reason = "no tiny model", str(error)
     except UserError as error:
         found.outcome, found.reason = "refused", str(error)
-    except FineTuningError as error:
-        found.outcome, found.reason = "refused", error.message
     except Exception as error:
         found.outcome, found.reason = "error", f"{type(error).__name__}: {error}"
         traceback.print_exc()
@@ -188,7 +186,8 @@ def _side_by_side(
 def page(found: Sequence[Found], command: str) -> str:
     """The documentation's page: a table, and the reasons below."""
     by = {kind: [f for f in found if f.outcome == kind] for kind in ("works", "refused")}
-    none = [f for f in found if f.outcome not in by]
+    none = [f for f in found if f.outcome == "no tiny model"]
+    failed = [f for f in found if f.outcome == "error"]
     own = [f for f in by["works"] if f.own_head]
     versions = ", ".join(
         f"{module.__name__} {module.__version__}" for module in (torch, transformers, peft, trl)
@@ -224,6 +223,9 @@ def page(found: Sequence[Found], command: str) -> str:
         "",
         f"Own heads: {len(own)}.",
         "",
+        *(["## Failed", ""] if failed else []),
+        *(f"- {f.name}: {_cell(f.reason)}" for f in failed),
+        *([""] if failed else []),
         "## Refused",
         "",
         "| architecture | the sentence |",
@@ -273,10 +275,6 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--record", type=Path, default=RECORD)
     parser.add_argument("--page", type=Path, default=PAGE)
     given = parser.parse_args(arguments)
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    torch.set_num_threads(1)
     known: dict[str, Found] = {}
     if given.record.exists():
         for line in given.record.read_text(encoding="utf-8").splitlines():
@@ -289,7 +287,8 @@ def main(arguments: Sequence[str]) -> None:
     ]
     given.record.parent.mkdir(parents=True, exist_ok=True)
     for name in wanted:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), quiet():
+            warnings.simplefilter("ignore")
             one = _in_time(lambda: look(name, Path(folder)), name)  # noqa: B023
         known[name] = one
         print(f"{name}: {one.outcome} {one.reason}"[:300], flush=True)
@@ -304,4 +303,5 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     main(sys.argv[1:])

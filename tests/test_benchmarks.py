@@ -234,3 +234,18 @@ def test_workers_begin_together_and_failures_are_shown(studies: Any, tmp_path: P
     assert min(first["began"], second["began"]) >= max(first["ready"], second["ready"])
     with pytest.raises(SystemExit, match="ZeroDivisionError"):
         launch(str(script), [{"sleeps": 0, "of": 0}])
+
+
+def test_architectures_are_tried_once_and_refusals_come_with_their_sentence(
+    studies: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = ["--record", str(tmp_path / "record.jsonl"), "--page", str(tmp_path / "page.md")]
+    study = studies("architectures")
+    study.main([*files, "mamba", "cpmant"])
+    assert capsys.readouterr().out.startswith("mamba: works")
+    study.main([*files, "musicgen"])
+    page = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert "Of the 3 architectures" in page
+    assert "| mamba | 4 | 4 | 0 | 4 | fused | yes | `backbone.layers.*.mixer.dt_proj`" in page
+    assert "| cpmant | model.name: this cpmant model sees the tokens that it should" in page
+    assert "| musicgen | AttributeError" in page
