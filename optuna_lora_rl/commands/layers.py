@@ -204,7 +204,9 @@ def truncate(
             raise UserError("truncate takes either --energy or --rank to write an adapter")
         sizes = truncation.sizes(truncation.cuttable(adapter).factors)
         console.print(tables.sizes(sizes, None if qualities is None else qualities()))
-        again = shlex.join(["optuna-lora-rl", "truncate", str(adapter)])
+        from optuna_lora_rl.study import wording
+
+        again = f"{wording.program()} {shlex.join(['truncate', str(adapter)])}"
         _say(console, f"Choose one: {again} --energy 0.95 --output FOLDER")
         return
     if qualities is not None:

@@ -17,7 +17,9 @@ from optuna_lora_rl.finetuning import sources
 from optuna_lora_rl.finetuning.examples import Form
 from optuna_lora_rl.finetuning.examples import Kind
 from optuna_lora_rl.finetuning.files import Row
+from optuna_lora_rl.finetuning.options import GENERATED_METRICS
 from optuna_lora_rl.finetuning.options import DataOptions
+from optuna_lora_rl.finetuning.options import ObjectiveOptions
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,18 @@ def look(options: DataOptions, count: int = 64) -> dict[str, Form]:
         except UserError:
             # A column may begin further down.
             form, _ = _examples(options, source, key, split)
+        _check_kind(form.kind, found.get("data.train", form).kind, source, key)
         found[f"data.{name}"] = form
     return found
+
+
+def check_metric(kind: Kind, objective: ObjectiveOptions) -> None:
+    """Raises ``UserError`` where the metric needs answers, and the examples have none."""
+    if objective.metric in GENERATED_METRICS and kind == "text":
+        raise UserError(
+            f"objective.metric: {objective.metric} compares answers, but text examples ask "
+            "nothing; take loss or token_accuracy, or prompt/completion data"
+        )
 
 
 def content(row: Row) -> str:
@@ -264,11 +276,15 @@ def _other(options: DataOptions, name: str, kind: Kind) -> list[Row] | None:
         return None
     source, split, key = named
     form, rows = _examples(options, source, key, split)
-    if form.kind != kind:
-        raise UserError(
-            f"{key}: {source!r} holds {form.kind} examples, but data.train holds {kind} examples"
-        )
+    _check_kind(form.kind, kind, source, key)
     return rows
+
+
+def _check_kind(kind: Kind, of_train: Kind, source: str, key: str) -> None:
+    if kind != of_train:
+        raise UserError(
+            f"{key}: {source!r} holds {kind} examples, but data.train holds {of_train} examples"
+        )
 
 
 def _examples(

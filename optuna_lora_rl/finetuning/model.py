@@ -26,6 +26,7 @@ from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning import architecture
 from optuna_lora_rl.finetuning import gguf
 from optuna_lora_rl.finetuning import hub
+from optuna_lora_rl.finetuning import model_files
 from optuna_lora_rl.finetuning.architecture import Architecture
 from optuna_lora_rl.finetuning.options import ModelOptions
 
@@ -82,10 +83,8 @@ def _gguf_file(options: ModelOptions) -> Path:
     assert options.gguf_file is not None
     folder = Path(options.name).expanduser()
     if folder.is_dir():
-        file = folder / options.gguf_file
-        if not file.is_file():
-            raise UserError(f"model.gguf_file: there is no file {str(file)!r}")
-        return file
+        model_files.check(options)
+        return folder / options.gguf_file
     try:
         with hub.no_waiting():
             return Path(
@@ -101,12 +100,9 @@ def load(options: ModelOptions, device: torch.device) -> Base:
     Raises:
         UserError: When there is no such model, or it cannot be loaded.
     """
+    model_files.check(options)
     name = path_of(options)
     local = Path(name).is_dir()
-    if not local and (options.name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise UserError(f"model.name: there is no folder {options.name!r}")
-    if local:
-        _check_folder(Path(name), options.name)
     shared: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     attention = {}
     if options.attn_implementation is not None:
@@ -150,20 +146,6 @@ def load(options: ModelOptions, device: torch.device) -> Base:
         architecture=architecture.read(model),
         fingerprint=_fingerprint(name, model),
     )
-
-
-def _check_folder(folder: Path, name: str) -> None:
-    has_model, adapter = (folder / "config.json").exists(), folder / "adapter_config.json"
-    if adapter.exists():
-        # transformers would load it into the model without a word, or another model in its place.
-        raise UserError(
-            f"model.name: the folder {name!r} holds "
-            + ("an adapter beside a model" if has_model else "an adapter")
-            + " (adapter_config.json); merge it first (optuna-lora-rl merge) and name the merged "
-            + ("model, or move the adapter's files elsewhere" if has_model else "model")
-        )
-    if not has_model:
-        raise UserError(f"model.name: the folder {name!r} holds no model (config.json)")
 
 
 def _check_whole(name: str, model: PreTrainedModel, loaded: Mapping[str, Any]) -> None:

@@ -76,11 +76,7 @@ def prepare(
     device = devices.device_of(training.use_cpu)
     with quiet(), own_randomness():
         splits = data.load(data_options)
-        if objective.metric in GENERATED_METRICS and splits.kind == "text":
-            raise UserError(
-                f"objective.metric: {objective.metric} compares answers, but text examples ask "
-                "nothing; take loss or token_accuracy, or prompt/completion data"
-            )
+        data.check_metric(splits.kind, objective)
         base = model.load(model_options, device)
         made = tokens.tokenise(
             splits,

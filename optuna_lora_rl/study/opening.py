@@ -21,6 +21,7 @@ from optuna_lora_rl.samplers.cut_short import turn_of
 from optuna_lora_rl.study import earlier
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import problem
+from optuna_lora_rl.study import wording
 from optuna_lora_rl.study.storage import open_storage
 from optuna_lora_rl.study.storage import read
 from optuna_lora_rl.study.storage import sqlite_file
@@ -93,7 +94,7 @@ def load_study(spec: StudySpec) -> optuna.Study:
     """
     missing = UserError(
         f"the study {spec.name!r} has not begun in {spec.storage or spec.folder}; start it with "
-        "optuna-lora-rl run"
+        f"{wording.program()} run"
     )
     file = sqlite_file(spec.storage_url)
     if file is not None and not file.exists():
@@ -158,6 +159,16 @@ def propose(spec: StudySpec, trial: optuna.Trial) -> Configuration:
     return configuration
 
 
+def check_objectives(number: int, spec: StudySpec) -> None:
+    """Raises ``UserError`` where a study was begun with another number of objectives."""
+    if number != spec.n_objectives:
+        raise UserError(
+            f"objective.objectives is {list(spec.objective.objectives)}, but the study "
+            f"{spec.name!r} was begun with {number} objective(s): choose another study name or "
+            "storage"
+        )
+
+
 def _forget_if_empty(
     storage: optuna.storages.BaseStorage, spec: StudySpec, n_objectives: int
 ) -> None:
@@ -166,11 +177,7 @@ def _forget_if_empty(
         if study.study_name != spec.name or len(study.directions) == n_objectives:
             continue
         if storage.get_n_trials(study._study_id):
-            raise UserError(
-                f"objective.objectives is {list(spec.objective.objectives)}, but the study "
-                f"{spec.name!r} was begun with {len(study.directions)} objective(s): choose "
-                "another study name or storage"
-            )
+            check_objectives(len(study.directions), spec)
         storage.delete_study(study._study_id)
 
 

@@ -82,6 +82,22 @@ def adopt(study: optuna.Study, spec: StudySpec) -> None:
     """Stores the problem with a new study, or checks that an old one has the same.
 
     Raises:
+        UserError: As ``check`` does.
+    """
+    new, tuned = check(study, spec)
+    if study.user_attrs.get(PROBLEM) != new:
+        study.set_user_attr(PROBLEM, new)
+    if study.user_attrs.get(TUNED, {}) != tuned:
+        study.set_user_attr(TUNED, tuned)
+
+
+def check(study: optuna.Study, spec: StudySpec) -> tuple[dict[str, Any], dict[str, str]]:
+    """Checks that a study with trials has the problem of the file.
+
+    Returns:
+        The problem, and the distributions of what is tuned, as they are stored.
+
+    Raises:
         UserError: Naming every key that differs, with what it was and what it is now.
     """
     new = describe(spec)
@@ -105,10 +121,7 @@ def adopt(study: optuna.Study, spec: StudySpec) -> None:
                 "; ".join(differences)
                 + f": scores of the study {spec.name!r} would not compare; {_ANOTHER}"
             )
-    if old != new:
-        study.set_user_attr(PROBLEM, new)
-    if old_tuned != tuned:
-        study.set_user_attr(TUNED, tuned)
+    return new, tuned
 
 
 def _differences(

@@ -239,14 +239,18 @@ def validate(model: type[Model], content: Mapping[str, Any], source: str) -> Mod
     mistakes = list(dict.fromkeys(mistakes))
     if len(mistakes) == 1:
         raise UserError(f"{source}: {mistakes[0]}")
-    listed = f"{source} has {len(mistakes)} mistakes:"
+    raise UserError(listed(f"{source} has {len(mistakes)} mistakes:", mistakes))
+
+
+def listed(heading: str, mistakes: Sequence[str]) -> str:
+    """Several mistakes as one message, a line each; cut where they are too long or too many."""
+    text = heading
     for number, mistake in enumerate(mistakes):
         line = f"\n  - {shortened(mistake, _MOST_OF_MANY)}"
-        if len(listed) + len(line) > MOST_SAID - _MOST_OF_MANY // 2:
-            listed += f"\n  - and {len(mistakes) - number} more"
-            break
-        listed += line
-    raise UserError(listed)
+        if len(text) + len(line) > MOST_SAID - _MOST_OF_MANY // 2:
+            return f"{text}\n  - and {len(mistakes) - number} more"
+        text += line
+    return text
 
 
 def sentence(model: type[BaseModel], mistake: Mapping[str, Any]) -> str:

@@ -73,6 +73,31 @@ def open_storage(
     raise AssertionError("unreachable")
 
 
+def has_tables(url: str) -> bool:
+    """Whether the database can be reached and has Optuna's tables; creates nothing.
+
+    Args:
+        url: As in ``open_storage``; an SQLite file has to be there.
+
+    Raises:
+        UserError: As ``open_storage`` does.
+    """
+    from sqlalchemy import create_engine
+    from sqlalchemy import inspect
+    from sqlalchemy.pool import NullPool
+
+    _check(url)
+    _make_folder(url)
+    with database_errors(url):
+        try:
+            engine = create_engine(url, connect_args=_connect_args(url), poolclass=NullPool)
+            with engine.connect() as connection:
+                return bool(inspect(connection).has_table("studies"))
+        except (ImportError, TypeError, ValueError, OverflowError) as error:
+            # A driver that is missing, or an option in the URL that it does not take.
+            raise UserError(_database_sentence(url, error)) from None
+
+
 def _connect_args(url: str) -> dict[str, float]:
     return {"timeout": _SQLITE_TIMEOUT} if url.startswith("sqlite") else {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from typing import Any
@@ -85,8 +86,8 @@ def progress(trials: Sequence[FrozenTrial], spec: StudySpec) -> str:
     return ", ".join(filter(None, parts)) + (f" ({', '.join(states)})" if states else "")
 
 
-def description(console: Console, spec: StudySpec) -> None:
-    """What a valid file asks for."""
+def description(console: Console, spec: StudySpec, notes: Iterable[str] = ()) -> None:
+    """What a valid file asks for, and what else there is to say of it."""
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="dim")
     rows.add_column(overflow="fold")
@@ -107,6 +108,8 @@ def description(console: Console, spec: StudySpec) -> None:
     rows.add_row("budget", ", ".join(f"{wording.number(v)} {k}" for k, v in limits.items()))
     rows.add_row("output", f"{spec.folder}/")
     console.print(rows, highlight=False)
+    for note in notes:
+        _say(console, Text(note, style="dim"))
     _say(console, Text("The file is valid.", style="green"))
 
 
@@ -122,14 +125,15 @@ def ending(console: Console, result: RunResult, spec: StudySpec, *, command: str
     console.print()
     _say(console, Text(opening, style=style))
     standing(console, result.study, spec, is_ending=True)
-    rows = [("dashboard", f"optuna-lora-rl dashboard {command}")]
+    program = wording.program()
+    rows = [("dashboard", f"{program} dashboard {command}")]
     report_file = spec.folder / report.FILE
     if report_file.exists():
         rows.insert(0, ("report", str(report_file)))
     if result.best_adapter is not None:
         rows.insert(0, ("best adapter", f"{result.best_adapter}/ (PEFT format)"))
     if result.ended_by != "budget":
-        rows.append(("go on", f"optuna-lora-rl run {command}"))
+        rows.append(("go on", f"{program} run {command}"))
     console.print()
     for name, content in rows:
         # Never broken into lines: they are there to be copied.

@@ -11,6 +11,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.finetuning import model_files
+from optuna_lora_rl.finetuning import sources
+from optuna_lora_rl.finetuning.options import ModelOptions
+from optuna_lora_rl.study import checks
 from optuna_lora_rl.study.reference import Key
 from optuna_lora_rl.study.reference import as_yaml
 from optuna_lora_rl.study.reference import keys
@@ -35,12 +39,24 @@ space:
 """
 
 
-def write(file: Path, *, model: str, train: str, trials: int, force: bool) -> None:
+def write(file: Path, *, model: str, train: str, trials: int, force: bool) -> list[str]:
     """Writes the commented file.
 
+    Returns:
+        Sentences on what could not be checked.
+
     Raises:
-        UserError: If the file exists, unless ``force``, or cannot be written.
+        UserError: If there is no such model or data here, the file exists, unless ``force``, or
+            it cannot be written.
     """
+    options = ModelOptions(name=model)
+    model_files.check(options)
+    unseen = [model] if model_files.is_hub(options) else []
+    if sources.is_hub(train):
+        model_files.check_hub_name(train, "data.train", "data set")
+        unseen.append(train)
+    else:
+        sources.read(train, key="data.train", split="train", limit=1)
     if file.exists() and not force:
         raise UserError(f"{file} exists; --force overwrites it")
     content = commented_file(
@@ -51,6 +67,7 @@ def write(file: Path, *, model: str, train: str, trials: int, force: bool) -> No
         file.write_text(content, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{file} cannot be written: {error.strerror}") from None
+    return [checks.not_checked(name) for name in unseen]
 
 
 def commented_file(*, file: str, name: str, model: str, train: str, trials: int) -> str:

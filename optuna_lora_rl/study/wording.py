@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
+import shutil
+import sys
 from collections.abc import Collection
 from collections.abc import Mapping
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from optuna_lora_rl.vocabulary import DEFAULTS
@@ -123,6 +127,22 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def program() -> str:
+    """How to type the program's name so that the shell finds the one that runs."""
+    name = "optuna-lora-rl"
+    script = Path(sys.executable).with_name(name)
+    if not script.exists():
+        return f"{shlex.quote(_shown(Path(sys.executable)))} -m optuna_lora_rl"
+    found = shutil.which(name)
+    return name if found and Path(found).samefile(script) else shlex.quote(_shown(script))
+
+
+def _shown(path: Path) -> str:
+    """A path as one types it here."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def first_line(error: BaseException) -> str:

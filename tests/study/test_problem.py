@@ -122,14 +122,14 @@ def test_an_empty_section_that_now_says_something_is_no_vanished_key(
 def test_before_the_first_trial_anything_may_change(
     make_spec: MakeSpec, paper: type[PaperTuner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: PaperTuner) -> None:
+    def refuse(self: PaperTuner, *_: object) -> None:
         raise UserError("data.columns: no such column")
 
     with monkeypatch.context() as patch:
         patch.setattr(paper, "prepare", refuse)
         with pytest.raises(UserError, match="no such column"):
             runner.run(make_spec())
-    changed = {"data.columns": {"prompt": "q"}, "objective.objectives": ["quality", "cost"]}
+    changed = {"data.max_length": 100, "objective.objectives": ["quality", "cost"]}
     assert runner.run(make_spec(changed)).ended_by == "budget"
 
 
