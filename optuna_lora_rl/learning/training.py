@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from pickle import PickleError
 from typing import Any
 
 import torch
@@ -274,8 +275,14 @@ def _checkpoint(output: Path, settings: TrainingSettings) -> dict[str, Any] | No
     file = output / "checkpoint.pt"
     if not file.is_file():
         return None
-    state: dict[str, Any] = torch.load(file, weights_only=True)
-    if state["settings"] != settings.model_dump_json():
+    try:
+        state: dict[str, Any] = torch.load(file, weights_only=True)
+        known = state["settings"]
+    except (OSError, RuntimeError, ValueError, LookupError, TypeError, EOFError, PickleError):
+        raise UserError(
+            f"output: {file} is damaged or no checkpoint; delete it to begin anew"
+        ) from None
+    if known != settings.model_dump_json():
         raise UserError(
             f"output: {file} belongs to a run with other settings; choose another folder"
         )

@@ -25,6 +25,8 @@ from optuna_lora_rl.rank.layers import Factors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+# What older versions of PEFT saved.
+_PICKLE = "adapter_model.bin"
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 # Starts at which PEFT changes the base weights: the update is what the factors moved since.
 _MUTATING = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -162,6 +164,9 @@ def check(folder: str | Path) -> dict[str, Any]:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             what = f"{name} is no file" if (folder / name).exists() else f"no {name}"
+            if name == WEIGHTS_FILE and (folder / _PICKLE).exists():
+                what = f"{_PICKLE} is a pickle, which can run code and is not read; save it with "
+                what += "safe_serialization=True"
             raise UserError(f"the folder {str(folder)!r} holds no adapter: {what}")
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
