@@ -25,7 +25,8 @@ _SECRET_NAME = (
 )
 # ``password=...``, ``'hub_token': '...'``, ``--token: ...``.
 _NAMED = re.compile(
-    rf"""(?ix) (?<![\w-]) ((?:{_SECRET_NAME}) \\*['"]?\s*[:=]\s*)
+    rf"""(?ix) (?<![\w-])
+    ((?:{_SECRET_NAME}) \\*['"]? (?:\s*[:=]\s*|\s(?:is|was)\s(?:now\s)?(?=['"])))
     ( \\*'[^'\n]{{0,1000}}'? | \\*"[^"\n]{{0,1000}}"? | [^\s,;&#'")\]}}]{{1,1000}} )"""
 )
 # What may be a user or a scheme, a colon, and all up to the last "@" of the word.

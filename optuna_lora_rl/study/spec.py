@@ -212,7 +212,8 @@ class StudySpec(BaseModel):
     storage: str | None = Field(
         default=None,
         description="SQLAlchemy URL of the database, such as `postgresql://user@host/name` for "
-        "several workers; `null` means `study.db` in the output folder.",
+        "several workers; `null` means `study.db` in the output folder. An `@` in a password is "
+        "written `%40`; no message, log or page shows passwords.",
     )
     output: str | None = Field(
         default=None,

@@ -66,6 +66,7 @@ TEXTS = [
     f"{{'user': 'me', 'password': '{SECRET}'}}",
     json.dumps({"hub_token": SECRET}),
     json.dumps(json.dumps({"password": SECRET})),
+    f"training.extra.hub_token was '{SECRET}' and is now gone",
     f"PGPASSWORD={SECRET} psql",
     f"WANDB_API_KEY={SECRET}",
     f"aws_secret_access_key: {SECRET}",
