@@ -124,7 +124,7 @@ def _check_usable(folder: Path, key: str) -> None:
 
 def _study(spec: StudySpec) -> None:
     """Check that the storage can be reached, and that a study of this name is the same one."""
-    with storage.database_errors(spec.storage_url):
+    with storage.read(spec.storage_url):
         study = _begun(spec)
         if study is not None and study.get_trials(deepcopy=False):
             opening.check_objectives(len(study.directions), spec)
