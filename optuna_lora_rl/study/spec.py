@@ -67,8 +67,9 @@ class SamplerChoice(BaseModel):
         ge=0,
         lt=2**32,
         description="Seed of the proposals. The same file with the same seed proposes the same "
-        "configurations, also when it is interrupted and resumed (one trial at a time; not for "
-        "`cmaes`, whose own random numbers start again).",
+        "configurations on one machine, also when it is interrupted and resumed (one trial at a "
+        "time; not for `cmaes`, whose own random numbers start again). Another kind of processor "
+        "rounds otherwise, so that scores, and what follows from them, differ.",
     )
 
     @property
