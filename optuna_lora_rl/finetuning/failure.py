@@ -23,3 +23,7 @@ class FineTuningError(RuntimeError):
 
     def __reduce__(self) -> tuple[type[FineTuningError], tuple[Reason, str]]:
         return type(self), (self.reason, self.message)
+
+
+class MachineError(RuntimeError):
+    """The machine failed in a trial, whose configuration is no cause of it."""

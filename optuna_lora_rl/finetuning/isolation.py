@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import re
 from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,10 @@ from transformers import set_seed
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning.failure import FineTuningError
+from optuna_lora_rl.finetuning.failure import MachineError
 
+# What torch says when the GPU or its driver fails; the process cannot use the GPU again.
+_BROKEN_GPU = re.compile(r"CUDA (error|driver)|CUDNN_STATUS_|CUBLAS_STATUS_|NCCL error")
 _EXHAUSTED = ("out of memory", "can't allocate memory", "cannot allocate memory")
 
 
@@ -44,7 +48,7 @@ def failures(is_callers: Callable[[BaseException], bool]) -> Iterator[None]:
     """
     try:
         yield
-    except (FineTuningError, UserError):
+    except (FineTuningError, MachineError, UserError):
         raise
     except Exception as error:
         if is_callers(error):
@@ -52,6 +56,8 @@ def failures(is_callers: Callable[[BaseException], bool]) -> Iterator[None]:
         text = str(error).strip()
         if is_out_of_memory(error):
             raise FineTuningError("out-of-memory", text or "out of memory") from error
+        if _BROKEN_GPU.search(text):
+            raise MachineError(text.splitlines()[0]) from error
         raise FineTuningError("error", f"{type(error).__name__}: {text}") from error
 
 

@@ -32,6 +32,9 @@ GRACE_PERIOD = 300
 _SQLITE_TIMEOUT = 30
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_RIGHT = {errno.EROFS, errno.EACCES, errno.EPERM}
+# A disk or network folder that fails, and too many open files.
+_BROKEN = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE}
+_FATAL = _NO_ROOM | _NO_RIGHT | _BROKEN
 
 
 def open_storage(
@@ -132,7 +135,7 @@ def database_errors(url: str) -> Iterator[None]:
             raise
         raise UserError(_database_sentence(url, error)) from None
     except OSError as error:
-        if error.errno not in _NO_ROOM | _NO_RIGHT:
+        if error.errno not in _FATAL:
             raise
         raise UserError(disk_sentence(error)) from error
 
@@ -165,6 +168,11 @@ def disk_sentence(error: OSError) -> str:
             f"no room is left on the disk{where} ({error.strerror}); every finished trial is kept:"
             " free some space and run the same command again"
         )
+    if error.errno in _BROKEN:
+        return (
+            f"the system cannot read or write{where} ({error.strerror}); every finished trial is "
+            "kept, and the same command goes on where it stopped"
+        )
     return f"{error.filename} cannot be written ({error.strerror}); choose another output folder"
 
 
@@ -174,7 +182,7 @@ def fatal_cause(error: BaseException) -> BaseException | None:
     while cause is not None:
         if isinstance(cause, optuna.exceptions.StorageInternalError):
             return cause
-        if isinstance(cause, OSError) and cause.errno in _NO_ROOM | _NO_RIGHT:
+        if isinstance(cause, OSError) and cause.errno in _FATAL:
             return cause
         cause = cause.__cause__ or cause.__context__
     return None

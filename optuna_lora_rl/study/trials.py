@@ -24,6 +24,7 @@ from optuna.trial import TrialState
 from optuna_lora_rl import pruners
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning.failure import FineTuningError
+from optuna_lora_rl.finetuning.failure import MachineError
 from optuna_lora_rl.study import adapters
 from optuna_lora_rl.study import dashboard
 from optuna_lora_rl.study import outcome
@@ -226,12 +227,27 @@ class Trials:
         fatal = storage.fatal_cause(result)
         if fatal is not None:
             raise fatal from None
+        if isinstance(result, MachineError):
+            self._stop(running, result)
         trial.set_user_attr("seconds", round(running.seconds, 3))
         if isinstance(result, optuna.TrialPruned):
             self._study.tell(trial, state=TrialState.PRUNED)
             return
         outcome.fail(trial, _reason(result), _words(result))
         self._study.tell(trial, state=TrialState.FAIL)
+
+    def _stop(self, running: _Running, error: MachineError) -> None:
+        """Ends the run: after such an error the process cannot train any more."""
+        trial = running.trial
+        if outcome.RETRY_OF in trial.user_attrs:
+            # Twice with one configuration: it may be the cause after all.
+            outcome.fail(trial, "error", str(error))
+            self._study.tell(trial, state=TrialState.FAIL)
+            self._forget(running)
+        raise UserError(
+            f"the machine failed in trial {trial.number}: {error}; every finished trial is kept, "
+            "and the same command goes on where it stopped"
+        )
 
     def _record(self, trial: optuna.Trial, result: TrialResult) -> list[float]:
         """Writes down what there is to know of a trial, and returns its values."""
