@@ -30,7 +30,7 @@ def _same(value: int, *names: str) -> dict[str, int]:
 _SIZES = {
     **_same(_WIDTH, "hidden_size", "d_model", "n_embd", "dim", "embedding_size", "emb_dim"),
     **_same(_WIDTH, "word_embed_proj_dim", "embed_dim", "hidden_dim", "mm_hidden_size"),
-    **_same(_WIDTH, "lru_width", "d_embed", "attention_hidden_size", "output_hidden_size"),
+    **_same(_WIDTH, "lru_width", "d_embed", "output_hidden_size"),
     **_same(
         _WIDTH, "input_embedding_size", "output_embedding_size", "hidden_size_per_layer_input"
     ),
@@ -66,13 +66,8 @@ _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16}
 _HEAD = {"head_dim": _WIDTH // _HEADS, "num_key_value_heads": 2}
 _CHANGES: dict[str, dict[str, Any]] = {
     "bamba": _MAMBA,
-    "dots1": {
-        **_HEAD,
-        "moe_intermediate_size": 32,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-    },
-    "dots3_note": {"adapter_in_dim": _WIDTH, "num_key_value_heads": _HEADS},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {**_HEAD, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": _MAMBA,
@@ -85,7 +80,12 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "qwen4_exp": {"text_config": _HEAD},
     "qwen4_exp_text": _HEAD,
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "local"]},
-    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "hybrid"] * 2,
+        "attention_head_dim": 16,
+    },
+    "zamba2": {"attention_head_dim": 16},
     "zaya": {"num_experts_per_tok": 1},
 }
 

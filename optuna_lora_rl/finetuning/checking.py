@@ -52,7 +52,7 @@ _ROWS = 3
 # Root mean square, over tokens, of what sums in two orders may lie apart; times the mean loss.
 _TOLERANCES = {torch.float32: 3e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 # Kernels for batches differ more. No model is refused for that; only its own head is taken.
-_SLACK = 10
+_SLACK = 3
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ def notes(base: Base) -> list[str]:
     found = []
     if base.own_head:
         found.append(
-            f"the output head of this {base.architecture.model_type} model is more than TRL's "
-            "fused one computes; its own is taken, which needs the memory of all logits"
+            f"TRL's fused output head gives another loss than this {base.architecture.model_type} "
+            "model; the model's own is taken, which needs the memory of all logits"
         )
     if base.architecture.left_out:
         found.append(
@@ -155,6 +155,12 @@ def check_targets(
 
 
 def _check(base: Base, rows: Dataset, training: TrainingOptions, device: torch.device) -> Checked:
+    kind, dtype, own_head = base.architecture.model_type, base.model.dtype, False
+    if not base.architecture.linears:
+        raise UserError(
+            f"model.name: this {kind} model has no linear module that text passes through and "
+            "PEFT adapts"
+        )
     own = own_losses(base.model, rows, device)
     _check_causal(base.model, rows, device)
 
@@ -164,7 +170,6 @@ def _check(base: Base, rows: Dataset, training: TrainingOptions, device: torch.d
                 base.model, base.tokenizer, rows, training, device=device, own_head=own_head
             )
 
-    kind, dtype, own_head = base.architecture.model_type, base.model.dtype, False
     try:
         ours = trained(own_head)
     except UserError:
@@ -228,11 +233,12 @@ def _check_causal(model: PreTrainedModel, rows: Dataset, device: torch.device) -
         )
     apart = (before - after).abs().max().item()
     largest = max(1.0, before.abs().max().item())
+    undone = model.config.to_dict().get("is_decoder") is False
     if not apart <= _SLACK * _TOLERANCES[model.dtype] * largest:
         raise UserError(
             f"model.name: this {model.config.model_type} model sees the tokens that it should "
-            "predict, so it is no causal language model; a BERT becomes one with is_decoder: true "
-            "in its config.json"
+            "predict, so it is no causal language model"
+            + ("; is_decoder: true in its config.json makes it one" if undone else "")
         )
 
 
@@ -246,8 +252,6 @@ def _check_adapter(
 ) -> None:
     """Checks that an adapter begins as nothing, and that all of it can learn."""
     chosen = base.architecture.linears
-    if not chosen:
-        return
     config = lora_config(Configuration.of({"lora_rank": 1}), base.architecture, chosen)
     with attached(base.model, config, chosen) as adapter:
         losses = sft.losses_of(

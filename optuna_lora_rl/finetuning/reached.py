@@ -50,8 +50,9 @@ def reached(model: PreTrainedModel, linears: Mapping[str, tuple[int, int]]) -> f
     model.train()
     try:
         with torch.enable_grad(), torch.random.fork_rng():
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-            logits.logits.float().square().sum().backward()
+            out = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            if out.logits.requires_grad:
+                out.logits.float().square().sum().backward()
     except Exception as error:
         kind = model.config.model_type
         raise UserError(
