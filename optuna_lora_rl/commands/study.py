@@ -142,6 +142,7 @@ def report(
 
     Example: [bold]optuna-lora-rl report studies/quickstart.yaml --trial 3[/]
     """
+    from optuna_lora_rl.study import adapters
     from optuna_lora_rl.study import export as exporting
     from optuna_lora_rl.study import opening
     from optuna_lora_rl.study import rank_report
@@ -150,7 +151,9 @@ def report(
     spec = load(file, overrides)
     study = opening.load_study(spec)
     rank_report.show(console(), exporting.chosen_trial(study, trial), spec)
-    console().print(f"wrote {reporting.write(study, spec)}", highlight=False, soft_wrap=True)
+    lost = adapters.best_there(study, spec.folder).lost
+    page = reporting.write(study, spec, lost=lost)
+    console().print(f"wrote {page}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -205,9 +208,9 @@ def export(
     from optuna_lora_rl.study import opening
 
     spec = load(file, overrides)
-    complete = exporting.to_peft(opening.load_study(spec), spec, output, trial)
-    what = "adapter" if complete else "adapter_config.json (the weights were not kept)"
-    console().print(f"wrote the {what} to {output}", highlight=False)
+    fault = exporting.to_peft(opening.load_study(spec), spec, output, trial)
+    what = f"adapter_config.json ({fault})" if fault else "adapter"
+    console().print(f"wrote the {what} to {output}", highlight=False, markup=False)
 
 
 @app.command()

@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
-from typing import Any
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.study import card
 from optuna_lora_rl.study import outcome
+from optuna_lora_rl.study import report
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.trial import FrozenTrial
+
+    from optuna_lora_rl.study.spec import StudySpec
 
 BEST_FILE = "best.json"
 CONFIG_FILE = "adapter_config.json"
@@ -49,10 +55,60 @@ def folder_of(output: Path, number: int) -> Path:
     return output / "adapters" / f"trial-{number:04d}"
 
 
-def worth_keeping(study: optuna.Study) -> set[int]:
+@dataclass(frozen=True)
+class Best:
+    """The best adapter that there is.
+
+    Attributes:
+        trial: Whose it is, or None where there is none on this machine.
+        folder: Where it is.
+        lost: Why it is not that of the best trial, in a sentence; empty where it is.
+    """
+
+    trial: FrozenTrial | None = None
+    folder: Path | None = None
+    lost: str = ""
+
+
+def best_there(study: optuna.Study, output: Path) -> Best:
+    """Finds the best trial's adapter, or the best of those that are whole where it is lost."""
+    lost = ""
+    for trial in outcome.ranked(study.get_trials(deepcopy=False)):
+        folder = place_of(output, trial.number)
+        fault = fault_of(folder)
+        if not fault:
+            instead = f"{lost}; best/ holds that of trial {trial.number}" if lost else ""
+            return Best(trial, folder, instead)
+        if not lost:
+            if not folder.exists() and not outcome.ran_here(trial):
+                return Best()
+            lost = f"the adapter of trial {trial.number}, the best, is lost ({fault})"
+    return Best(lost=lost)
+
+
+def place_of(output: Path, number: int) -> Path:
+    """Where a trial's adapter is: its own folder, or ``best`` where only that copy is whole."""
+    own, copied = folder_of(output, number), output / "best"
+    if best_number(output) == number and fault_of(own) and not fault_of(copied):
+        return copied
+    return own
+
+
+def fault_of(folder: Path) -> str:
+    """Why a folder holds no adapter that can be loaded, in words; empty where it does."""
+    from optuna_lora_rl.rank import saved
+
+    try:
+        saved.check(folder)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def worth_keeping(study: optuna.Study, output: Path) -> set[int]:
     """Numbers of the trials whose adapters stay: the best one, and the Pareto front."""
-    best = outcome.best_of(study.get_trials(deepcopy=False))
-    numbers = {best.number} if best else set()
+    best, there = outcome.best_of(study.get_trials(deepcopy=False)), best_there(study, output)
+    numbers = {trial.number for trial in (best, there.trial) if trial}
     if len(study.directions) > 1:
         numbers |= {trial.number for trial in study.best_trials}
     return numbers
@@ -60,26 +116,36 @@ def worth_keeping(study: optuna.Study) -> set[int]:
 
 def drop_others(study: optuna.Study, output: Path) -> None:
     """Deletes the adapters of finished trials that are not among the best."""
-    kept = worth_keeping(study)
+    kept = worth_keeping(study, output)
     for trial in study.get_trials(deepcopy=False):
         if trial.state.is_finished() and trial.number not in kept:
             shutil.rmtree(folder_of(output, trial.number), ignore_errors=True)
 
 
-def publish_best(study: optuna.Study, output: Path, facts: dict[str, Any]) -> Path | None:
-    """Copies the best trial's adapter to ``output/best``, with ``facts`` in ``best.json``.
+def publish_best(study: optuna.Study, spec: StudySpec) -> Best:
+    """Copies the best adapter to ``best``, with what is known of it in ``best.json``.
 
     Returns:
-        The folder, or None when the adapter is not on this machine.
+        What is in ``best`` now.
     """
-    best = outcome.best_of(study.get_trials(deepcopy=False))
-    source = folder_of(output, best.number) if best else None
-    if source is None or not (source / CONFIG_FILE).exists():
-        return None
-    target, fresh = output / "best", output / f".best-{os.getpid()}"
+    there = best_there(study, spec.folder)
+    if there.trial is None or there.folder is None:
+        return there
+    facts = report.facts(study, spec, there.trial)
+    target, fresh = spec.folder / "best", spec.folder / f".best-{os.getpid()}"
     shutil.rmtree(fresh, ignore_errors=True)
-    shutil.copytree(source, fresh)
+    shutil.copytree(there.folder, fresh)
+    card.write(fresh, facts, spec)
     (fresh / BEST_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     fresh.rename(target)
-    return target
+    return replace(there, folder=target)
+
+
+def best_number(output: Path) -> int | None:
+    """Number of the trial whose adapter lies in ``best``; None where there is none."""
+    try:
+        facts = json.loads((output / "best" / BEST_FILE).read_text(encoding="utf-8"))
+        return int(facts["trial"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

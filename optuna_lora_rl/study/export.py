@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.study import adapters
+from optuna_lora_rl.study import card
 from optuna_lora_rl.study import outcome
+from optuna_lora_rl.study import report
 
 if TYPE_CHECKING:
     import optuna
@@ -38,11 +40,11 @@ def chosen_trial(study: optuna.Study, number: int | None) -> FrozenTrial:
     return trials[number]
 
 
-def to_peft(study: optuna.Study, spec: StudySpec, target: Path, number: int | None = None) -> bool:
+def to_peft(study: optuna.Study, spec: StudySpec, target: Path, number: int | None = None) -> str:
     """Writes the adapter of a trial as a PEFT folder.
 
-    Where the trial's adapter is not on this machine, because it was not among the best or ran
-    elsewhere, only ``adapter_config.json`` is written, ready to train with.
+    Where the trial's adapter is not on this machine, because it was not among the best, ran
+    elsewhere or is damaged, only ``adapter_config.json`` is written, ready to train with.
 
     Args:
         study: The study.
@@ -51,7 +53,7 @@ def to_peft(study: optuna.Study, spec: StudySpec, target: Path, number: int | No
         number: The trial; by default the best one.
 
     Returns:
-        Whether the weights are there too.
+        Why the weights are not there; empty where they are.
 
     Raises:
         UserError: If there is no such trial, or the folder is not empty.
@@ -59,16 +61,18 @@ def to_peft(study: optuna.Study, spec: StudySpec, target: Path, number: int | No
     trial = chosen_trial(study, number)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--output: {target} exists and is not empty; choose another folder")
-    source = adapters.folder_of(spec.folder, trial.number)
-    has_weights = (source / adapters.CONFIG_FILE).exists()
-    if has_weights:
+    source = adapters.place_of(spec.folder, trial.number)
+    fault = adapters.fault_of(source) if source.exists() else "the weights were not kept"
+    if not fault:
         shutil.copytree(source, target, dirs_exist_ok=True)
+        (target / adapters.BEST_FILE).unlink(missing_ok=True)
+        card.write(target, report.facts(study, spec, trial), spec)
     elif "configuration" not in trial.user_attrs:
         raise UserError(f"trial {trial.number} never got a configuration and cannot be exported")
     else:
         target.mkdir(parents=True, exist_ok=True)
         (target / adapters.CONFIG_FILE).write_text(_peft_config(spec, trial), encoding="utf-8")
-    return has_weights
+    return fault
 
 
 def _peft_config(spec: StudySpec, trial: FrozenTrial) -> str:

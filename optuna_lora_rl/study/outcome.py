@@ -83,8 +83,13 @@ def final_score(trial: FrozenTrial) -> float | None:
 
 def best_of(trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
     """The completed trial with the highest score; of equal ones the first."""
+    return next(iter(ranked(trials)), None)
+
+
+def ranked(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """The completed trials, the highest score first; of equal ones the earlier first."""
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    return max(complete, key=lambda trial: final_score(trial) or 0.0, default=None)
+    return sorted(complete, key=lambda trial: final_score(trial) or 0.0, reverse=True)
 
 
 def configuration(trial: FrozenTrial) -> str:
@@ -109,6 +114,11 @@ def mark_owner(trial: optuna.Trial) -> None:
     trial.set_user_attr("host", socket.gethostname())
     trial.set_user_attr("pid", os.getpid())
     trial.set_user_attr("process_started", process.create_time())
+
+
+def ran_here(trial: FrozenTrial) -> bool:
+    """Whether the trial ran on this machine."""
+    return trial.user_attrs.get("host") == socket.gethostname()
 
 
 def owner_is_gone(trial: FrozenTrial) -> bool:

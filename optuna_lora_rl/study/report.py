@@ -49,25 +49,28 @@ _BOOKKEEPING = {
 def best_facts(study: optuna.Study, spec: StudySpec) -> dict[str, Any] | None:
     """Everything known of the best trial, as JSON values, or None where there is none."""
     best = outcome.best_of(study.get_trials(deepcopy=False))
-    if best is None:
-        return None
-    facts = {
+    return None if best is None else facts(study, spec, best)
+
+
+def facts(study: optuna.Study, spec: StudySpec, trial: FrozenTrial) -> dict[str, Any]:
+    """Everything known of a trial, as JSON values."""
+    known = {
         "study": study.study_name,
-        "trial": best.number,
+        "trial": trial.number,
         "model": spec.model.name,
         "data": spec.data.train,
-        "score": outcome.final_score(best),
-        "configuration": best.user_attrs.get("configuration", best.params),
-        "params": best.params,
-        "source": best.user_attrs.get("source"),
-        "metrics": {k: v for k, v in best.user_attrs.items() if k not in _BOOKKEEPING},
-        **{k: v for k, v in best.user_attrs.items() if k in rank_report.ATTRIBUTES},
+        "score": outcome.final_score(trial),
+        "configuration": trial.user_attrs.get("configuration", trial.params),
+        "params": trial.params,
+        "source": trial.user_attrs.get("source"),
+        "metrics": {k: v for k, v in trial.user_attrs.items() if k not in _BOOKKEEPING},
+        **{k: v for k, v in trial.user_attrs.items() if k in rank_report.ATTRIBUTES},
         UNTUNED: study.user_attrs.get(UNTUNED, {}),
     }
     test = study.user_attrs.get(TEST, {})
-    if test.get("trial") == best.number and len(test) > 1:
-        facts[TEST] = {name: value for name, value in test.items() if name != "trial"}
-    return facts
+    if test.get("trial") == trial.number and len(test) > 1:
+        known[TEST] = {name: value for name, value in test.items() if name != "trial"}
+    return known
 
 
 def top(trials: Iterable[FrozenTrial], number: int) -> list[FrozenTrial]:
@@ -76,25 +79,31 @@ def top(trials: Iterable[FrozenTrial], number: int) -> list[FrozenTrial]:
     return sorted(complete, key=lambda t: outcome.final_score(t) or 0.0, reverse=True)[:number]
 
 
-def write(study: optuna.Study, spec: StudySpec) -> Path:
-    """Writes ``report.html`` into the output folder; it needs no other file and no network."""
+def write(study: optuna.Study, spec: StudySpec, *, lost: str = "") -> Path:
+    """Writes ``report.html`` into the output folder; it needs no other file and no network.
+
+    Args:
+        study: The study.
+        spec: Its file.
+        lost: Why the best trial's adapter is not there; empty where it is.
+    """
     # It takes torch, which those who only ask how a study stands need not wait for.
     from optuna_lora_rl.study import explaining
 
     trials = study.get_trials(deepcopy=False)
-    facts = best_facts(study, spec)
+    best = best_facts(study, spec)
     parts = [_opening(study, spec, trials), _shortfall(study)]
     known = study.user_attrs.get(data_report.DATA)
     examples = data_report.section(known) if known else ""
-    if facts is None:
+    if best is None:
         parts.append(examples)
     else:
         parts += [
-            _cards(facts),
-            _best(facts, spec),
+            _cards(best),
+            _best(best, spec, lost),
             examples,
-            rank_report.section(trials[facts["trial"]], spec),
-            _figures(trials, facts["trial"], spec),
+            rank_report.section(trials[best["trial"]], spec),
+            _figures(trials, best["trial"], spec),
             explaining.section(study, spec),
             _table(trials, spec),
             rank_report.truncations(top(trials, len(trials))),
@@ -141,7 +150,7 @@ def _cards(facts: dict[str, Any]) -> str:
     return f"<div class=cards>{inner}</div>"
 
 
-def _best(facts: dict[str, Any], spec: StudySpec) -> str:
+def _best(facts: dict[str, Any], spec: StudySpec, lost: str) -> str:
     rows = "".join(
         f"<tr><td>{html.escape(name)}</td><td>{html.escape(wording.number(value))}</td></tr>"
         for name, value in facts["configuration"].items()
@@ -150,10 +159,10 @@ def _best(facts: dict[str, Any], spec: StudySpec) -> str:
         "from peft import AutoPeftModelForCausalLM\n"
         f'model = AutoPeftModelForCausalLM.from_pretrained("{spec.folder / "best"}")'
     )
-    return (
-        f"<h2>The best configuration</h2><table>{rows}</table>"
-        f"<p class=quiet>Its adapter is in PEFT format:</p><pre>{html.escape(code)}</pre>"
-    )
+    adapter = f"<p class=quiet>Its adapter is in PEFT format:</p><pre>{html.escape(code)}</pre>"
+    if lost:
+        adapter = f"<p><b>Note:</b> {html.escape(lost)}.</p>"
+    return f"<h2>The best configuration</h2><table>{rows}</table>{adapter}"
 
 
 def _figures(trials: Sequence[FrozenTrial], best: int, spec: StudySpec) -> str:

@@ -61,6 +61,7 @@ class RunResult:
         best_adapter: Folder of the best adapter in PEFT format, or None where there is none.
         shortfall: Why a study at its end has nothing to show (every trial failed or was pruned, or
             the best adapter is no better than none), in a sentence; None where it has.
+        lost: Why ``best_adapter`` is not the best trial's, in a sentence; empty where it is.
     """
 
     study: optuna.Study
@@ -68,6 +69,7 @@ class RunResult:
     reason: str
     best_adapter: Path | None
     shortfall: str | None = None
+    lost: str = ""
 
     @property
     def exit_code(self) -> int:
@@ -254,27 +256,26 @@ class _Worker:
 
     def _finish(self, ended_by: Ending, reason: str) -> RunResult:
         adapters.drop_others(self.study, self.spec.folder)
-        facts = report.best_facts(self.study, self.spec)
-        folder = adapters.publish_best(self.study, self.spec.folder, facts) if facts else None
+        best = adapters.publish_best(self.study, self.spec)
         if self._own:
-            report.write(self.study, self.spec)
+            report.write(self.study, self.spec, lost=best.lost)
             dashboard.annotate(self.study, self.spec)
-        return RunResult(self.study, ended_by, reason, folder)
+        return RunResult(self.study, ended_by, reason, best.folder, lost=best.lost)
 
     def _test(self) -> None:
         """Evaluates the final best on the test split, once for each best trial."""
-        best = outcome.best_of(self._trials())
+        there = adapters.best_there(self.study, self.spec.folder)
         known: dict[str, Any] = self.study.user_attrs.get(report.TEST, {})
-        if best is None or known.get("trial") == best.number:
+        if there.trial is None or there.folder is None:
             return
-        adapter = adapters.folder_of(self.spec.folder, best.number)
-        if not (adapter / adapters.CONFIG_FILE).exists():
+        best = outcome.best_of(self._trials())
+        if known.get("trial") in {trial.number for trial in (best, there.trial) if trial}:
             return
         with self.interruption.window():
             tuner = self._load()
             self.display.works_on("evaluating the best adapter on the test split")
             try:
-                evaluation = tuner.test(adapter)
+                evaluation = tuner.test(there.folder)
             except (RuntimeError, MemoryError, UserError) as error:
                 # The study is done; it must not lose its adapter to this.
                 self.display.says(
@@ -282,7 +283,7 @@ class _Worker:
                 )
                 return
         metrics = {} if evaluation is None else evaluation.metrics()
-        self.study.set_user_attr(report.TEST, {"trial": best.number, **metrics})
+        self.study.set_user_attr(report.TEST, {"trial": there.trial.number, **metrics})
 
     def _trials(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False)

@@ -126,6 +126,9 @@ def ending(console: Console, result: RunResult, spec: StudySpec, *, command: str
     _say(console, Text(opening, style=style))
     standing(console, result.study, spec, is_ending=True)
     program = wording.program()
+    if result.lost:
+        again = f"{program} best {command} shows its configuration, to train it again"
+        _say(console, Text(f"Note: {result.lost}. {again}.", style="yellow"))
     rows = [("dashboard", f"{program} dashboard {command}")]
     report_file = spec.folder / report.FILE
     if report_file.exists():

@@ -27,7 +27,7 @@ class TuningResult:
         best_configuration: The best trial's parameters by name, complete; None if the budget
             left room for none.
         best_score: Its score.
-        adapter: Folder of its adapter in PEFT format.
+        adapter: Folder of its adapter in PEFT format; None where it is lost or on another machine.
         warning: That the adapter is no better than the untuned model, in a sentence, which is also
             given as a Python warning; None where it is.
     """
@@ -106,6 +106,6 @@ def tune(
         study=result.study,
         best_configuration=dict(best.user_attrs["configuration"]) if best else None,
         best_score=outcome.final_score(best) if best else None,
-        adapter=result.best_adapter,
+        adapter=None if result.lost else result.best_adapter,
         warning=result.shortfall,
     )

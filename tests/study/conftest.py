@@ -11,8 +11,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
 
 from optuna_lora_rl.finetuning import trial as trial_module
 from optuna_lora_rl.finetuning.data import Counts
@@ -165,7 +167,8 @@ class PaperTuner:
             if evaluation < evaluations:
                 yield None
         run.folder.mkdir(parents=True)
-        (run.folder / "adapter_config.json").write_text("{}", encoding="utf-8")
+        (run.folder / "adapter_config.json").write_text('{"peft_type": "LORA"}', encoding="utf-8")
+        save_file({"weight": np.zeros(1)}, run.folder / "adapter_model.safetensors")
         yield TrialResult(
             quality=quality,
             score=quality - self.objective.cost_weight * cost,

@@ -31,12 +31,12 @@ def test_the_best_adapter_and_any_configuration_load_in_plain_peft(
     best = study.best_trial
     other = 1 - best.number
 
-    assert export.to_peft(study, spec, tmp_path / "best")
+    assert not export.to_peft(study, spec, tmp_path / "best")
     model = AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "best"))
     assert model.peft_config["default"].r == best.params["lora_rank"]
 
     # Only the best weights are kept; the other's configuration is ready to train with.
-    assert not export.to_peft(study, spec, tmp_path / "other", other)
+    assert "not kept" in export.to_peft(study, spec, tmp_path / "other", other)
     config = LoraConfig.from_pretrained(str(tmp_path / "other"))
     assert config.r == study.trials[other].params["lora_rank"]
     fresh = get_peft_model(model.get_base_model(), config)
@@ -74,7 +74,8 @@ def test_ranks_by_layer_are_exported_without_the_weights_too(
     spec = make_spec({"budget": 1, "space": {**space, "learning_rate": 1e-3}})
     study = runner.run(spec).study
     shutil.rmtree(adapters.folder_of(spec.folder, 0))
-    assert not export.to_peft(study, spec, tmp_path / "bare")
+    shutil.rmtree(spec.folder / "best")
+    assert "not kept" in export.to_peft(study, spec, tmp_path / "bare")
     config = LoraConfig.from_pretrained(str(tmp_path / "bare"))
     base = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path)
     found = {
