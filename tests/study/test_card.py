@@ -36,9 +36,11 @@ def test_the_best_folder_and_an_export_load_alone_and_say_what_they_are(
     from transformers import AutoTokenizer
 
     shutil.copytree(random_llama, tmp_path / "bases" / "small-llama")
-    write_rows([{"prompt": f"{a}+1=", "completion": str(a + 1)} for a in range(40)], "sums.jsonl")
+    for start, name in ((0, "sums.jsonl"), (50, "held-out.jsonl")):
+        rows = [{"prompt": f"{start + a}+1=", "completion": str(start + a + 1)} for a in range(40)]
+        write_rows(rows, name)
     monkeypatch.chdir(tmp_path)
-    data = {"data.train": "sums.jsonl", "data.max_length": 16}
+    data = {"data.train": "sums.jsonl", "data.test": "held-out.jsonl", "data.max_length": 16}
     spec = make_spec({**data, "model": "bases/small-llama", "output": "runs/out", "budget": 2})
     study = runner.run(spec).study
     assert not export.to_peft(study, spec, Path("exported"))
