@@ -14,7 +14,6 @@ import yaml
 from optuna_lora_rl.study import export
 from optuna_lora_rl.study import runner
 from tests.study.conftest import MakeSpec
-from tests.study.conftest import PaperTuner
 
 Rows = Callable[..., str]
 
@@ -65,11 +64,21 @@ def test_the_best_folder_and_an_export_load_alone_and_say_what_they_are(
 
 
 def test_a_card_names_the_base_on_the_hub_and_shows_names_as_text(
-    paper: type[PaperTuner], make_spec: MakeSpec
+    make_spec: MakeSpec, tmp_path: Path
 ) -> None:
-    spec = make_spec({"model": "some/base", "name": "a|b <b> [c](d)", "budget": 1})
-    result = runner.run(spec)
-    assert result.best_adapter is not None
-    head, text = parts(result.best_adapter / "README.md")
+    from optuna_lora_rl.study import card
+
+    spec = make_spec({"model": "some/base"})
+    facts = {
+        "study": "a|b <b> [c](d)",
+        "trial": 0,
+        "score": 0.5,
+        "configuration": {"lora_rank": 4},
+        "metrics": {"loss": 1.0},
+        "untuned": {"loss": 2.0},
+    }
+    card.write(tmp_path, facts, spec)
+    head, text = parts(tmp_path / "README.md")
     assert head["base_model"] == "some/base" and "dates-small" in text
     assert r"# a\|b \<b\> \[c\](d), trial 0" in text
+    assert "| loss | 2.0000 | 1.0000 |" in text
