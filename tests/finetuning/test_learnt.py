@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from optuna_lora_rl.finetuning import sft
+from optuna_lora_rl.finetuning import trainer
 from optuna_lora_rl.finetuning.learnt import learnt_only
 from optuna_lora_rl.finetuning.trial import FineTuner
 
@@ -93,7 +93,7 @@ def test_a_run_learns_the_same_with_all_positions(
     tuner = make_tuner(**changes)
     chosen = {"max_steps": 4, "learning_rate": 5e-3, "lora_dropout": 0.1}
     ours = tuner.run(chosen)
-    monkeypatch.setattr(sft, "learnt_only", untouched)
+    monkeypatch.setattr(trainer, "learnt_only", untouched)
     theirs = tuner.run(chosen)
     for found, expected in zip(ours.curve, theirs.curve, strict=True):
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
@@ -114,6 +114,6 @@ def test_it_is_used_in_training_and_fewer_positions_reach_the_head(
             seen.append(selected["shift_labels"].numel() / inputs["labels"].numel())
             yield selected
 
-    monkeypatch.setattr(sft, "learnt_only", counted)
+    monkeypatch.setattr(trainer, "learnt_only", counted)
     tuner.run({"max_steps": 2})
     assert len(seen) >= 2 and all(share < 0.6 for share in seen)

@@ -17,7 +17,7 @@ from transformers import GPT2Config
 from transformers import GPT2LMHeadModel
 
 from optuna_lora_rl.finetuning import merged as merging
-from optuna_lora_rl.finetuning import sft
+from optuna_lora_rl.finetuning import trainer
 from optuna_lora_rl.finetuning.merged import merged
 from optuna_lora_rl.finetuning.trial import FineTuner
 from optuna_lora_rl.finetuning.trial import Run
@@ -133,7 +133,7 @@ def test_a_run_is_judged_the_same(
     chosen = {"max_steps": 4, "learning_rate": 5e-3, "lora_dropout": 0.1, **chosen}
     ours = tuner.run(chosen)
     assert base_hash(tuner) == before
-    monkeypatch.setattr(sft, "merged", lambda model: nullcontext())
+    monkeypatch.setattr(trainer, "merged", lambda model: nullcontext())
     theirs = tuner.run(chosen)
     for found, expected in zip(ours.curve, theirs.curve, strict=True):
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
@@ -152,7 +152,7 @@ def test_a_pack_never_touches_the_weights_that_others_compute_with(
         with merged(model):
             yield
 
-    monkeypatch.setattr(sft, "merged", counted)
+    monkeypatch.setattr(trainer, "merged", counted)
     tuner.run({"max_steps": 2})
     assert len(entered) == 2
     outcomes, _ = packed(tuner, [Run(i, {"max_steps": 2}) for i in range(2)])
