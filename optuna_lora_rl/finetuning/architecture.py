@@ -69,8 +69,9 @@ class Architecture:
 
     Attributes:
         model_type: Its transformers name, such as ``"llama"``.
-        linears: The linear modules that a text passes through, in the order of the model; not the
-            output head.
+        linears: The linear modules that can be adapted, in the order of the model: those that a
+            text passes through and PEFT adapts; not the output head.
+        computing: All that a text passes through, adapted or not.
         left_out: The other linear modules, and experts that are one tensor, which no linear
             module is: nothing here adapts them. By name, those of all layers and experts
             under one.
@@ -82,12 +83,13 @@ class Architecture:
         fan_in_fan_out: Whether the weights are stored transposed (GPT-2's Conv1D).
         bias_parameters: Number of parameters in biases that a text passes through, those of norms
             and head included.
-        attention_width: Features that attention mixes: heads times their size.
+        attention_width: Features that attention mixes: heads times their size; 0 without it.
         parallel: Whether attention and MLP of a block read the same input (GPT-J, GPT-NeoX, Phi).
     """
 
     model_type: str
     linears: tuple[LinearModule, ...]
+    computing: tuple[LinearModule, ...]
     left_out: tuple[str, ...]
     module_names: tuple[str, ...]
     layers: int
@@ -110,15 +112,17 @@ def read(model: PreTrainedModel) -> Architecture:
 
     found = tuple(_linears(model))
     alive = reached(model, {linear.name: (linear.inputs, linear.outputs) for linear in found})
-    alive -= _refused(model, found)
-    linears = tuple(linear for linear in found if linear.name in alive)
+    computing = tuple(linear for linear in found if linear.name in alive)
+    own = alive - _refused(model, found)
+    linears = tuple(linear for linear in computing if linear.name in own)
     head = model.get_output_embeddings()
     config = model.config.get_text_config()
     blocks = [linear.layer for linear in linears if linear.layer is not None]
     return Architecture(
         model_type=model.config.model_type,
         linears=linears,
-        left_out=(*_unreached(model, found, alive), *_fused_experts(model)),
+        computing=computing,
+        left_out=(*_unreached(model, found, own), *_fused_experts(model)),
         module_names=tuple(name for name, _ in model.named_modules() if name),
         layers=1 + max(blocks, default=-1),
         hidden=config.hidden_size,
@@ -131,8 +135,8 @@ def read(model: PreTrainedModel) -> Architecture:
             if "bias" in name and name.rpartition(".")[0] in alive
         ),
         attention_width=max(
-            (linear.inputs for linear in linears if linear.role == "attention-output"),
-            default=config.hidden_size,
+            (m.inputs for m in computing if m.role == "attention-output" and _attends(m.name)),
+            default=config.hidden_size if any(_attends(m.name) for m in computing) else 0,
         ),
         parallel=_is_parallel(config),
     )
@@ -205,6 +209,10 @@ def _fused_experts(model: PreTrainedModel) -> list[str]:
 
 def _of_all_layers(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _attends(name: str) -> bool:
+    return _ATTENTION.search(name.lower()) is not None
 
 
 def _is_parallel(config: PretrainedConfig) -> bool:

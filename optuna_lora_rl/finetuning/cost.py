@@ -191,7 +191,7 @@ def look_flops(architecture: Architecture, T: float, *, backward: bool) -> float
             beside those of their inputs; otherwise for the second moments of the inputs,
             ``2 in^2 T``.
     """
-    products = sum(2 * m.inputs * m.outputs * T for m in architecture.linears)
+    products = sum(2 * m.inputs * m.outputs * T for m in architecture.computing)
     mixing = 4 * architecture.attention_width * T * T * architecture.layers
     head = 2 * architecture.hidden * architecture.vocabulary * T
     if backward:
@@ -289,7 +289,7 @@ def _blocks_flops(
         for layer in range(architecture.layers)
         if flows.into(layer, _ATTENTION_STAGE)
     )
-    for m in architecture.linears:
+    for m in architecture.computing:
         product = 2 * m.inputs * m.outputs * T
         forward += product
         if flows.into(m.layer, _STAGES[m.role]):
@@ -330,7 +330,7 @@ def _activation_bytes(
 ) -> float:
     tokens = work.micro_batch_size * work.length
     by_layer: dict[int, float] = {}
-    for m in architecture.linears:
+    for m in architecture.computing:
         if m.layer is None or not flows.out_of(m):
             continue
         # The output feeds attention, an activation function or the residual stream; of the MLP's

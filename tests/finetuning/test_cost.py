@@ -87,6 +87,14 @@ def test_estimate_agrees_with_torchs_counter(name: str, target: str) -> None:
         assert estimate.trainable_parameters == trainable, parameters
 
 
+def test_what_no_adapter_reaches_is_computed_all_the_same() -> None:
+    # PEFT adapts no out_proj here, and there is no attention whose cost grows with the square;
+    # what the scan itself computes is not counted.
+    flops, trainable, estimate = counted_and_estimated("mamba", {"target_modules": "all-linear"})
+    assert 0.85 * flops < estimate.flops < flops
+    assert estimate.trainable_parameters == trainable
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
 def test_checkpointing_is_counted_as_one_more_forward(name: str) -> None:
     # A little too high: torch stops recomputing once it has what the backward pass reads.
