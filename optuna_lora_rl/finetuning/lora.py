@@ -45,6 +45,9 @@ from optuna_lora_rl.rank import saved
 from optuna_lora_rl.rank.initialisation import Kind
 from optuna_lora_rl.rank.initialisation import Start
 
+# What PEFT puts in the place of a module.
+ADAPTED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+
 
 @dataclass(frozen=True)
 class Adapter:

@@ -299,8 +299,9 @@ class FineTuner:
             The qualities on the validation set, in the order of ``rank.truncation.sizes``.
 
         Raises:
-            UserError: When it cannot be read, or is of another model.
+            UserError: When it cannot be read, is of another model, or is on the output head.
         """
+        from optuna_lora_rl.finetuning.lora import ADAPTED
         from optuna_lora_rl.finetuning.lora import loaded
         from optuna_lora_rl.finetuning.quiet import quiet
         from optuna_lora_rl.rank import layers
@@ -312,6 +313,12 @@ class FineTuner:
         own.check_fits(layers.shapes_of(base, with_head=True), prepared.base.name)
         found: list[float] = []
         with quiet(), loaded(base, adapter) as adapted:
+            if isinstance(adapted.get_base_model().get_output_embeddings(), ADAPTED):
+                # TRL computes the loss from the head's own weights.
+                raise UserError(
+                    f"the adapter in {str(adapter)!r} is on the output head, so that its quality "
+                    "cannot be measured; truncate shows its sizes without --study"
+                )
             # The best approximation of the best approximation is that of the whole.
             for size in reversed(truncation.sizes(own.factors)):
                 if resizing.resize(adapted, size.ranks) or not found:

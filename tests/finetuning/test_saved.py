@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning import lora
 from optuna_lora_rl.finetuning.trial import FineTuner
 from optuna_lora_rl.vocabulary import BOTH
@@ -17,7 +18,9 @@ from optuna_lora_rl.vocabulary import OWN_INITIALISATIONS
 from tests.finetuning.architectures import ARCHITECTURES
 from tests.finetuning.architectures import saved_model
 from tests.finetuning.runs import QUICK
+from tests.finetuning.runs import Hash
 from tests.finetuning.runs import Make
+from tests.rank.conftest import attach
 
 STARTS = [
     "default",
@@ -156,3 +159,55 @@ def test_the_revision_of_the_base_goes_with_the_adapter(
     tuner = make_tuner(name="somebody/model", revision="v2")
     tuner.run(QUICK, folder=tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["revision"] == "v2"
+
+
+def test_measuring_a_foreign_adapter_gives_the_base_back(
+    make_tuner: Make, base_hash: Hash, random_llama: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(random_llama)
+    attach(model, modules_to_save=["embed_tokens"]).save_pretrained(tmp_path)
+    tuner = make_tuner()
+    tuner.prepare()
+    before = base_hash(tuner)
+    assert len(tuner.cut(tmp_path)) == 7
+    assert base_hash(tuner) == before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [5, 6]},
+    ],
+)
+def test_the_quality_of_an_adapter_on_the_head_is_not_made_up(
+    options: dict[str, Any],
+    tuner: FineTuner,
+    base_hash: Hash,
+    random_llama: Path,
+    tmp_path: Path,
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    attach(AutoModelForCausalLM.from_pretrained(random_llama), **options).save_pretrained(tmp_path)
+    before = base_hash(tuner)
+    with pytest.raises(UserError, match="is on the output head"):
+        tuner.cut(tmp_path)
+    assert base_hash(tuner) == before
+
+
+def test_an_adapter_that_does_not_go_with_the_base_is_one_whole_sentence(
+    tuner: FineTuner, base_hash: Hash, random_llama: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    larger = AutoModelForCausalLM.from_pretrained(random_llama)
+    larger.resize_token_embeddings(120, mean_resizing=False)
+    attach(larger).save_pretrained(tmp_path, save_embedding_layers=True)
+    before = base_hash(tuner)
+    with pytest.raises(UserError, match=r"does not go with the base model: .*embed_tokens"):
+        tuner.cut(tmp_path)
+    assert base_hash(tuner) == before
