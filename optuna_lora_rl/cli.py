@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 from collections.abc import Sequence
@@ -33,6 +34,11 @@ for commands in (study.app, learning.app, rank.app):
     app.add_typer(commands)
 
 
+# What a path or a disk may be at fault for, and no program.
+_MACHINE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR),
+}
 # Click's, which newer versions of Typer bring under another name.
 _UsageError: Any = typer.BadParameter.__base__
 
@@ -59,9 +65,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stderr.close()
         code = 1
     except Exception as error:
-        sys.stderr.write(masked("".join(traceback.format_exception(error))))
-        code = 1
+        code = _unexpected(error)
     sys.exit(code or 0)
+
+
+def _unexpected(error: Exception) -> int:
+    """Prints what nobody has foreseen: a bug, unless the machine is at fault."""
+    if isinstance(error, OSError) and error.errno in _MACHINE:
+        said = UserError(f"{error.filename}: {error.strerror}")
+        print(f"error: {said}", file=sys.stderr)
+        return 2
+    sys.stderr.write(masked("".join(traceback.format_exception(error))))
+    return 1
 
 
 def _version(asked: bool) -> None:

@@ -18,6 +18,7 @@ from optuna_lora_rl import pruners
 from optuna_lora_rl import samplers
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.samplers.cut_short import turn_of
+from optuna_lora_rl.study import attributes
 from optuna_lora_rl.study import earlier
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import problem
@@ -111,8 +112,8 @@ def load_study(spec: StudySpec) -> optuna.Study:
 def _read_whole(study: optuna.Study, spec: StudySpec) -> None:
     """Reads what there is of a study, once: what is damaged is found here and nowhere else."""
     with quiet(), read(spec.storage_url):
-        study.get_trials(deepcopy=False)
-        _ = study.user_attrs, study.metric_names
+        attributes.check(study)
+        _ = study.metric_names
 
 
 def create_sampler(

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING
 
 import optuna
 from optuna.storages import RDBStorage
+from pydantic import ValidationError
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.errors import masked
+from optuna_lora_rl.errors import quoted
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -154,6 +156,9 @@ def read(url: str) -> Iterator[None]:
         raise
     except (LookupError, ValueError, TypeError, AttributeError, AssertionError) as error:
         detail = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            detail = f"{'.'.join(map(str, first['loc']))} is {quoted(first['input'])}"
         raise UserError(
             f"storage: the database {without_password(url)} holds what cannot be read, so it is "
             f"damaged or another program's ({detail})"
