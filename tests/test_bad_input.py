@@ -174,6 +174,14 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "init over a file": (["init", "FILE"], "exists; --force overwrites it"),
     "status before the first run": (["status", "FILE"], "has not begun"),
     "best before the first run": (["best", "FILE"], "has not begun"),
+    "the folder of nobody": (
+        ["init", "other.yaml", "--model", "~no-such-user"],
+        "--model: name is '~no-such-user', but nobody has that name",
+    ),
+    "an address as a model": (
+        ["init", "other.yaml", "--model", "https://me:secret@host/m"],
+        "--model: name is an address",
+    ),
     "a name that is too long": (["truncate", "x" * 3000], "File name too long"),
     "tell without JSON": (["tell", "FILE", "trial 3"], "not valid JSON"),
     "tell without a trial": (["tell", "FILE", "{}"], "must be a JSON object such as"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -46,15 +47,22 @@ def read(
     return rows[:limit]
 
 
+def local(source: str) -> Path:
+    """Returns the path that a source would have here; ``~nobody`` as it stands."""
+    with suppress(RuntimeError):
+        return Path(source).expanduser()
+    return Path(source)
+
+
 def is_file(source: str) -> bool:
     """Whether a source is one file, which has no splits."""
-    path = Path(source)
-    return files.format_of(path) is not None and not path.expanduser().is_dir()
+    path = local(source)
+    return files.format_of(path) is not None and not path.is_dir()
 
 
 def is_hub(source: str) -> bool:
     """Whether a source is a name on the hub, which says nothing before it is fetched."""
-    here = source.startswith(_TASKS) or is_file(source) or Path(source).expanduser().is_dir()
+    here = source.startswith(_TASKS) or is_file(source) or local(source).is_dir()
     return not here and not _is_path(source)
 
 
@@ -68,7 +76,7 @@ def brings(source: str, name: str, subset: str | None = None) -> bool:
     """
     if source.startswith(_TASKS):
         return True
-    path = Path(source).expanduser()
+    path = local(source)
     if not path.is_dir():
         return False
     if _is_saved(path):
@@ -92,7 +100,7 @@ def _read(source: str, key: str, split: str, subset: str | None, limit: int | No
             return list(real.load(source, split))
         except UserError as error:
             raise UserError(f"{key}: {error}") from None
-    path = Path(source).expanduser()
+    path = local(source)
     if is_file(source):
         if not path.exists():
             raise UserError(f"{key}: there is no file {source!r}")

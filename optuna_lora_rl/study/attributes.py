@@ -52,8 +52,10 @@ def check(study: optuna.Study) -> None:
     """Reads all trials and attributes of a study.
 
     Raises:
-        ValidationError: If one is not of the kind that is written.
+        ValueError: If one is not of the kind that is written.
     """
     _OfStudy.model_validate(study.user_attrs)
     for trial in study.get_trials(deepcopy=False):
+        if not all(isinstance(name, str) for name in trial.params):
+            raise ValueError(f"trial {trial.number} has a parameter without a name")
         _OfTrial.model_validate(trial.user_attrs)

@@ -13,8 +13,10 @@ from pydantic import BaseModel
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning import model_files
 from optuna_lora_rl.finetuning import sources
+from optuna_lora_rl.finetuning.options import DataOptions
 from optuna_lora_rl.finetuning.options import ModelOptions
 from optuna_lora_rl.study import checks
+from optuna_lora_rl.study import reading
 from optuna_lora_rl.study.reference import Key
 from optuna_lora_rl.study.reference import as_yaml
 from optuna_lora_rl.study.reference import keys
@@ -49,7 +51,8 @@ def write(file: Path, *, model: str, train: str, trials: int, force: bool) -> li
         UserError: If there is no such model or data here, the file exists, unless ``force``, or
             it cannot be written.
     """
-    options = ModelOptions(name=model)
+    options = reading.validate(ModelOptions, {"name": model}, "--model")
+    reading.validate(DataOptions, {"train": train}, "--train")
     model_files.check(options)
     unseen = [model] if model_files.is_hub(options) else []
     if sources.is_hub(train):
