@@ -107,10 +107,13 @@ def status(file: StudyFile, overrides: Overrides = []) -> None:  # noqa: B006
     Example: [bold]optuna-lora-rl status studies/quickstart.yaml[/]
     """
     from optuna_lora_rl.study import opening
+    from optuna_lora_rl.study import results
     from optuna_lora_rl.study import summary
 
     spec = load(file, overrides)
-    summary.standing(console(), opening.load_study(spec), spec)
+    study = opening.load_study(spec)
+    results.restore(study, spec)
+    summary.standing(console(), study, spec)
 
 
 @app.command()
@@ -124,10 +127,13 @@ def best(
     Example: [bold]optuna-lora-rl best studies/quickstart.yaml --json[/]
     """
     from optuna_lora_rl.study import opening
+    from optuna_lora_rl.study import results
     from optuna_lora_rl.study import summary
 
     spec = load(file, overrides)
-    summary.best(console(), opening.load_study(spec), spec, as_json=json)
+    study = opening.load_study(spec)
+    results.restore(study, spec)
+    summary.best(console(), study, spec, as_json=json)
 
 
 @app.command()
@@ -142,18 +148,19 @@ def report(
 
     Example: [bold]optuna-lora-rl report studies/quickstart.yaml --trial 3[/]
     """
-    from optuna_lora_rl.study import adapters
     from optuna_lora_rl.study import export as exporting
     from optuna_lora_rl.study import opening
     from optuna_lora_rl.study import rank_report
     from optuna_lora_rl.study import report as reporting
+    from optuna_lora_rl.study import results
 
     spec = load(file, overrides)
     study = opening.load_study(spec)
-    rank_report.show(console(), exporting.chosen_trial(study, trial), spec)
-    lost = adapters.best_there(study, spec.folder).lost
-    page = reporting.write(study, spec, lost=lost)
-    console().print(f"wrote {page}", highlight=False, soft_wrap=True)
+    chosen = exporting.chosen_trial(study, trial)
+    opening.claim(spec)
+    results.write(study, spec)
+    rank_report.show(console(), chosen, spec)
+    console().print(f"wrote {spec.folder / reporting.FILE}", highlight=False, soft_wrap=True)
 
 
 @app.command()

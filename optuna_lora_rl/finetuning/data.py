@@ -6,9 +6,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from dataclasses import field
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from optuna_lora_rl.errors import UserError
@@ -250,6 +252,21 @@ def _spaced(value: Any) -> Any:
 def _lot(text: str, seed: int) -> bytes:
     # By hash instead of a shuffle: an example keeps its side when others are added.
     return hashlib.blake2b(f"{seed}\x1f{text}".encode(), digest_size=16).digest()
+
+
+def files_read(options: DataOptions) -> dict[str, list[Path]]:
+    """The local files that ``load`` reads, by the source that they belong to."""
+    found: dict[str, list[Path]] = {}
+    for name in ("train", "validation", "test"):
+        named = _source_of(options, name)
+        if named is None:
+            continue
+        source, split, key = named
+        # What is missing is said where it is read.
+        with suppress(UserError, OSError, ValueError, KeyError, TypeError):
+            files = sources.files_of(source, key=key, split=split, subset=options.subset)
+            found.setdefault(source, []).extend(files)
+    return found
 
 
 def _source_of(options: DataOptions, name: str) -> tuple[str, str, str] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import re
 from collections.abc import Collection
 from collections.abc import Mapping
@@ -12,7 +11,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from typing import BinaryIO
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -24,14 +22,12 @@ from transformers import PreTrainedTokenizerBase
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning import architecture
+from optuna_lora_rl.finetuning import content
 from optuna_lora_rl.finetuning import gguf
 from optuna_lora_rl.finetuning import hub
 from optuna_lora_rl.finetuning import model_files
 from optuna_lora_rl.finetuning.architecture import Architecture
 from optuna_lora_rl.finetuning.options import ModelOptions
-
-# What a model's folder holds beside its weights: configuration, tokenizer, templates, code.
-_READ_WHOLE = (".json", ".jinja", ".txt", ".model", ".spm", ".tiktoken", ".vocab", ".bpe", ".py")
 
 
 @dataclass(frozen=True)
@@ -196,45 +192,8 @@ def _fingerprint(name: str, model: PreTrainedModel) -> str:
     if not folder.is_dir():
         digest.update(f"{name} {model.config._commit_hash}".encode())
         return digest.hexdigest()
-    for file in sorted(folder.rglob("*")):
-        path = file.relative_to(folder).as_posix()
-        if path.startswith(".") or "/." in path:
-            # A clone's history, which is not loaded.
-            continue
-        if file.suffix in _READ_WHOLE:
-            digest.update(path.encode() + file.read_bytes())
-        elif file.suffix in (".safetensors", ".bin"):
-            digest.update(path.encode() + _sample(file))
+    digest.update(content.of_model(folder).encode())
     return digest.hexdigest()
-
-
-def _sample(file: Path, count: int = 1 << 12, length: int = 1 << 11) -> bytes:
-    # Weights of many gigabytes are told apart by size and blocks: the first of each tensor, since
-    # training, also of an adapter merged later, changes whole tensors, and some in between.
-    size = file.stat().st_size
-    with file.open("rb") as content:
-        starts = {size * i // count for i in range(count)}
-        if file.suffix == ".safetensors":
-            starts |= _tensor_starts(content, size)
-        blocks = [f"{size}".encode()]
-        for start in sorted(starts):
-            content.seek(start)
-            blocks.append(content.read(length))
-        return b"".join(blocks)
-
-
-def _tensor_starts(content: BinaryIO, size: int) -> set[int]:
-    # The format: the header's length in 8 bytes, the header in JSON, then the tensors.
-    length = int.from_bytes(content.read(8), "little")
-    if length > size:
-        # Another file's place-holder, such as git leaves of what it did not fetch.
-        return set()
-    header = json.loads(content.read(length))
-    return {
-        8 + length + entry["data_offsets"][0]
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
 
 
 def twin(model: PreTrainedModel, own: Collection[str] = ()) -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -88,6 +89,26 @@ def brings(source: str, name: str, subset: str | None = None) -> bool:
     return bool(_of_split(_files(path, subset), name))
 
 
+def files_of(source: str, *, key: str, split: str, subset: str | None = None) -> list[Path]:
+    """The local files that ``read`` reads, each with what it says; none of a data set elsewhere.
+
+    Args:
+        source: As in ``read``, and so the others.
+        key: The option that named the source, for error messages.
+        split: Split of a folder.
+        subset: Configuration name.
+
+    Raises:
+        UserError: When a folder lacks the split.
+    """
+    path = Path(source).expanduser()
+    if source.startswith(TINY) or not path.exists():
+        return []
+    if not path.is_dir():
+        return [path]
+    return _saved_files(path, split) if _is_saved(path) else _of_folder(path, key, split, subset)
+
+
 def _read(source: str, key: str, split: str, subset: str | None, limit: int | None) -> list[Row]:
     if source.startswith(TINY):
         from optuna_lora_rl import tiny
@@ -123,21 +144,22 @@ def _read_folder(
 ) -> list[Row]:
     if _is_saved(path):
         return _read_saved(path, key, split, limit)
-    declared = _declared(path, subset, key)
-    if declared is not None:
-        named, names = declared.get(split, []), ", ".join(declared)
-        if not named:
-            raise UserError(
-                f"{key}: the folder {str(path)!r} has no split {split!r}; it has {names}"
-            )
-    else:
-        named = _named(path, key, split, subset)
     rows: list[Row] = []
-    for file in named:
+    for file in _of_folder(path, key, split, subset):
         rows += files.read(file, key, limit)
         if limit is not None and len(rows) >= limit:
             break
     return rows
+
+
+def _of_folder(path: Path, key: str, split: str, subset: str | None) -> list[Path]:
+    declared = _declared(path, subset, key)
+    if declared is None:
+        return _named(path, key, split, subset)
+    named, names = declared.get(split, []), ", ".join(declared)
+    if not named:
+        raise UserError(f"{key}: the folder {str(path)!r} has no split {split!r}; it has {names}")
+    return named
 
 
 def _named(path: Path, key: str, split: str, subset: str | None) -> list[Path]:
@@ -213,6 +235,16 @@ def _of_split(among: Sequence[Path], split: str, *, every: bool = False) -> list
                 file for file in among if re.fullmatch(rf"{re.escape(name)}([-_.].*)?", file.stem)
             ]
     return found
+
+
+def _saved_files(path: Path, split: str) -> list[Path]:
+    folder = path / split if (path / "dataset_dict.json").exists() else path
+    state = folder / "state.json"
+    if not state.is_file():
+        return []
+    # Beside them datasets keeps what it computed from them.
+    parts = json.loads(state.read_text(encoding="utf-8"))["_data_files"]
+    return [folder / part["filename"] for part in parts]
 
 
 def _read_saved(path: Path, key: str, split: str, limit: int | None) -> list[Row]:

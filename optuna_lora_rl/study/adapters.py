@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from dataclasses import replace
@@ -13,7 +12,10 @@ from typing import TYPE_CHECKING
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.study import card
 from optuna_lora_rl.study import outcome
+from optuna_lora_rl.study import output as output_folder
+from optuna_lora_rl.study import owner
 from optuna_lora_rl.study import report
+from optuna_lora_rl.study.output import BEST_FILE
 
 if TYPE_CHECKING:
     import optuna
@@ -21,33 +23,7 @@ if TYPE_CHECKING:
 
     from optuna_lora_rl.study.spec import StudySpec
 
-BEST_FILE = "best.json"
 CONFIG_FILE = "adapter_config.json"
-_OWNER = ".study"
-
-
-def claim(output: Path, name: str) -> None:
-    """Writes down whose adapters an output folder holds.
-
-    Trials are told apart by their numbers alone, so that a second study would overwrite the
-    adapters of the first.
-
-    Raises:
-        UserError: When they are another study's, or the folder cannot be written.
-    """
-    file = output / _OWNER
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        owner = file.read_text(encoding="utf-8") if file.exists() else ""
-        if not owner:
-            file.write_text(name, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"output is {str(output)!r}, but cannot be written: {error}") from error
-    if owner not in ("", name):
-        raise UserError(
-            f"output is {str(output)!r}, which holds the adapters of the study {owner!r}; give "
-            f"{name!r} a folder of its own"
-        )
 
 
 def folder_of(output: Path, number: int) -> Path:
@@ -80,7 +56,7 @@ def best_there(study: optuna.Study, output: Path) -> Best:
             instead = f"{lost}; best/ holds that of trial {trial.number}" if lost else ""
             return Best(trial, folder, instead)
         if not lost:
-            if not folder.exists() and not outcome.ran_here(trial):
+            if not folder.exists() and not owner.is_here(trial):
                 return Best()
             lost = f"the adapter of trial {trial.number}, the best, is lost ({fault})"
     return Best(lost=lost)
@@ -116,10 +92,12 @@ def worth_keeping(study: optuna.Study, output: Path) -> set[int]:
 
 def drop_others(study: optuna.Study, output: Path) -> None:
     """Deletes the adapters of finished trials that are not among the best."""
-    kept = worth_keeping(study, output)
-    for trial in study.get_trials(deepcopy=False):
-        if trial.state.is_finished() and trial.number not in kept:
-            shutil.rmtree(folder_of(output, trial.number), ignore_errors=True)
+    # Another worker may be copying one of them.
+    with output_folder.lock(output):
+        kept = worth_keeping(study, output)
+        for trial in study.get_trials(deepcopy=False):
+            if trial.state.is_finished() and trial.number not in kept:
+                shutil.rmtree(folder_of(output, trial.number), ignore_errors=True)
 
 
 def publish_best(study: optuna.Study, spec: StudySpec) -> Best:
@@ -127,18 +105,21 @@ def publish_best(study: optuna.Study, spec: StudySpec) -> Best:
 
     Returns:
         What is in ``best`` now.
+
+    Raises:
+        UserError: When ``best`` is nothing that a study made.
     """
-    there = best_there(study, spec.folder)
-    if there.trial is None or there.folder is None:
-        return there
-    facts = report.facts(study, spec, there.trial)
-    target, fresh = spec.folder / "best", spec.folder / f".best-{os.getpid()}"
-    shutil.rmtree(fresh, ignore_errors=True)
-    shutil.copytree(there.folder, fresh)
-    card.write(fresh, facts, spec)
-    (fresh / BEST_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(target, ignore_errors=True)
-    fresh.rename(target)
+    with output_folder.lock(spec.folder):
+        output_folder.check_best(spec.folder)
+        there = best_there(study, spec.folder)
+        if there.trial is None or there.folder is None:
+            return there
+        facts, target = report.facts(study, spec, there.trial), spec.folder / "best"
+        with output_folder.place(target) as fresh:
+            shutil.copytree(there.folder, fresh)
+            card.write(fresh, facts, spec)
+            text = json.dumps(facts, indent=2) + "\n"
+            (fresh / BEST_FILE).write_text(text, encoding="utf-8")
     return replace(there, folder=target)
 
 

@@ -16,6 +16,7 @@ from optuna_lora_rl.errors import quoted
 from optuna_lora_rl.errors import shortened
 from optuna_lora_rl.study import opening
 from optuna_lora_rl.study import outcome
+from optuna_lora_rl.study.owner import OWNER
 from optuna_lora_rl.study.storage import database_errors
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ def ask(spec: StudySpec, count: int) -> Iterator[str]:
         study = opening.open_study(spec, heartbeat=False)
         for _ in range(count):
             trial = study.ask()
+            if OWNER in trial.user_attrs:
+                # A worker tried for it at the same moment, and came too late.
+                trial.set_user_attr(OWNER, None)
             configuration = opening.propose(spec, trial)
             yield json.dumps(
                 {"trial": trial.number, "params": trial.params, "configuration": configuration}
@@ -69,7 +73,7 @@ def tell(spec: StudySpec, said: str) -> str:
             study.tell(trial.number, state=TrialState.FAIL)
         else:
             study.tell(trial.number, _values(content, len(study.directions)))
-        told = study.get_trials(deepcopy=False)[trial.number]
+        told = storage.get_trial(trial._trial_id)
     return json.dumps({"trial": told.number, "state": told.state.name, "values": told.values})
 
 
@@ -112,9 +116,9 @@ def _is_finite(value: Any) -> bool:
 
 
 def _waiting(trials: list[FrozenTrial], number: int) -> FrozenTrial:
-    if not 0 <= number < len(trials):
+    trial = outcome.numbered(trials, number)
+    if trial is None:
         raise UserError(f"trial {number} does not exist; the study has {len(trials)} trials")
-    trial = trials[number]
     if trial.state != TrialState.RUNNING:
         raise UserError(f"trial {number} is already {trial.state.name.lower()}")
     if outcome.is_running(trial):

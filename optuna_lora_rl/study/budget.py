@@ -54,6 +54,14 @@ class Usage:
             return f"cost {self.cost:.3g} of {budget.cost:g}"
         return None
 
+    def shared_out(self, budget: Budget) -> str:
+        """What is finished and what others are still at work on, in words."""
+        of = f" of {budget.trials}" if budget.trials is not None else ""
+        others = "1 runs in another worker"
+        if self.running > 1:
+            others = f"{self.running} run in other workers"
+        return f"{self.trials}{of} trials are finished, {others}"
+
     def share(self, budget: Budget) -> float:
         """How much of the budget is used, from 0 to 1, by the limit that is nearest."""
         limits = (

@@ -158,6 +158,7 @@ def _compare_on_study(
             raise UserError(f"--samplers: {name!r} is not known; use some of {', '.join(NAMES)}")
     process.check()
     spec = load(file, overrides)
+    opening.claim(spec)
     contestants = [
         _contestant(spec, name, seed, overrides) for name in samplers for seed in range(seeds)
     ]

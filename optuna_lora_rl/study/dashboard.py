@@ -24,6 +24,7 @@ from optuna_lora_rl.study import adapters
 from optuna_lora_rl.study import charts
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import wording
+from optuna_lora_rl.study.opening import claim
 from optuna_lora_rl.study.opening import load_study
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def serve(spec: StudySpec, *, host: str, port: int) -> int:
     from optuna_dashboard import wsgi
 
     study = load_study(spec)
+    claim(spec)
     folder = artifact_folder(spec.folder)
     folder.mkdir(parents=True, exist_ok=True)
     app = wsgi(study._storage, artifact_store=FileSystemArtifactStore(str(folder)))

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 import optuna
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.study.storage import DATABASE
 from optuna_lora_rl.study.storage import database_errors
 from optuna_lora_rl.study.storage import open_storage
 from optuna_lora_rl.study.storage import sqlite_file
+from optuna_lora_rl.study.storage import sqlite_url
 from optuna_lora_rl.study.storage import without_password
 
 if TYPE_CHECKING:
     from optuna_lora_rl.study.spec import StudySpec
-
-DATABASE = "study.db"
 
 
 def load_all(spec: StudySpec) -> list[optuna.Study]:
@@ -103,7 +103,7 @@ def _same(url: str, other: str) -> bool:
 def _url(storage: str) -> tuple[str, str]:
     """The URL of a storage or of a run's folder, and how to call it in a sentence."""
     if "://" not in storage:
-        return f"sqlite:///{Path(storage) / DATABASE}", storage
+        return sqlite_url(Path(storage) / DATABASE), storage
     return storage, without_password(storage)
 
 

@@ -21,7 +21,9 @@ from optuna_lora_rl.samplers.explanation import explain
 from optuna_lora_rl.samplers.explanation import origin
 from optuna_lora_rl.samplers.explanation_figure import log_ticks
 from optuna_lora_rl.study import charts
+from optuna_lora_rl.study import opening
 from optuna_lora_rl.study import outcome
+from optuna_lora_rl.study import output
 from optuna_lora_rl.study import wording
 
 if TYPE_CHECKING:
@@ -69,23 +71,24 @@ def show(
     found = explain(study)
     trials = study.get_trials(deepcopy=False)
     if number is not None:
-        if not 0 <= number < len(trials):
+        trial = outcome.numbered(trials, number)
+        if trial is None:
             raise UserError(
-                f"--trial is {number}, but the study's trials are 0 to {len(trials) - 1}"
+                f"--trial is {number}, but the study's trials are 0 to {trials[-1].number}"
                 if trials
                 else f"--trial is {number}, but the study has no trials yet"
             )
-        _one(console, trials[number], _origin(trials[number]))
+        _one(console, trial, _origin(trial))
         return None
     console.print(_origins(trials))
     if not found.parameters:
         console.print("Three results or more are needed to say what they taught.")
         return None
     console.print(_parameters(found))
-    spec.folder.mkdir(parents=True, exist_ok=True)
+    opening.claim(spec)
     path = spec.folder / FILE
     page = found.figure().to_html(include_plotlyjs=True, config={"displayModeBar": False})
-    path.write_text(page, encoding="utf-8")
+    output.write(path, page)
     return path
 
 

@@ -11,6 +11,7 @@ from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.study import adapters
 from optuna_lora_rl.study import card
 from optuna_lora_rl.study import outcome
+from optuna_lora_rl.study import output
 from optuna_lora_rl.study import report
 
 if TYPE_CHECKING:
@@ -32,12 +33,11 @@ def chosen_trial(study: optuna.Study, number: int | None) -> FrozenTrial:
         if best is None:
             raise UserError(f"the study {study.study_name!r} has no completed trial yet")
         return best
-    if not 0 <= number < len(trials):
-        raise UserError(
-            f"trial {number} does not exist; the study {study.study_name!r} has trials 0 to "
-            f"{len(trials) - 1}"
-        )
-    return trials[number]
+    trial = outcome.numbered(trials, number)
+    if trial is None:
+        has = f"trials 0 to {trials[-1].number}" if trials else "no trials yet"
+        raise UserError(f"trial {number} does not exist; the study {study.study_name!r} has {has}")
+    return trial
 
 
 def to_peft(study: optuna.Study, spec: StudySpec, target: Path, number: int | None = None) -> str:
@@ -65,7 +65,7 @@ def to_peft(study: optuna.Study, spec: StudySpec, target: Path, number: int | No
     fault = adapters.fault_of(source) if source.exists() else "the weights were not kept"
     if not fault:
         shutil.copytree(source, target, dirs_exist_ok=True)
-        (target / adapters.BEST_FILE).unlink(missing_ok=True)
+        (target / output.BEST_FILE).unlink(missing_ok=True)
         card.write(target, report.facts(study, spec, trial), spec)
     elif "configuration" not in trial.user_attrs:
         raise UserError(f"trial {trial.number} never got a configuration and cannot be exported")

@@ -21,15 +21,15 @@ from optuna_lora_rl.samplers.cut_short import turn_of
 from optuna_lora_rl.study import attributes
 from optuna_lora_rl.study import earlier
 from optuna_lora_rl.study import outcome
+from optuna_lora_rl.study import output
 from optuna_lora_rl.study import problem
+from optuna_lora_rl.study import rows
 from optuna_lora_rl.study import wording
 from optuna_lora_rl.study.storage import open_storage
 from optuna_lora_rl.study.storage import read
 from optuna_lora_rl.study.storage import sqlite_file
 
 if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
-
     from optuna_lora_rl.study.spec import StudySpec
     from optuna_lora_rl.vocabulary import Configuration
 
@@ -56,6 +56,11 @@ def quiet() -> Iterator[None]:
         optuna.logging.set_verbosity(before)
 
 
+def claim(spec: StudySpec) -> None:
+    """Makes the output folder the study's, or checks that it is; see ``output.claim``."""
+    output.claim(spec.folder, spec.name, sqlite_file(spec.storage_url))
+
+
 def open_study(spec: StudySpec, *, heartbeat: bool = True) -> optuna.Study:
     """The study of the file, created where there is none.
 
@@ -64,13 +69,16 @@ def open_study(spec: StudySpec, *, heartbeat: bool = True) -> optuna.Study:
         heartbeat: Whether running trials show that they are alive; not for ask and tell.
 
     Raises:
-        UserError: If the storage fails, or holds a study of another problem under this name.
+        UserError: If the storage fails, or holds a study of another problem under this name, or
+            the output folder is not the study's.
     """
-    callback = _run_stale_trial_again if heartbeat else None
-    storage = open_storage(spec.storage_url, stale_trial_callback=callback)
+    claim(spec)
+    storage = open_storage(spec.storage_url, heartbeat=heartbeat)
     directions = [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE][: spec.n_objectives]
     with read(spec.storage_url):
         _forget_if_empty(storage, spec, len(directions))
+        with output.lock(spec.folder):
+            _mend_numbers(storage, spec)
     sampler = create_sampler(spec, source_studies=earlier.load_all(spec))
     with read(spec.storage_url):
         study = optuna.create_study(
@@ -83,6 +91,13 @@ def open_study(spec: StudySpec, *, heartbeat: bool = True) -> optuna.Study:
         )
     _read_whole(study, spec)
     problem.adopt(study, spec)
+    # Asked for in this order: a worker that has just begun has its trial before its adapter.
+    if output.holds_adapters(spec.folder) and not study.get_trials(deepcopy=False):
+        raise UserError(
+            f"output is {str(spec.folder)!r}, which holds adapters of an earlier study "
+            f"{spec.name!r} that the storage knows nothing of, and new trials would overwrite "
+            "them; choose another output folder, or move best and adapters away"
+        )
     study.set_metric_names(list(spec.objective.objectives))
     return study
 
@@ -152,7 +167,7 @@ def propose(spec: StudySpec, trial: optuna.Trial) -> Configuration:
         trial.study.sampler = create_sampler(spec, turn=turn)
     configuration = spec.lora_space().suggest(trial)
     # Only a frozen trial shows its system attributes.
-    frozen = trial.study.get_trials(deepcopy=False)[trial.number]
+    frozen = trial.study._storage.get_trial(trial._trial_id)
     proposal = samplers.proposal(frozen) or {}
     source = "retry" if outcome.RETRY_OF in trial.user_attrs else spec.sampler.name
     trial.set_user_attr("source", str(proposal.get("source", source)))
@@ -182,6 +197,11 @@ def _forget_if_empty(
         storage.delete_study(study._study_id)
 
 
-def _run_stale_trial_again(study: optuna.Study, trial: FrozenTrial) -> None:
-    if outcome.RETRY_OF not in trial.user_attrs:
-        outcome.run_again(study, trial)
+def _mend_numbers(storage: optuna.storages.RDBStorage, spec: StudySpec) -> None:
+    said = {
+        outcome.FAILURE: outcome.DELETED,
+        outcome.MESSAGE: "the trial was deleted from the database",
+    }
+    for study in storage.get_all_studies():
+        if study.study_name == spec.name:
+            rows.mend_numbers(storage, study._study_id, said)

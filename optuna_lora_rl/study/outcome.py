@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import re
-import socket
 from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-import psutil
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from optuna_lora_rl.errors import masked
 from optuna_lora_rl.errors import shortened
 from optuna_lora_rl.samplers import cut_short
+from optuna_lora_rl.study import owner
+from optuna_lora_rl.study import rows
 from optuna_lora_rl.study import wording
+from optuna_lora_rl.study.owner import OWNER
 
 if TYPE_CHECKING:
     import optuna
@@ -26,8 +26,10 @@ FAILURE = cut_short.FAILURE
 MESSAGE = "failure_message"
 KILLED = cut_short.KILLED
 INTERRUPTED = cut_short.INTERRUPTED
+# Takes the place of a trial whose row somebody deleted.
+DELETED = "deleted"
 # The trial did nothing wrong: it is run again and counts against no budget.
-NOT_ITS_OWN_FAULT = {KILLED, INTERRUPTED}
+NOT_ITS_OWN_FAULT = {KILLED, INTERRUPTED, DELETED}
 RETRY_OF = cut_short.RETRY_OF
 # Whether the trial ran in a pack, and if not, why.
 PACKED = "packed"
@@ -81,6 +83,11 @@ def final_score(trial: FrozenTrial) -> float | None:
     return trial.values[0] if trial.values else None
 
 
+def numbered(trials: Iterable[FrozenTrial], number: int) -> FrozenTrial | None:
+    """The trial of that number, wherever in the list it stands; rows may have been deleted."""
+    return next((trial for trial in trials if trial.number == number), None)
+
+
 def best_of(trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
     """The completed trial with the highest score; of equal ones the first."""
     return next(iter(ranked(trials)), None)
@@ -108,54 +115,34 @@ def side_by_side(trials: Iterable[FrozenTrial]) -> str | None:
     return f"{text}, {alone.total()} alone ({reasons})" if alone else text
 
 
-def mark_owner(trial: optuna.Trial) -> None:
-    """Writes down which process runs the trial, for the case that it is killed."""
-    process = psutil.Process()
-    trial.set_user_attr("host", socket.gethostname())
-    trial.set_user_attr("pid", os.getpid())
-    trial.set_user_attr("process_started", process.create_time())
-
-
-def ran_here(trial: FrozenTrial) -> bool:
-    """Whether the trial ran on this machine."""
-    return trial.user_attrs.get("host") == socket.gethostname()
-
-
-def owner_is_gone(trial: FrozenTrial) -> bool:
-    """Whether the trial ran on this machine, in a process that no longer exists."""
-    attrs = trial.user_attrs
-    if attrs.get("host") != socket.gethostname() or "pid" not in attrs:
-        return False
-    try:
-        started = psutil.Process(int(attrs["pid"])).create_time()
-    except psutil.Error:
-        return True
-    # A process id may have been given to another process since.
-    return abs(started - float(attrs["process_started"])) > 1.0
-
-
 def is_running(trial: FrozenTrial) -> bool:
-    """Whether some process is at work on the trial."""
+    """Whether some process is at work on the trial; not so one that was asked for by hand."""
     return (
         trial.state == TrialState.RUNNING
-        and "pid" in trial.user_attrs
-        and not owner_is_gone(trial)
+        and trial.user_attrs.get(OWNER) is not None
+        and not owner.is_gone(trial)
     )
 
 
 def recover(study: optuna.Study) -> list[int]:
-    """Fails the trials whose process on this machine was killed, and runs each once again.
+    """Fails the trials whose process was killed, and runs each once again.
 
-    Trials of other machines are left to the storage's heartbeat.
+    On this machine the process itself is looked for. Of other machines' trials the signs of life
+    are waited for, by the database's clock.
 
     Returns:
         The numbers of the killed trials.
     """
     killed = []
-    for trial in study.get_trials(deepcopy=False):
-        if trial.state != TrialState.RUNNING or not owner_is_gone(trial):
+    storage, silent = study._storage, rows.silent_trials(study)
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        trial_id, gone = trial._trial_id, owner.is_gone(trial)
+        if gone is None:
+            gone = trial_id in silent
+            if trial.user_attrs.get(OWNER) is not None:
+                rows.begin_silence(study, trial_id)
+        if not gone:
             continue
-        storage, trial_id = study._storage, trial._trial_id
         try:
             storage.set_trial_user_attr(trial_id, FAILURE, KILLED)
             storage.set_trial_user_attr(trial_id, MESSAGE, "the process was killed in mid-trial")

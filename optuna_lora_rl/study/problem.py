@@ -21,6 +21,8 @@ from optuna.distributions import json_to_distribution
 
 from optuna_lora_rl import tiny
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.finetuning import content
+from optuna_lora_rl.finetuning import data
 from optuna_lora_rl.finetuning.options import DataOptions
 from optuna_lora_rl.finetuning.options import ModelOptions
 from optuna_lora_rl.finetuning.options import ObjectiveOptions
@@ -38,6 +40,8 @@ TUNED = "tuned"
 _IRRELEVANT = {"training.monitor", "training.report_to", "objective.objectives"}
 _ANOTHER = "choose another study name or storage"
 _CHUNK_BYTES = 1 << 20
+# Before the digest of what is read of a folder.
+_READ = "read:"
 
 
 def describe(spec: StudySpec) -> dict[str, Any]:
@@ -52,13 +56,7 @@ def describe(spec: StudySpec) -> dict[str, Any]:
             "space": spec.lora_space().fixed(),
         }
     )
-    for key in ("model.name", "data.train", "data.validation", "data.test"):
-        said = flat.get(key)
-        # Another version of the package may have other weights in its built-in models.
-        built_in = tiny.MODELS.get(str(said)) if key == "model.name" else None
-        content = _content(built_in / "model.safetensors" if built_in else said)
-        if content:
-            flat[f"{key} (content)"] = content
+    flat |= {f"{key} (content)": digest for key, digest in _contents(spec)}
     # What once was a mean over batches, with all that the training loss has in it.
     flat["objective.loss"] = "cross-entropy, mean over tokens"
     return flat
@@ -136,6 +134,9 @@ def _differences(
         if before == now:
             continue
         if key.endswith("(content)"):
+            if before and now and before.startswith(_READ) != now.startswith(_READ):
+                # Of a version that took a folder's digest otherwise.
+                continue
             section = key.split()[0]
             yield f"the content of {new.get(section)} ({section}) has changed"
         elif key in old and key in new:
@@ -196,18 +197,33 @@ def _flatten(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield f"{prefix}{key}", value
 
 
-def _content(name: Any) -> str | None:
-    """A digest of a local file's bytes, or of a folder's file names and sizes; else None."""
-    path = Path(str(name)) if name else None
-    if path is None or not path.exists():
-        return None
+def _contents(spec: StudySpec) -> Iterator[tuple[str, str]]:
+    """Digests of what is read of local files and folders, by the keys that name them."""
+    name = spec.model.name
+    if name in tiny.MODELS:
+        # Another version of the package may have other weights in its built-in models.
+        yield "model.name", _of_file(tiny.MODELS[name] / "model.safetensors")
+    elif Path(name).expanduser().is_dir():
+        yield "model.name", _READ + content.of_model(Path(name).expanduser())
+    read = data.files_read(spec.data)
+    for key, said in (
+        ("data.train", spec.data.train),
+        ("data.validation", spec.data.validation),
+        ("data.test", spec.data.test),
+    ):
+        if said is None or said not in read:
+            continue
+        folder = Path(said).expanduser()
+        if folder.is_dir():
+            sums = [f"{file.relative_to(folder)} {_of_file(file)}\n" for file in read[said]]
+            yield key, _READ + hashlib.sha256("".join(sums).encode()).hexdigest()[:16]
+        elif folder.is_file():
+            yield key, _of_file(folder)
+
+
+def _of_file(file: Path) -> str:
     digest = hashlib.sha256()
-    if path.is_dir():
-        for file in sorted(path.rglob("*")):
-            if file.is_file():
-                digest.update(f"{file.relative_to(path)} {file.stat().st_size}\n".encode())
-        return digest.hexdigest()[:16]
-    with path.open("rb") as stream:
+    with file.open("rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()[:16]

@@ -16,9 +16,11 @@ from optuna_lora_rl.errors import masked
 from optuna_lora_rl.study import charts
 from optuna_lora_rl.study import data_report
 from optuna_lora_rl.study import outcome
+from optuna_lora_rl.study import output
 from optuna_lora_rl.study import rank_report
 from optuna_lora_rl.study import verdict
 from optuna_lora_rl.study import wording
+from optuna_lora_rl.study.owner import OWNER
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -32,9 +34,7 @@ TEST = "test"
 DEVICES = "devices"
 # Attributes of a trial that say how it went, rather than how well.
 _BOOKKEEPING = {
-    "host",
-    "pid",
-    "process_started",
+    OWNER,
     "configuration",
     "curve",
     *rank_report.ATTRIBUTES,
@@ -91,19 +91,19 @@ def write(study: optuna.Study, spec: StudySpec, *, lost: str = "") -> Path:
     from optuna_lora_rl.study import explaining
 
     trials = study.get_trials(deepcopy=False)
-    best = best_facts(study, spec)
+    facts, best = best_facts(study, spec), outcome.best_of(trials)
     parts = [_opening(study, spec, trials), _shortfall(study)]
     known = study.user_attrs.get(data_report.DATA)
     examples = data_report.section(known) if known else ""
-    if best is None:
+    if facts is None or best is None:
         parts.append(examples)
     else:
         parts += [
-            _cards(best),
-            _best(best, spec, lost),
+            _cards(facts),
+            _best(facts, spec, lost),
             examples,
-            rank_report.section(trials[best["trial"]], spec),
-            _figures(trials, best["trial"], spec),
+            rank_report.section(best, spec),
+            _figures(trials, facts["trial"], spec),
             explaining.section(study, spec),
             _table(trials, spec),
             rank_report.truncations(top(trials, len(trials))),
@@ -111,7 +111,7 @@ def write(study: optuna.Study, spec: StudySpec, *, lost: str = "") -> Path:
     parts.append(_failures(trials))
     path = spec.folder / FILE
     page = _PAGE.format(title=html.escape(spec.name), body="\n".join(filter(None, parts)))
-    path.write_text(page, encoding="utf-8")
+    output.write(path, page)
     return path
 
 

@@ -20,11 +20,11 @@ from optuna_lora_rl.finetuning import process
 from optuna_lora_rl.finetuning.trackers import TENSORBOARD_FOLDER
 from optuna_lora_rl.study import adapters
 from optuna_lora_rl.study import checks
-from optuna_lora_rl.study import dashboard
 from optuna_lora_rl.study import data_report
 from optuna_lora_rl.study import log
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import report
+from optuna_lora_rl.study import results
 from optuna_lora_rl.study import storage
 from optuna_lora_rl.study import verdict
 from optuna_lora_rl.study import wording
@@ -34,6 +34,7 @@ from optuna_lora_rl.study.heartbeat import Heartbeat
 from optuna_lora_rl.study.interruption import Interruption
 from optuna_lora_rl.study.opening import open_study
 from optuna_lora_rl.study.opening import quiet
+from optuna_lora_rl.study.owner import Owner
 from optuna_lora_rl.study.storage import database_errors
 from optuna_lora_rl.study.trials import Trials
 
@@ -45,8 +46,8 @@ if TYPE_CHECKING:
     from optuna_lora_rl.finetuning.trial import TrialResult
     from optuna_lora_rl.study.spec import StudySpec
 
-Ending = Literal["budget", "interruption", "failures"]
-EXIT_CODES: dict[Ending, int] = {"budget": 0, "failures": 1, "interruption": 130}
+Ending = Literal["budget", "others", "interruption", "failures"]
+EXIT_CODES: dict[Ending, int] = {"budget": 0, "others": 0, "failures": 1, "interruption": 130}
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ class RunResult:
 
     Attributes:
         study: The study, with everything that it knows.
-        ended_by: ``budget`` when it is used up, ``interruption`` after Ctrl-C, ``failures`` when
-            every trial failed the same way.
+        ended_by: ``budget`` when it is used up, ``others`` when the rest of it runs in other
+            workers, ``interruption`` after Ctrl-C, ``failures`` when every trial failed the same
+            way.
         reason: The same in words.
         best_adapter: Folder of the best adapter in PEFT format, or None where there is none.
         shortfall: Why a study at its end has nothing to show (every trial failed or was pruned, or
@@ -117,7 +119,7 @@ class _Worker:
         self.display = display
         self.interruption = interruption
         self.study = open_study(spec)
-        adapters.claim(spec.folder, spec.name)
+        self.owner = Owner(spec.folder)
         self._tuner: FineTuner | None = None
         self._own: list[FrozenTrial] = []
         self._configurations = spec.lora_space().count()
@@ -130,25 +132,23 @@ class _Worker:
         for number in outcome.recover(self.study):
             self.display.says(f"trial {number} was killed in the middle; it runs once again")
         try:
-            self._optimize()
+            # More than once only where another worker is killed while this one ends.
+            while self._may_begin():
+                self._optimize()
             failure = outcome.hopeless(self._own, self._trials())
             if failure:
                 return self._finish("failures", failure)
-            reason = self._exhausted() or "the budget is used up"
-            if Usage.of(self._trials()).running:
-                # The best is not known before the last of them has ended.
-                self.display.says("other workers are still at work; the last one ends the study")
-                return RunResult(self.study, "budget", reason, None)
+            usage = Usage.of(self._trials())
+            if usage.running:
+                return self._finish("others", usage.shared_out(self.spec.budget))
             self._test()
-            shortfall = verdict.shortfall(self.study)
-            return replace(self._finish("budget", reason), shortfall=shortfall)
+            result = self._finish("budget", self._exhausted() or "the budget is used up")
+            return replace(result, shortfall=verdict.shortfall(self.study))
         except KeyboardInterrupt:
             self.display.says("ending; Ctrl-C once more ends at once")
             return self._finish("interruption", "interrupted")
 
     def _optimize(self) -> None:
-        if self._exhausted():
-            return
         with self.interruption.window():
             tuner = self._load()
             self.display.works_on("measuring the untuned model")
@@ -161,12 +161,13 @@ class _Worker:
         if self.spec.packing != "off" and not self._is_packed():
             self.display.says("trials run one after the other: trackers follow one at a time")
         self.display.works_on("proposing")
-        with Heartbeat(self.study) as heartbeat:
+        with self.owner, Heartbeat(self.study) as heartbeat:
             trials = Trials(
                 self.study,
                 self.spec,
                 display=self.display,
                 interruption=self.interruption,
+                owner=self.owner,
                 heartbeat=heartbeat,
                 packed=self._is_packed(),
                 may_begin=self._may_begin,
@@ -255,11 +256,8 @@ class _Worker:
         adapters.drop_others(self.study, self.spec.folder)
 
     def _finish(self, ended_by: Ending, reason: str) -> RunResult:
-        adapters.drop_others(self.study, self.spec.folder)
-        best = adapters.publish_best(self.study, self.spec)
-        if self._own:
-            report.write(self.study, self.spec, lost=best.lost)
-            dashboard.annotate(self.study, self.spec)
+        outcome.recover(self.study)
+        best = results.write(self.study, self.spec)
         return RunResult(self.study, ended_by, reason, best.folder, lost=best.lost)
 
     def _test(self) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from optuna_lora_rl.study import opening
+
 if TYPE_CHECKING:
     from optuna_lora_rl.study.spec import StudySpec
 
@@ -24,6 +26,7 @@ def qualities(spec: StudySpec, adapter: Path) -> list[float]:
     """
     from optuna_lora_rl.finetuning.trial import FineTuner
 
+    opening.claim(spec)
     tuner = FineTuner(
         spec.model,
         spec.data,

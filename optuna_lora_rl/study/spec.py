@@ -27,6 +27,8 @@ from optuna_lora_rl.finetuning.options import ObjectiveOptions
 from optuna_lora_rl.finetuning.options import TrainingOptions
 from optuna_lora_rl.space import LoraSpace
 from optuna_lora_rl.study import reading
+from optuna_lora_rl.study.storage import DATABASE
+from optuna_lora_rl.study.storage import sqlite_url
 
 # Sections that may be written as one value, and the key that the value is for.
 SHORT_FORMS = {
@@ -53,6 +55,8 @@ PrunerName = Literal[
     "wilcoxon",
 ]
 Count = Annotated[int, Field(ge=1)]
+# Bytes; file systems take 255, and other programs put theirs to it.
+_LONGEST_NAME = 200
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -218,7 +222,8 @@ class StudySpec(BaseModel):
     )
     output: str | None = Field(
         default=None,
-        description="Folder for adapters, report and database; `null` means `runs/<name>`.",
+        description="Folder for adapters, report and database, new, empty or this study's; `null` "
+        "means `runs/<name>`.",
     )
 
     @field_validator("name")
@@ -226,6 +231,11 @@ class StudySpec(BaseModel):
     def _names_a_folder(cls, name: str) -> str:
         if "/" in name or "\\" in name:
             raise ValueError(f"name is {name!r}, but names a folder too and must have no slash")
+        if name in (".", "..") or not name.isprintable() or len(name.encode()) > _LONGEST_NAME:
+            raise ValueError(
+                f"name is {name[:40]!r}, but names a folder too: it must not be . or .., hold no "
+                f"line breaks or other control characters, and have at most {_LONGEST_NAME} bytes"
+            )
         return name
 
     @field_validator("packing", mode="before")
@@ -290,7 +300,7 @@ class StudySpec(BaseModel):
 
     @property
     def storage_url(self) -> str:
-        return self.storage or f"sqlite:///{self.folder / 'study.db'}"
+        return self.storage or sqlite_url(self.folder / DATABASE)
 
 
 def _written_out(entry: str) -> EarlierStudy:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import time
 import warnings
-from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import optuna
 from optuna.storages import RDBStorage
@@ -21,11 +18,8 @@ from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.errors import masked
 from optuna_lora_rl.errors import quoted
 
-if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
-
-StaleTrialCallback = Callable[[optuna.Study, "FrozenTrial"], None]
-
+# The SQLite file of a study in its output folder.
+DATABASE = "study.db"
 # Seconds. A worker that has been silent for the grace period counts as dead; it is long enough
 # for a laptop's short sleep and a database's restart.
 HEARTBEAT_INTERVAL = 60
@@ -39,16 +33,13 @@ _BROKEN = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE}
 _FATAL = _NO_ROOM | _NO_RIGHT | _BROKEN
 
 
-def open_storage(
-    url: str, *, stale_trial_callback: StaleTrialCallback | None = None
-) -> RDBStorage:
+def open_storage(url: str, *, heartbeat: bool = False) -> RDBStorage:
     """Connects to the database, which gets its tables if it has none.
 
     Args:
         url: An SQLAlchemy URL, such as ``sqlite:///runs/dates/study.db``. The folder of an SQLite
             file is created.
-        stale_trial_callback: Called with every trial whose worker fell silent. None means that
-            nobody listens, and running trials give no sign of life.
+        heartbeat: Whether running trials give signs of life, and those of others are looked for.
 
     Raises:
         UserError: If the URL is malformed, or the database cannot be reached or written.
@@ -60,11 +51,11 @@ def open_storage(
         for wait in (0.2, 0.4, 0.8, 1.6, None):
             try:
                 return RDBStorage(
-                    url,
+                    # Optuna fills in braces.
+                    url.replace("{", "{{").replace("}", "}}"),
                     engine_kwargs={"connect_args": _connect_args(url)},
-                    heartbeat_interval=HEARTBEAT_INTERVAL if stale_trial_callback else None,
+                    heartbeat_interval=HEARTBEAT_INTERVAL if heartbeat else None,
                     grace_period=GRACE_PERIOD,
-                    heartbeat_stale_trial_callback=stale_trial_callback,
                 )
             except Exception as error:
                 # Workers that start together all find no tables and all create them; the
@@ -198,10 +189,26 @@ def without_password(url: str) -> str:
     return masked(f"'{url}'")[1:-1].partition("?")[0]
 
 
+def sqlite_url(file: Path) -> str:
+    """The URL of an SQLite file, whatever characters its path has."""
+    from sqlalchemy import URL
+
+    return URL.create("sqlite", database=str(file)).render_as_string(hide_password=False)
+
+
 def sqlite_file(url: str) -> Path | None:
     """The file of an SQLite URL, or None for another database or one in memory."""
-    match = re.fullmatch(r"sqlite(?:\+\w+)?:///([^?]+)(?:\?.*)?", url)
-    return Path(match[1]) if match and match[1] != ":memory:" else None
+    from sqlalchemy import exc
+    from sqlalchemy import make_url
+
+    try:
+        parsed = make_url(url)
+    except (exc.ArgumentError, ValueError):
+        # Said in a sentence where the database is opened.
+        return None
+    if parsed.get_backend_name() != "sqlite" or parsed.database in (None, "", ":memory:"):
+        return None
+    return Path(str(parsed.database))
 
 
 def _check(url: str) -> None:

@@ -17,6 +17,7 @@ from rich.text import Text
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.study import data_report
 from optuna_lora_rl.study import outcome
+from optuna_lora_rl.study import owner
 from optuna_lora_rl.study import report
 from optuna_lora_rl.study import verdict
 from optuna_lora_rl.study import wording
@@ -115,10 +116,12 @@ def description(console: Console, spec: StudySpec, notes: Iterable[str] = ()) ->
 
 def ending(console: Console, result: RunResult, spec: StudySpec, *, command: str) -> None:
     """How the run ended, where things stand, and what to type next."""
-    style = {"budget": "green", "failures": "red", "interruption": "yellow"}[result.ended_by]
+    style = {"failures": "red", "interruption": "yellow"}.get(result.ended_by, "green")
     style = "red" if result.shortfall else style
     opening = {
         "budget": f"Finished: {result.reason}.",
+        "others": f"This worker is done: {result.reason}; the last one to end brings the best "
+        "adapter and the report up to date.",
         "failures": f"Stopped: the first trials all failed the same way: {result.reason}",
         "interruption": "Interrupted; nothing finished is lost.",
     }[result.ended_by]
@@ -133,8 +136,11 @@ def ending(console: Console, result: RunResult, spec: StudySpec, *, command: str
     report_file = spec.folder / report.FILE
     if report_file.exists():
         rows.insert(0, ("report", str(report_file)))
+    best = outcome.best_of(result.study.get_trials(deepcopy=False))
     if result.best_adapter is not None:
         rows.insert(0, ("best adapter", f"{result.best_adapter}/ (PEFT format)"))
+    elif best is not None and (elsewhere := owner.where(best)):
+        rows.insert(0, ("best adapter", f"not here: trial {best.number} ran for {elsewhere}"))
     if result.ended_by != "budget":
         rows.append(("go on", f"{program} run {command}"))
     console.print()

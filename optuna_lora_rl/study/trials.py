@@ -28,6 +28,7 @@ from optuna_lora_rl.finetuning.failure import MachineError
 from optuna_lora_rl.study import adapters
 from optuna_lora_rl.study import dashboard
 from optuna_lora_rl.study import outcome
+from optuna_lora_rl.study import output
 from optuna_lora_rl.study import storage
 from optuna_lora_rl.study import wording
 from optuna_lora_rl.study.opening import propose
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from optuna_lora_rl.study.display import Display
     from optuna_lora_rl.study.heartbeat import Heartbeat
     from optuna_lora_rl.study.interruption import Interruption
+    from optuna_lora_rl.study.owner import Owner
     from optuna_lora_rl.study.spec import StudySpec
 
 _log = logging.getLogger(__name__)
@@ -73,6 +75,7 @@ class Trials:
         spec: The study's file.
         display: Is told what happens.
         interruption: Says when a signal may stop a trial.
+        owner: Asks for the trials, as theirs.
         heartbeat: Shows that the trials are alive.
         packed: Whether trials run side by side.
         may_begin: Whether another trial may begin now.
@@ -86,6 +89,7 @@ class Trials:
         *,
         display: Display,
         interruption: Interruption,
+        owner: Owner,
         heartbeat: Heartbeat,
         packed: bool,
         may_begin: Callable[[], bool],
@@ -95,6 +99,7 @@ class Trials:
         self._spec = spec
         self._display = display
         self._interruption = interruption
+        self._owner = owner
         self._heartbeat = heartbeat
         self._packed = packed
         self._may_begin = may_begin
@@ -108,13 +113,14 @@ class Trials:
 
         with self._interruption.shield():
             self._share_out()
-            if not self._may_begin():
-                return None
-            optuna.storages.fail_stale_trials(self._study)
-            trial = self._study.ask()
+            outcome.recover(self._study)
+            # Workers in turn, so that together they begin no more than the wished number.
+            with output.lock(self._spec.folder):
+                if not self._may_begin():
+                    return None
+                trial = self._owner.ask(self._study)
             running = self._running[trial.number] = _Running(trial)
             self._heartbeat.begins(trial)
-            outcome.mark_owner(trial)
             if self._packed:
                 trial.set_user_attr(outcome.PACKED, True)
             configuration = propose(self._spec, trial)
@@ -147,7 +153,7 @@ class Trials:
                 # This process was stopped for so long that another one took it for dead.
                 self._display.says(f"another worker gave trial {run.number} up meanwhile")
             self._forget(running)
-            self._ended(self._study.get_trials(deepcopy=False)[run.number])
+            self._ended(self._study._storage.get_trial(running.trial._trial_id))
 
     def says(self, note: str) -> None:
         """Shows a note of the pack, and keeps with a trial why it runs alone."""

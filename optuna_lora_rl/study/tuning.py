@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ from optuna_lora_rl.study import runner
 from optuna_lora_rl.study import spec as study_spec
 from optuna_lora_rl.study import verdict
 from optuna_lora_rl.study.display import Display
+
+_MAY_CHANGE = {"budget", "packing", "storage"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ def tune(
     validation: str | None = None,
     space: Mapping[str, Any] | None = None,
     sampler: str | Mapping[str, Any] = "rl",
-    output: str | Path = "runs/tune",
+    output: str | Path | None = None,
     seed: int = 0,
     display: Display | None = None,
     **sections: Any,
@@ -65,7 +69,8 @@ def tune(
         space: What is tuned, by parameter, as ``LoraSpace`` takes it; None for the recommended
             space.
         sampler: A sampler's name, or the whole ``sampler`` section.
-        output: Folder for the database, the adapters and the report.
+        output: Folder for the database, the adapters and the report; by default one in ``runs``
+            that is named after the arguments, so that other arguments get another study.
         seed: Seed of the proposals and of training.
         display: Shows progress; nothing by default.
         **sections: Further keys and sections as in a YAML file (docs/configuration.md), such as
@@ -82,15 +87,15 @@ def tune(
     chosen = {"name": sampler} if isinstance(sampler, str) else dict(sampler)
     content: dict[str, Any] = {
         **sections,
-        "name": sections.get("name", Path(output).name),
         "model": {"name": model} if isinstance(model, str) else dict(model),
         "data": data,
         "space": space,
         "sampler": {"seed": seed, **chosen},
         "training": {"seed": seed, **sections.get("training", {})},
         "budget": {"trials": trials, **sections.get("budget", {})},
-        "output": str(output),
     }
+    folder = Path(output or f"runs/tune-{_digest(content)}")
+    content = {"name": folder.name, **content, "output": str(folder)}
     result = runner.run(study_spec.parse(content, "tune"), display=display)
     if result.ended_by == "interruption":
         raise KeyboardInterrupt
@@ -109,3 +114,10 @@ def tune(
         adapter=None if result.lost else result.best_adapter,
         warning=result.shortfall,
     )
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """Stands for what a study is; how long it goes on and where it is kept may change."""
+    kept = {key: value for key, value in content.items() if key not in _MAY_CHANGE}
+    text = json.dumps(kept, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()

@@ -62,15 +62,21 @@ def test_the_fingerprint_follows_whatever_is_loaded(random_llama: Path, tmp_path
     shell = load(folder).model
 
     def written(name: str) -> str:
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("new", encoding="utf-8")
         return model._fingerprint(str(folder), shell)
 
     before = model._fingerprint(str(folder), shell)
-    loaded = ("qwen.tiktoken", "source.spm", "modeling_own.py", "templates/tool.jinja")
+    loaded = ("qwen.tiktoken", "source.spm", "merges.txt", "additional_chat_templates/tool.jinja")
     assert len({before, *map(written, loaded)}) == 5
     before = model._fingerprint(str(folder), shell)
-    assert written(".git/HEAD.json") == written("README.md") == before
+    others = (".git/HEAD.json", "README.md", "notes.txt", "runs/a/cache/sums.json", "results.json")
+    assert {before} == {written(name) for name in (*others, "runs/a/best/model.safetensors")}
+    # Code of the model's own may read anything beside it.
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {}}))
+    before = model._fingerprint(str(folder), shell)
+    assert len({before, written("modeling_own.py"), written("own.json")}) == 3
 
 
 @pytest.mark.parametrize("end", [".safetensors", ".bin"])
@@ -89,7 +95,7 @@ def test_the_fingerprint_sees_a_merged_adapter(tmp_path: Path, end: str) -> None
         if changed is not None:
             weights[changed] = torch.ones(1024, 1024)
         if end == ".bin":
-            torch.save(weights, tmp_path / "model.bin")
+            torch.save(weights, tmp_path / "pytorch_model.bin")
         else:
             save_file(weights, tmp_path / "model.safetensors")
         return model._fingerprint(str(tmp_path), shell)

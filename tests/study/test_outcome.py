@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import socket
+from pathlib import Path
 
 import optuna
-import psutil
 import pytest
 from optuna.trial import TrialState
 from optuna.trial import create_trial
 
 from optuna_lora_rl.study import outcome
+from optuna_lora_rl.study import owner as owner_module
 from optuna_lora_rl.study.budget import Usage
+from optuna_lora_rl.study.owner import OWNER
+from optuna_lora_rl.study.owner import Owner
 from optuna_lora_rl.study.spec import Budget
-
-HERE = socket.gethostname()
-STARTED = psutil.Process().create_time()
 
 
 def failed(reason: str | None, message: str = "") -> optuna.trial.FrozenTrial:
@@ -45,28 +43,12 @@ def test_what_counts(trial: optuna.trial.FrozenTrial, counts: bool) -> None:
     assert outcome.counts(trial) == counts
 
 
-@pytest.mark.parametrize(
-    ("attrs", "gone"),
-    [
-        ({"host": HERE, "pid": os.getpid(), "process_started": STARTED}, False),
-        # The number was given to another process since.
-        ({"host": HERE, "pid": os.getpid(), "process_started": STARTED - 100}, True),
-        ({"host": HERE, "pid": 2**22 + 1, "process_started": STARTED}, True),
-        ({"host": f"not-{HERE}", "pid": 2**22 + 1, "process_started": STARTED}, False),
-        ({}, False),
-    ],
-)
-def test_a_process_is_gone_only_if_it_was_here(attrs: dict, gone: bool) -> None:
-    assert outcome.owner_is_gone(running(**attrs)) == gone
-
-
-def test_a_killed_trial_is_run_again_once() -> None:
+def test_a_killed_trial_is_run_again_once(tmp_path: Path) -> None:
     study = optuna.create_study()
     for _ in range(3):
-        trial = study.ask()
-        trial.suggest_float("x", 0, 1)
-        outcome.mark_owner(trial)
-        trial.set_user_attr("pid", 2**22 + 1)
+        with Owner(tmp_path) as owner:
+            trial = owner.ask(study)
+            trial.suggest_float("x", 0, 1)
         assert outcome.recover(study) == [trial.number]
     first, again, another, *_ = study.trials
     assert again.params == first.params and again.user_attrs["retry_of"] == 0
@@ -74,31 +56,34 @@ def test_a_killed_trial_is_run_again_once() -> None:
 
 
 def test_of_two_workers_that_start_together_one_recovers_a_trial(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     study = optuna.create_study()
-    trial = study.ask()
-    trial.suggest_float("x", 0, 1)
-    outcome.mark_owner(trial)
-    trial.set_user_attr("pid", 2**22 + 1)
+    with Owner(tmp_path) as owner:
+        owner.ask(study).suggest_float("x", 0, 1)
     recovered: list[list[int]] = []
-    is_gone = outcome.owner_is_gone
+    is_gone = owner_module.is_gone
 
-    def other_is_faster(trial: optuna.trial.FrozenTrial) -> bool:
+    def other_is_faster(trial: optuna.trial.FrozenTrial) -> bool | None:
         gone = is_gone(trial)
-        monkeypatch.setattr(outcome, "owner_is_gone", is_gone)
+        monkeypatch.setattr(owner_module, "is_gone", is_gone)
         recovered.append(outcome.recover(study))
         return gone
 
-    monkeypatch.setattr(outcome, "owner_is_gone", other_is_faster)
+    monkeypatch.setattr(owner_module, "is_gone", other_is_faster)
     assert outcome.recover(study) == []
     assert recovered == [[0]]
     assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.WAITING]
 
 
-def test_trials_of_other_machines_are_left_alone() -> None:
+def test_trials_of_other_machines_and_trials_asked_for_by_hand_are_left_alone(
+    tmp_path: Path,
+) -> None:
     study = optuna.create_study()
-    study.ask().set_user_attr("host", "elsewhere")
+    with Owner(tmp_path) as owner:
+        elsewhere = owner.ask(study)
+    said = elsewhere.user_attrs[OWNER]
+    elsewhere.set_user_attr(OWNER, {**said, "host": "elsewhere"})
     study.ask()
     assert outcome.recover(study) == []
     assert all(trial.state == TrialState.RUNNING for trial in study.trials)
@@ -124,7 +109,7 @@ def test_three_equal_failures_are_hopeless(own: list, hopeless: bool) -> None:
 
 
 def test_other_workers_trials_count_as_long_as_they_run() -> None:
-    alive = running(host="elsewhere", pid=1, process_started=0.0)
+    alive = running(owner={"host": "elsewhere"})
     usage = Usage.of([create_trial(value=1.0, user_attrs={"seconds": 1800, "cost": 2.0}), alive])
     assert usage == Usage(trials=1, running=1, hours=0.5, cost=2.0)
     assert usage.exhausted(Budget(trials=2)) == "1 of 2 trials"

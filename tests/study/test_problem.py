@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import optuna
 import pytest
 
+from optuna_lora_rl import tiny
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.study import runner
 from optuna_lora_rl.study.problem import PROBLEM
@@ -143,6 +145,33 @@ def test_a_data_file_that_changed_is_refused(
     rows.write_text('{"text": "b"}\n')
     with pytest.raises(UserError, match=r"rows.jsonl \(data.train\) has changed"):
         runner.run(make_spec(changes))
+
+
+@pytest.mark.parametrize("key", ["model", "data"])
+def test_files_that_are_not_read_may_come_and_go(
+    make_spec: MakeSpec, tmp_path: Path, key: str
+) -> None:
+    folder = tmp_path / key
+    if key == "model":
+        shutil.copytree(tiny.MODELS["tiny"], folder)
+        read, changes = folder / "model.safetensors", {"model": str(folder)}
+    else:
+        folder.mkdir()
+        (folder / "validation.jsonl").write_text('{"text": "c"}\n')
+        read = folder / "train.jsonl"
+        read.write_text('{"text": "a"}\n')
+        changes = {"data": {"train": str(folder)}}
+    # Its own output lies there too.
+    changes |= {"output": str(folder / "out")}
+    runner.run(make_spec(changes | {"budget": 1}))
+    (folder / "README.md").write_text("what it is")
+    (folder / "results.json").write_text("{}")
+    (folder / "notes.txt").write_text("")
+    assert len(runner.run(make_spec(changes | {"budget": 2})).study.trials) == 2
+    # Of the same size.
+    read.write_bytes(read.read_bytes()[:-3] + b'z"}' if key == "data" else bytes(1000))
+    with pytest.raises(UserError, match=rf"\({key}\.\w+\) has changed"):
+        runner.run(make_spec(changes | {"budget": 3}))
 
 
 def test_a_study_of_another_program_is_refused(make_spec: MakeSpec, tmp_path: Path) -> None:

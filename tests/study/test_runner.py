@@ -251,8 +251,7 @@ def test_a_worker_that_fell_silent_elsewhere_is_replaced(
     study = opening.open_study(spec)
     lost = study.ask()
     opening.propose(spec, lost)
-    for name, value in {"host": "elsewhere", "pid": 1, "process_started": 0.0}.items():
-        lost.set_user_attr(name, value)
+    lost.set_user_attr("owner", {"host": "elsewhere"})
     study._storage.record_heartbeat(lost._trial_id)
     time.sleep(3)
     trials = runner.run(spec).study.trials
