@@ -56,7 +56,7 @@ def best_there(study: optuna.Study, output: Path) -> Best:
             instead = f"{lost}; best/ holds that of trial {trial.number}" if lost else ""
             return Best(trial, folder, instead)
         if not lost:
-            if not folder.exists() and not owner.is_here(trial):
+            if not folder.exists() and not owner.is_here(trial, output):
                 return Best()
             lost = f"the adapter of trial {trial.number}, the best, is lost ({fault})"
     return Best(lost=lost)

@@ -83,10 +83,11 @@ def is_gone(trial: FrozenTrial) -> bool | None:
     return _started(said["pid"]) != said["started"]
 
 
-def is_here(trial: FrozenTrial) -> bool:
-    """Whether the trial ran on this machine."""
+def is_here(trial: FrozenTrial, folder: Path) -> bool:
+    """Whether the trial ran on this machine, and left its adapter in the folder."""
     said = trial.user_attrs.get(OWNER)
-    return said is not None and said["host"] == _machine()["host"]
+    here = (_machine()["host"], str(folder.absolute()))
+    return said is not None and (said["host"], said["folder"]) == here
 
 
 def where(trial: FrozenTrial) -> str | None:

@@ -139,7 +139,7 @@ def ending(console: Console, result: RunResult, spec: StudySpec, *, command: str
     best = outcome.best_of(result.study.get_trials(deepcopy=False))
     if result.best_adapter is not None:
         rows.insert(0, ("best adapter", f"{result.best_adapter}/ (PEFT format)"))
-    elif best is not None and (elsewhere := owner.where(best)):
+    elif best is not None and not result.lost and (elsewhere := owner.where(best)):
         rows.insert(0, ("best adapter", f"not here: trial {best.number} ran for {elsewhere}"))
     if result.ended_by != "budget":
         rows.append(("go on", f"{program} run {command}"))
