@@ -8,6 +8,7 @@ is set by the configurations worth telling apart.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,13 +16,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from optuna.exceptions import ExperimentalWarning
+from optuna.importance import PedAnovaImportanceEvaluator
+from optuna.importance import get_param_importances
 from optuna.study import StudyDirection
+from optuna.trial import TrialState
 from torch import Tensor
 
 from optuna_lora_rl.errors import UserError
-from optuna_lora_rl.policy.candidates import uniform_points
 from optuna_lora_rl.policy.layout import Layout
-from optuna_lora_rl.policy.layout import exact_snap
 from optuna_lora_rl.policy.layout import layout_of
 from optuna_lora_rl.policy.scores import standardise
 from optuna_lora_rl.policy.surrogate import Surrogate
@@ -29,6 +32,7 @@ from optuna_lora_rl.policy.surrogate import fit
 from optuna_lora_rl.samplers import proposal
 from optuna_lora_rl.samplers.history import History
 from optuna_lora_rl.samplers.history import read_history
+from optuna_lora_rl.samplers.history import reports_of
 from optuna_lora_rl.samplers.history import space_of
 from optuna_lora_rl.samplers.rl import on_cpu
 
@@ -44,7 +48,6 @@ if TYPE_CHECKING:
 _FEWEST = 3
 _MOST_ROWS = 300
 _GRID = 49
-_DRAWS = 1024
 # Deviations of a prediction from which little is known; 1 before any result.
 _UNKNOWN = 0.8
 _FAILURE_NOISE = 0.05
@@ -81,10 +84,12 @@ class Parameter:
         high: its upper end.
         prior: what is usual in LoRA runs, as a density whose largest value is 1; None where
             nothing is known.
-        importance: share of the predicted variation, over the whole space, that the parameter
-            takes part in (its total Sobol index); shares of parameters that interact overlap.
+        importance: by PED-ANOVA (Watanabe et al. 2023), how much its values tell the better
+            completed trials from the others, as optuna-dashboard shows it; shares sum to 1, and
+            a parameter that some completed trials lack has none.
         best: its value in the best trial.
-        trials: pairs (value, objective) of the finished trials.
+        trials: pairs (value, objective) of the completed trials.
+        pruned: pairs (value, last report) of the pruned trials.
     """
 
     name: str
@@ -98,6 +103,7 @@ class Parameter:
     importance: float
     best: Any
     trials: tuple[tuple[Any, float], ...]
+    pruned: tuple[tuple[Any, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -147,7 +153,7 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [
-            f"{p.name}: {p.importance:.0%} of the predicted variation, best {_short(p.best)}"
+            f"{p.name}: importance {p.importance:.0%}, best {_short(p.best)}"
             for p in self.parameters
         ]
         return "\n".join([*lines, *(f"trial {n}: {said}" for n, said in self.origins.items())])
@@ -194,12 +200,39 @@ def explain(
     history = history.select(~np.isinf(history.scores[:, objective]))
     if history.scored.sum() < _FEWEST:
         return Explanation((), math.nan, origins)
+    shares = _importances(study, objective)
+    last = {t.number: _last_report(t, objective, len(study.directions)) for t in trials}
     with on_cpu(), np.errstate(all="ignore"):
-        model = _Model.of(space, history, objective, study.directions[objective])
-        parameters = [model.parameter(column) for column in range(len(space))]
+        model = _Model.of(space, history, objective, study.directions[objective], last)
+        parameters = [
+            model.parameter(column, shares.get(name, 0.0))
+            for column, name in enumerate(space.names)
+        ]
         noise = model.noise
     parameters.sort(key=lambda p: -p.importance)
     return Explanation(tuple(parameters), noise, origins)
+
+
+def _importances(study: Study, objective: int) -> dict[str, float]:
+    """The importances that optuna-dashboard shows; empty where no trial is better than others."""
+    sign = -1.0 if study.directions[objective] == StudyDirection.MAXIMIZE else 1.0
+    told = [t for t in study.get_trials(deepcopy=False) if t.state == TrialState.COMPLETE]
+    if len({trial.values[objective] for trial in told}) < 2:
+        return {}
+    with warnings.catch_warnings():
+        # It is told which values are good by the sign.
+        warnings.filterwarnings("ignore", message="PedAnovaImportanceEvaluator computes")
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return get_param_importances(
+            study,
+            evaluator=PedAnovaImportanceEvaluator(),
+            target=lambda trial: sign * trial.values[objective],
+        )
+
+
+def _last_report(trial: FrozenTrial, objective: int, n_objectives: int) -> float:
+    reports = reports_of(trial, n_objectives)
+    return float(reports[max(reports)][objective]) if reports else math.nan
 
 
 def origin(trial: FrozenTrial) -> Origin:
@@ -232,13 +265,19 @@ class _Model:
     surrogate: Surrogate
     points: np.ndarray
     values: np.ndarray
+    pruned: np.ndarray
     best: np.ndarray
     offset: float
     unit: float
 
     @classmethod
     def of(
-        cls, space: Space, history: History, objective: int, direction: StudyDirection
+        cls,
+        space: Space,
+        history: History,
+        objective: int,
+        direction: StudyDirection,
+        last: Mapping[int, float],
     ) -> _Model:
         layout = layout_of(space)
         finished = np.flatnonzero(~history.running)[-_MOST_ROWS:]
@@ -271,7 +310,13 @@ class _Model:
             layout=layout,
             surrogate=surrogate,
             points=history.points[kept],
-            values=sign * scores[good],
+            # A pruned trial's estimated end is what the surrogate learns from, and no result.
+            values=np.where(
+                history.pruned[kept],
+                [last[number] for number in history.numbers[kept].tolist()],
+                sign * scores[good],
+            ),
+            pruned=history.pruned[kept],
             best=points[top],
             offset=sign * offset,
             unit=sign * unit,
@@ -286,13 +331,21 @@ class _Model:
         mean, deviation = self.surrogate.posterior(self.layout.model_coordinates(x[None]))
         return self.offset + self.unit * mean[0].numpy(), abs(self.unit) * deviation[0].numpy()
 
-    def parameter(self, column: int) -> Parameter:
+    def parameter(self, column: int, importance: float) -> Parameter:
         dimension = self.space.dimensions[column]
         u = dimension.grid(_GRID) if dimension.n_levels else np.linspace(0.0, 1.0, _GRID)
         x = np.repeat(self.best[None], len(u), axis=0)
         x[:, column] = u
         mean, deviation = self.posterior(torch.from_numpy(x))
-        known = ~np.isnan(self.points[:, column])
+        known = ~np.isnan(self.points[:, column]) & np.isfinite(self.values)
+
+        def seen(rows: np.ndarray) -> tuple[tuple[Any, float], ...]:
+            places, values = self.points[rows, column], self.values[rows]
+            return tuple(
+                (dimension.decode(place), float(value))
+                for place, value in zip(places, values, strict=True)
+            )
+
         return Parameter(
             name=dimension.name,
             role=dimension.role,
@@ -302,14 +355,10 @@ class _Model:
             low=mean - _BAND * deviation,
             high=mean + _BAND * deviation,
             prior=self._prior(dimension, column, u),
-            importance=self._importance(column),
+            importance=importance,
             best=dimension.decode(self.best[column]),
-            trials=tuple(
-                (dimension.decode(place), float(value))
-                for place, value in zip(
-                    self.points[known, column], self.values[known], strict=True
-                )
-            ),
+            trials=seen(known & ~self.pruned),
+            pruned=seen(known & self.pruned),
         )
 
     def _prior(self, dimension: Dimension, column: int, u: np.ndarray) -> np.ndarray | None:
@@ -318,23 +367,6 @@ class _Model:
         table = self.layout.log_density[0, column].exp().numpy()
         density = np.interp(u, np.linspace(0.0, 1.0, len(table)), table)
         return np.asarray(density / density.max())
-
-    def _importance(self, column: int) -> float:
-        """The total Sobol index by Jansen's estimator (Saltelli et al. 2010, table 2 f)."""
-        generator = torch.Generator().manual_seed(0)
-        snap = exact_snap(self.space)
-        x = snap(uniform_points(self.layout, _DRAWS, generator))[0]
-        other = x.clone()
-        shuffle = torch.randperm(_DRAWS, generator=generator)
-        other[:, column] = x[shuffle, column]
-        # Without the objective's unit, whose square may be too large.
-        here, there = (
-            self.surrogate.posterior(self.layout.model_coordinates(place[None]))[0].numpy()
-            for place in (x, other)
-        )
-        variance = float(here.var())
-        share = 0.5 * np.mean((here - there) ** 2) / variance if variance > 0 else 0.0
-        return float(min(share, 1.0))
 
 
 def _scale(scores: np.ndarray, y: np.ndarray) -> tuple[float, float]:

@@ -63,7 +63,7 @@ def _range(parameters: tuple[Parameter, ...]) -> tuple[float, float]:
     if not parameters:
         return 0.0, 1.0
     values = np.concatenate(
-        [np.concatenate([p.low, p.high, [y for _, y in p.trials]]) for p in parameters]
+        [np.concatenate([p.low, p.high, [y for _, y in p.trials + p.pruned]]) for p in parameters]
     )
     # A run that diverged would flatten everything else.
     predicted = np.concatenate([np.concatenate([p.low, p.high]) for p in parameters])
@@ -122,15 +122,19 @@ def _panel(
             legendgroup="mean",
             **group,
         )
-    figure.add_scatter(
-        x=[_plain(v) if choices else v for v, _ in parameter.trials],
-        y=[y for _, y in parameter.trials],
-        mode="markers",
-        marker={"size": 6, "color": _INK, "opacity": 0.45},
-        name="trials",
-        legendgroup="trials",
-        **group,
-    )
+    for name, seen, symbol in (
+        ("trials", parameter.trials, "circle"),
+        ("pruned trials, as they stood", parameter.pruned, "circle-open"),
+    ):
+        figure.add_scatter(
+            x=[_plain(v) if choices else v for v, _ in seen],
+            y=[y for _, y in seen],
+            mode="markers",
+            marker={"size": 6, "color": _INK, "opacity": 0.45, "symbol": symbol},
+            name=name,
+            legendgroup=name,
+            **{**group, "showlegend": legend and bool(seen)},
+        )
     best = _plain(parameter.best) if choices else parameter.best
     figure.add_scatter(
         x=[best],

@@ -314,7 +314,7 @@ class Ledger:
             trial = trials[i]
             finished = trial.state.is_finished()
             self._seen[i] = trial if finished else None
-            constraints, reports = trial.constraints, _reports(trial, len(sign))
+            constraints, reports = trial.constraints, reports_of(trial, len(sign))
             self._rows[i] = _Row(constraints, reports) if constraints or reports else _NOTHING
             self._more |= bool(constraints) or trial.state == TrialState.PRUNED
             self._numbers[i], self._states[i] = trial.number, trial.state
@@ -423,7 +423,7 @@ def _estimate_pruned(
                 scores[i, k] = value
 
 
-def _reports(trial: FrozenTrial, n_objectives: int) -> dict[int, Sequence[float]]:
+def reports_of(trial: FrozenTrial, n_objectives: int) -> dict[int, Sequence[float]]:
     """What a trial reported, by step; with several objectives through ``pruners.report``."""
     if n_objectives == 1:
         return {step: (value,) for step, value in trial.intermediate_values.items()}

@@ -22,6 +22,7 @@ class Series:
         color: Any SVG colour.
         line: Whether they are joined.
         dots: Whether each is marked.
+        hollow: Whether the marks are rings.
         steps: Whether the line goes on level until the next point.
         width: Width of the line, in pixels.
         titles: What a browser says of each point under the pointer.
@@ -32,6 +33,7 @@ class Series:
     color: str = ACCENT
     line: bool = True
     dots: bool = False
+    hollow: bool = False
     steps: bool = False
     width: float = 2.0
     titles: Sequence[str] = ()
@@ -134,8 +136,11 @@ def _draw(series: Series, across: _Scale, up: _Scale) -> Iterable[str]:
     titles = [*series.titles, *[""] * len(series.points)]
     for point, title in zip(series.points if series.dots else (), titles, strict=False):
         if _finite(point):
+            look = f'fill="{series.color}"'
+            if series.hollow:
+                look = f'fill="none" stroke="{series.color}" stroke-width="1.5"'
             yield f'<circle cx="{across(point[0]):.1f}" cy="{up(point[1]):.1f}" r="4" '
-            yield f'fill="{series.color}"><title>{html.escape(title)}</title></circle>'
+            yield f"{look}><title>{html.escape(title)}</title></circle>"
 
 
 def _finite(point: tuple[float, float]) -> bool:

@@ -140,7 +140,7 @@ def _origins(trials: list[FrozenTrial]) -> Table:
 
 
 def _parameters(found: Explanation) -> Table:
-    table = _table("parameter", "matters", "best so far", "predicted best [90%]", "worst [90%]")
+    table = _table("parameter", "importance", "best so far", "predicted best [90%]", "worst [90%]")
     for parameter in found.parameters:
         best, worst = _extremes(parameter)
         table.add_row(
@@ -150,6 +150,8 @@ def _parameters(found: Explanation) -> Table:
             _predicted(parameter, best),
             _predicted(parameter, worst),
         )
+    table.caption = "Importance by PED-ANOVA over the completed trials, as in optuna-dashboard."
+    table.caption_justify = "left"
     return table
 
 
@@ -179,7 +181,7 @@ def section(study: optuna.Study, spec: StudySpec) -> str:
         return ""
     shown = [p for p in found.parameters if p.importance >= 0.01] or list(found.parameters[:1])
     panels = "".join(
-        f"<div><b>{html.escape(p.name)}</b> <span class=quiet>{p.importance:.0%} of what varies"
+        f"<div><b>{html.escape(p.name)}</b> <span class=quiet>importance {p.importance:.0%}"
         f"</span>{_chart(p, predicted)}</div>"
         for p in shown
     )
@@ -187,7 +189,8 @@ def section(study: optuna.Study, spec: StudySpec) -> str:
         "<h2>Which parameters matter, and how</h2>"
         f"<p class=quiet>The predicted {predicted} along each parameter, the others as in the "
         "best trial, with a band that holds 90% of what is possible, and the trials (the best one "
-        "in colour). Shares of parameters that act together overlap."
+        "in colour, pruned ones as rings at what they had when they were pruned). Importance by "
+        "PED-ANOVA over the completed trials, as in optuna-dashboard."
         f"</p><div class=panels>{panels}</div>"
     )
 
@@ -215,13 +218,18 @@ def _chart(parameter: Parameter, predicted: str) -> str:
         for stretch in stretches
     ]
     # One run that went wrong would flatten the rest.
-    lowest = min(
-        float(parameter.low.min()), float(np.quantile([y for _, y in parameter.trials], 0.25))
-    )
-    seen = [(_place(parameter, v), max(y, lowest)) for v, y in parameter.trials]
-    best = max(seen, key=lambda point: point[1])
-    series.append(charts.Series(seen, color="#94a3b8", line=False, dots=True))
-    series.append(charts.Series([best], line=False, dots=True))
+    results = [y for _, y in parameter.trials + parameter.pruned]
+    lowest = min(float(parameter.low.min()), float(np.quantile(results, 0.25)))
+
+    def dots(trials: tuple[tuple[Any, float], ...]) -> list[tuple[float, float]]:
+        return [(_place(parameter, v), max(y, lowest)) for v, y in trials]
+
+    seen = dots(parameter.trials)
+    pruned = charts.Series(dots(parameter.pruned), "#94a3b8", line=False, dots=True, hollow=True)
+    series += [pruned, charts.Series(seen, color="#94a3b8", line=False, dots=True)]
+    best = max(seen, key=lambda point: point[1], default=None)
+    if best is not None:
+        series.append(charts.Series([best], line=False, dots=True))
     ticks = None
     if choices:
         ticks = [(at, wording.number(v)) for at, v in zip(x, parameter.values, strict=True)]

@@ -271,7 +271,8 @@ class _Worker:
             return
         with self.interruption.window():
             tuner = self._load()
-            self.display.works_on("evaluating the best adapter on the test split")
+            if "test" in tuner.data_facts()["splits"]:
+                self.display.works_on("evaluating the best adapter on the test split")
             try:
                 evaluation = tuner.test(there.folder)
             except (RuntimeError, MemoryError, UserError) as error:

@@ -43,7 +43,8 @@ def test_what_matters_comes_first_and_is_predicted_in_the_objectives_units(
         "lora_dropout",
     ]
     rate, targets, dropout = found.parameters
-    assert rate.importance > 0.8 and dropout.importance < 0.05
+    assert rate.importance > 0.5 > 3 * dropout.importance
+    assert sum(p.importance for p in found.parameters) == pytest.approx(1)
     # The minimum of the predicted curve lies where that of the objective does.
     lowest = rate.values[int(np.argmin(sign * rate.mean))]
     assert math.log10(lowest) == pytest.approx(-3, abs=0.25)
@@ -53,6 +54,34 @@ def test_what_matters_comes_first_and_is_predicted_in_the_objectives_units(
     assert set(targets.values) == {"qv", "all-linear"} and targets.best == "all-linear"
     assert len(rate.trials) == 30
     assert rate.prior is not None and rate.prior.max() == 1.0
+
+
+def test_importance_is_what_the_dashboard_shows() -> None:
+    from optuna_dashboard._importance import get_param_importance_from_trials_cache
+    from optuna_dashboard._inmemory_cache import InMemoryCache
+
+    for direction in ("minimize", "maximize"):
+        study = studied(direction)
+        shown = get_param_importance_from_trials_cache(
+            InMemoryCache(), study._storage, study._study_id, 0, study.trials
+        )
+        found = {p.name: p.importance for p in explain(study).parameters}
+        assert found == pytest.approx({row["name"]: row["importance"] for row in shown})
+
+
+def test_a_pruned_trial_stands_at_what_it_had_when_it_was_pruned() -> None:
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(0))
+    for number in range(8):
+        trial = study.ask()
+        x = trial.suggest_float("x", 0, 1)
+        trial.report(-0.12 if number == 7 else x - 1, 1)
+        if number == 7:
+            study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        else:
+            study.tell(trial, x)
+    (parameter,) = explain(study).parameters
+    assert parameter.pruned == ((pytest.approx(study.trials[7].params["x"]), -0.12),)
+    assert [value for _, value in parameter.trials] == [t.value for t in study.trials[:7]]
 
 
 def test_the_best_trial_keeps_the_constraints_where_any_does() -> None:
@@ -152,7 +181,7 @@ def test_no_device_and_no_value_stops_it(unit: float) -> None:
         found = explain(study)
     finally:
         torch.set_default_device(None)
-    assert [p.name for p in found.parameters] == ([] if math.isinf(unit) else ["x", "y"])
+    assert {p.name for p in found.parameters} == (set() if math.isinf(unit) else {"x", "y"})
     for parameter in found.parameters:
         assert np.isfinite(parameter.mean).all()
         assert all(math.isfinite(value) for _, value in parameter.trials)
