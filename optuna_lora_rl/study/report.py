@@ -15,6 +15,7 @@ from optuna.trial import TrialState
 from optuna_lora_rl.errors import masked
 from optuna_lora_rl.study import charts
 from optuna_lora_rl.study import data_report
+from optuna_lora_rl.study import front
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import output
 from optuna_lora_rl.study import rank_report
@@ -75,8 +76,7 @@ def facts(study: optuna.Study, spec: StudySpec, trial: FrozenTrial) -> dict[str,
 
 def top(trials: Iterable[FrozenTrial], number: int) -> list[FrozenTrial]:
     """The completed trials with the highest scores, best first."""
-    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    return sorted(complete, key=lambda t: outcome.final_score(t) or 0.0, reverse=True)[:number]
+    return outcome.ranked(trials)[:number]
 
 
 def write(study: optuna.Study, spec: StudySpec, *, lost: str = "") -> Path:
@@ -103,6 +103,7 @@ def write(study: optuna.Study, spec: StudySpec, *, lost: str = "") -> Path:
             _best(facts, spec, lost),
             examples,
             rank_report.section(best, spec),
+            front.section(study, spec),
             _figures(trials, facts["trial"], spec),
             explaining.section(study, spec),
             _table(trials, spec),

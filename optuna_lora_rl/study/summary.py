@@ -16,6 +16,7 @@ from rich.text import Text
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.study import data_report
+from optuna_lora_rl.study import front
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import owner
 from optuna_lora_rl.study import report
@@ -62,6 +63,9 @@ def standing(
         return
     console.print()
     console.print(_table(best, console.width))
+    if shown := front.front(study):
+        _say(console, Text(front.sentence(shown, spec), style="dim"))
+        console.print(front.table(shown, spec))
     gain = _gain(study, best[0])
     if gain.row_count:
         console.print(gain)
@@ -159,8 +163,10 @@ def best(console: Console, study: optuna.Study, spec: StudySpec, *, as_json: boo
     facts = report.best_facts(study, spec)
     if facts is None:
         raise UserError(f"the study {spec.name!r} has no completed trial yet")
+    shown = front.front(study)
     if as_json:
-        print(json.dumps(facts, indent=2))
+        more = {"pareto_front": front.as_json(shown, spec)} if shown else {}
+        print(json.dumps(facts | more, indent=2))
         return
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="dim")
@@ -171,6 +177,10 @@ def best(console: Console, study: optuna.Study, spec: StudySpec, *, as_json: boo
     score = wording.score(facts["score"])
     _say(console, Text(f"Trial {facts['trial']}, score {score}", style="bold green"))
     console.print(rows, highlight=False)
+    if shown:
+        console.print()
+        _say(console, Text(front.sentence(shown, spec), style="dim"))
+        console.print(front.table(shown, spec))
 
 
 def _table(trials: Sequence[FrozenTrial], width: int) -> Table:
