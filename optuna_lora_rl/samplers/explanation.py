@@ -7,9 +7,11 @@ is set by the configurations worth telling apart.
 
 from __future__ import annotations
 
+import html
 import math
 import warnings
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from typing import Any
@@ -130,7 +132,7 @@ class Origin:
         return f"{self.source}; {expected}{remarks}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Explanation:
     """See :func:`explain`.
 
@@ -157,6 +159,31 @@ class Explanation:
             for p in self.parameters
         ]
         return "\n".join([*lines, *(f"trial {n}: {said}" for n, said in self.origins.items())])
+
+    def __repr__(self) -> str:
+        # The arrays of a curve are for figures.
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the parameters, and where each trial came from."""
+        parameters = [(p.name, f"{p.importance:.0%}", _short(p.best)) for p in self.parameters]
+        heads = ("parameter", "importance (PED-ANOVA)", "best so far")
+        origins = [(str(number), str(said)) for number, said in self.origins.items()]
+        return (
+            _html_table(heads, parameters)
+            + "<p>figure() draws the predicted objective along each parameter.</p>"
+            + f"<details><summary>Where each of the {len(origins)} trials came from</summary>"
+            + _html_table(("trial", "why it was proposed"), origins)
+            + "</details>"
+        )
+
+
+def _html_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return f"<table><tr>{head}</tr>{body}</table>"
 
 
 def _short(value: Any) -> str:

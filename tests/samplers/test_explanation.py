@@ -187,6 +187,19 @@ def test_no_device_and_no_value_stops_it(unit: float) -> None:
         assert all(math.isfinite(value) for _, value in parameter.trials)
 
 
+def test_a_notebook_shows_a_table_and_no_arrays() -> None:
+    found = explain(studied("minimize"))
+    assert repr(found) == str(found) and "array" not in repr(found)
+    page = found._repr_html_()
+    shares = [f"<td>{p.name}</td><td>{p.importance:.0%}</td>" for p in found.parameters]
+    assert all(share in page for share in shares)
+    assert "Where each of the 30 trials came from" in page
+
+    study = optuna.create_study()
+    study.optimize(lambda trial: trial.suggest_float("<b>x", 0, 1), n_trials=4)
+    assert "<b>" not in explain(study)._repr_html_()
+
+
 def test_the_figure_has_a_panel_for_each_parameter() -> None:
     figure = explain(studied("minimize")).figure()
     titles = [annotation.text for annotation in figure.layout.annotations]
