@@ -18,6 +18,7 @@ from optuna_lora_rl.commands import study
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.errors import masked
 from optuna_lora_rl.errors import shortened
+from optuna_lora_rl.terminal import writable
 
 app = typer.Typer(
     name="optuna-lora-rl",
@@ -25,7 +26,6 @@ app = typer.Typer(
     "Begin with [bold]optuna-lora-rl init study.yaml[/], then "
     "[bold]optuna-lora-rl run study.yaml[/].",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -48,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     A user's mistake is one sentence and status 2; a bug is a traceback and status 1.
     """
+    for stream in (sys.stdout, sys.stderr):
+        writable(stream)
     given = None if arguments is None else list(arguments)
     try:
         code = app(args=given, standalone_mode=False)

@@ -12,12 +12,7 @@ import typer
 from optuna_lora_rl.errors import masked
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from optuna_lora_rl.study.spec import StudySpec
-
-# Columns of output that goes to a file or a pipe.
-_FILE_WIDTH = 140
 
 StudyFile = Annotated[Path, typer.Argument(metavar="STUDY.YAML", help="The study's file.")]
 Overrides = Annotated[
@@ -36,14 +31,6 @@ def load(file: Path, overrides: Sequence[str]) -> StudySpec:
     from optuna_lora_rl.study import spec
 
     return spec.load(file, overrides)
-
-
-def console() -> Console:
-    """The terminal, or a file that is wide enough for a table."""
-    from rich.console import Console
-
-    terminal = Console()
-    return terminal if terminal.is_terminal else Console(width=_FILE_WIDTH)
 
 
 def split(words: str | None) -> list[str] | None:

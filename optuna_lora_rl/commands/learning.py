@@ -12,8 +12,8 @@ from typing import Annotated
 import typer
 
 from optuna_lora_rl.commands.given import Overrides
-from optuna_lora_rl.commands.given import console
 from optuna_lora_rl.commands.given import split
+from optuna_lora_rl.terminal import console
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from optuna_lora_rl.commands.given import console
 from optuna_lora_rl.commands.given import load
 from optuna_lora_rl.commands.given import split
+from optuna_lora_rl.terminal import console
 
 app = typer.Typer()
 

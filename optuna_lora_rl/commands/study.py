@@ -13,9 +13,9 @@ import typer
 from optuna_lora_rl.commands.given import Overrides
 from optuna_lora_rl.commands.given import StudyFile
 from optuna_lora_rl.commands.given import again
-from optuna_lora_rl.commands.given import console
 from optuna_lora_rl.commands.given import load
 from optuna_lora_rl.errors import masked
+from optuna_lora_rl.terminal import console
 
 app = typer.Typer()
 

@@ -165,14 +165,14 @@ class Course:
             merges=adapter.has_base,
             follower=self._follower,
             own_head=prepared.base.own_head,
+            on_activity=run.on_activity,
         )
         if not adapter.changed():
             rate = wanted.learning_rate
             raise FineTuningError("error", f"training left the adapter as it was (at rate {rate})")
         if self._stages[self._steps] is not self._stages[self._plan.steps]:
             # Stopped early, and others' last evaluation reads everything.
-            tokens, asked = prepared.tokens, prepared.asked
-            values = shared.evaluate(adapter.model, tokens.validation, asked)
+            values = self._evaluated(adapter)
             self.progress.ended(values, shared.baseline)
         if self._changing is not None and self._changing.changes:
             self._ranks = self._spells()[-1][1]
@@ -200,8 +200,7 @@ class Course:
         before = self.progress.curve[-1]["quality"]
         after = before
         if done.after != done.before:
-            tokens, asked = shared.prepared.tokens, shared.prepared.asked
-            self._values = shared.evaluate(adapter.model, tokens.validation, asked)
+            self._values = self._evaluated(adapter)
             after = evaluation.quality(shared.objective.metric, self._values, shared.baseline)
             self._ranks = done.after
         self._truncation = {
@@ -272,6 +271,11 @@ class Course:
         changes = [] if self._changing is None else self._changing.changes
         return rank_change.spells({**start, **self._allocated.ranks}, changes, self._steps)
 
+    def _evaluated(self, adapter: Adapter) -> dict[str, float]:
+        prepared, tell = self._shared.prepared, self._run.on_activity
+        validation, asked = prepared.tokens.validation, prepared.asked
+        return self._shared.evaluate(adapter.model, validation, asked, on_activity=tell)
+
     def _generated(self, step: int) -> dict[str, float]:
         model = None if self._adapter is None else self._adapter.model
-        return self._shared.generated(model, self._stages[step].asked)
+        return self._shared.generated(model, self._stages[step].asked, self._run.on_activity)

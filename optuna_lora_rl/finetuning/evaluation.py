@@ -14,6 +14,9 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from optuna_lora_rl.activity import OnActivity
+from optuna_lora_rl.activity import counted
+from optuna_lora_rl.activity import unseen
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning.data import draw
 from optuna_lora_rl.finetuning.files import Row
@@ -144,12 +147,18 @@ def generated(
     *,
     max_new_tokens: int,
     batch_size: int,
+    on_activity: OnActivity = unseen,
 ) -> dict[str, float]:
     """Answers the questions greedily and returns exact match, accuracy and macro F1."""
-    return compare(
-        answers(model, tokenizer, asked, max_new_tokens=max_new_tokens, batch_size=batch_size),
-        asked.answers,
+    given = answers(
+        model,
+        tokenizer,
+        asked,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        on_activity=on_activity,
     )
+    return compare(given, asked.answers)
 
 
 def answers(
@@ -159,6 +168,7 @@ def answers(
     *,
     max_new_tokens: int,
     batch_size: int,
+    on_activity: OnActivity = unseen,
 ) -> list[str]:
     """Generates an answer to each question, greedily, in left-padded batches."""
     import torch
@@ -172,7 +182,8 @@ def answers(
     # Prompts of like length together: less padding, same answers.
     order = sorted(range(len(texts)), key=lambda index: (len(asked.prompts[index]), index))
     try:
-        for start in range(0, len(order), batch_size):
+        starts = range(0, len(order), batch_size)
+        for start in counted(starts, "generating answers", "batches", on_activity):
             batch = order[start : start + batch_size]
             prompts = [asked.prompts[index] for index in batch]
             blank = [max(map(len, prompts)) - len(prompt) for prompt in prompts]

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import torch
 
+from optuna_lora_rl.activity import Activity
+from optuna_lora_rl.activity import OnActivity
+from optuna_lora_rl.activity import unseen
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning import data
 from optuna_lora_rl.finetuning import device as devices
@@ -56,6 +59,7 @@ def prepare(
     objective: ObjectiveOptions,
     *,
     cache: Path | None = None,
+    on_activity: OnActivity = unseen,
 ) -> Prepared:
     """Loads model and data; the data first, because its mistakes show sooner.
 
@@ -65,6 +69,7 @@ def prepare(
         training: How every run trains.
         objective: What is maximised.
         cache: Folder where tokens are kept.
+        on_activity: Told what is loaded, fetched and tokenised, and how far that is.
 
     Raises:
         UserError: When either cannot be had, they do not fit the options, or the cache cannot be
@@ -74,10 +79,13 @@ def prepare(
     if refused:
         raise UserError(refused)
     device = devices.device_of(training.use_cpu)
-    with quiet(), own_randomness():
+    with quiet(on_activity), own_randomness():
+        on_activity(Activity(f"loading {data_options.train}"))
         splits = data.load(data_options)
         data.check_metric(splits.kind, objective)
+        on_activity(Activity(f"loading {model_options.name}"))
         base = model.load(model_options, device)
+        on_activity(Activity("tokenising"))
         made = tokens.tokenise(
             splits,
             base,

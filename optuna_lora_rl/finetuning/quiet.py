@@ -6,6 +6,11 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextlib import nullcontext
+from typing import Any
+
+from optuna_lora_rl.activity import Activity
+from optuna_lora_rl.activity import OnActivity
 
 # Known and harmless in a trial; anything else still reaches the user.
 _HARMLESS = (
@@ -22,8 +27,12 @@ _LOGGERS = ("trl", "peft", "accelerate", "datasets", "huggingface_hub")
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Silences progress bars, logs below errors, harmless warnings and telemetry."""
+def quiet(on_activity: OnActivity | None = None) -> Iterator[None]:
+    """Silences progress bars, logs below errors, harmless warnings and telemetry.
+
+    Args:
+        on_activity: Told what the bars of downloads, loading and tokenising would show.
+    """
     import datasets
     from huggingface_hub import constants
     from transformers.utils import logging as transformers_logging
@@ -33,14 +42,16 @@ def quiet() -> Iterator[None]:
     data_bars = datasets.are_progress_bars_disabled()
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    shown = on_activity is not None and _is_plain()
+    if not shown:
+        transformers_logging.disable_progress_bar()
+        datasets.disable_progress_bars()
     telemetry_off = constants.HF_HUB_DISABLE_TELEMETRY
     constants.HF_HUB_DISABLE_TELEMETRY = True
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with _told(on_activity) if shown else nullcontext(), warnings.catch_warnings():
             for message in _HARMLESS:
                 warnings.filterwarnings("ignore", message=message)
             yield
@@ -53,3 +64,36 @@ def quiet() -> Iterator[None]:
         constants.HF_HUB_DISABLE_TELEMETRY = telemetry_off
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
+
+
+def _is_plain() -> bool:
+    """Whether the libraries' bars are tqdm's plain ones, and not a notebook's widgets."""
+    import tqdm.auto
+    import tqdm.std
+
+    return tqdm.auto.tqdm.display is tqdm.std.tqdm.display
+
+
+@contextmanager
+def _told(on_activity: OnActivity | None) -> Iterator[None]:
+    """Has tqdm's bars tell how far they are instead of drawing themselves."""
+    from tqdm.std import tqdm
+
+    assert on_activity is not None
+
+    def display(bar: Any, msg: str | None = None, pos: int | None = None) -> bool:
+        # Nothing is left behind at its end, not even an empty line.
+        bar.leave = False
+        fetches = bar.unit == "B"
+        name = (bar.desc or "").removesuffix(": ")
+        what = f"downloading {name}" if fetches else name[:1].lower() + name[1:]
+        unit = "" if bar.unit == "it" else bar.unit.strip()
+        on_activity(Activity(what or "working", bar.n, bar.total, unit))
+        return False
+
+    before = tqdm.display
+    tqdm.display = display
+    try:
+        yield
+    finally:
+        tqdm.display = before

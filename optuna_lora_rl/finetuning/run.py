@@ -8,6 +8,8 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
+from optuna_lora_rl.activity import OnActivity
+from optuna_lora_rl.activity import unseen
 from optuna_lora_rl.finetuning.progress import Report
 from optuna_lora_rl.vocabulary import Value
 
@@ -76,6 +78,7 @@ class Run:
         report: Called at every evaluation; what it raises ends the run.
         folder: Where the adapter is saved in PEFT format; not saved if None.
         trackers_name: The run's name in trackers.
+        on_activity: Told what the run does, step by step.
     """
 
     number: int
@@ -84,3 +87,4 @@ class Run:
     report: Report | None = None
     folder: Path | None = None
     trackers_name: str | None = None
+    on_activity: OnActivity = unseen

@@ -29,6 +29,8 @@ from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 from trl import SFTTrainer
 
+from optuna_lora_rl.activity import OnActivity
+from optuna_lora_rl.activity import unseen
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning import heads
 from optuna_lora_rl.finetuning.configuration import Configuration
@@ -38,6 +40,7 @@ from optuna_lora_rl.finetuning.hub import first_line
 from optuna_lora_rl.finetuning.options import TrainingOptions
 from optuna_lora_rl.finetuning.quiet import quiet
 from optuna_lora_rl.finetuning.trackers import Follower
+from optuna_lora_rl.finetuning.trainer import Batches
 from optuna_lora_rl.finetuning.trainer import Evaluations
 from optuna_lora_rl.finetuning.trainer import OnEvaluation
 from optuna_lora_rl.finetuning.trainer import Trainer
@@ -137,6 +140,7 @@ def train(
     merges: bool = False,
     follower: Follower | None = None,
     own_head: bool = False,
+    on_activity: OnActivity = unseen,
 ) -> int:
     """Trains the adapter in ``model`` and returns the steps done.
 
@@ -160,11 +164,12 @@ def train(
         merges: Whether evaluations may add the updates to the base weights for their time.
         follower: Knows the trackers that follow the run; None for none.
         own_head: Whether the model's own forward makes the logits, not TRL's fused head.
+        on_activity: Told of each step, and of each batch that is evaluated.
 
     Raises:
         FineTuningError: When the loss is no finite number, or TRL refuses the configuration.
     """
-    callback = Evaluations(plan.evaluated, on_evaluation)
+    callback = Evaluations(plan.evaluated, on_evaluation, on_activity)
     trackers = follower.names if follower else []
     settings = {
         "output_dir": str(folder),
@@ -217,10 +222,22 @@ def evaluate(
     options: TrainingOptions,
     *,
     device: torch.device,
+    progress: Callable[[int, int], None],
     own_head: bool = False,
 ) -> dict[str, float]:
-    """Returns TRL's evaluation metrics of a model as it stands."""
+    """Returns TRL's evaluation metrics of a model as it stands.
+
+    Args:
+        model: The model.
+        tokenizer: For padding.
+        dataset: Tokenised examples.
+        options: What all trials share.
+        device: Where to evaluate.
+        progress: Told after each batch how many are done, and how many there are.
+        own_head: Whether the model's own head is in the place of TRL's.
+    """
     trainer = _evaluator(model, tokenizer, dataset, options, device, own_head)
+    trainer.add_callback(Batches(progress))
     with quiet():
         metrics: dict[str, float] = trainer.evaluate()
     return metrics

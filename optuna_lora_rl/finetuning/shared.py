@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from dataclasses import replace
 from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ import torch
 import transformers
 from datasets import Dataset
 
+from optuna_lora_rl.activity import Activity
+from optuna_lora_rl.activity import OnActivity
+from optuna_lora_rl.activity import unseen
 from optuna_lora_rl.finetuning import checking
 from optuna_lora_rl.finetuning import sft
 from optuna_lora_rl.finetuning.allocation import Allocator
@@ -51,6 +55,7 @@ class Shared:
         objective: What is maximised.
         target_sets: The user's own lists of module names, by name.
         cache: Folder for what is made or measured once; None for nowhere.
+        on_activity: Told what takes its time.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class Shared:
         objective: ObjectiveOptions,
         target_sets: Mapping[str, Sequence[str]],
         cache: Path | None,
+        on_activity: OnActivity = unseen,
     ) -> None:
         self.data = data
         self.training = training
@@ -68,10 +74,18 @@ class Shared:
         self.target_sets = target_sets
         self.cache = cache
         self._model = model
+        self._on_activity = on_activity
 
     @cached_property
     def prepared(self) -> Prepared:
-        made = prepare(self._model, self.data, self.training, self.objective, cache=self.cache)
+        made = prepare(
+            self._model,
+            self.data,
+            self.training,
+            self.objective,
+            cache=self.cache,
+            on_activity=self._on_activity,
+        )
         base = checking.checked(made.base, made.tokens, self.training, made.device, self.cache)
         return replace(made, base=base)
 
@@ -117,19 +131,37 @@ class Shared:
         """Returns the untuned model's evaluation, measured once."""
 
         def measure() -> dict[str, float]:
-            return self.evaluate_base(dataset, asked)
+            return self.evaluate_base(dataset, asked, "measuring the untuned model")
 
         return Evaluation(**once(self.cache, "baselines", self.facts(dataset, asked), measure))
 
-    def evaluate_base(self, dataset: Dataset, asked: Questions | None) -> dict[str, float]:
+    def evaluate_base(
+        self, dataset: Dataset, asked: Questions | None, what: str
+    ) -> dict[str, float]:
         """Evaluates the untuned model."""
         base = self.prepared.base.model
         with own_randomness(), restored(base, {}):
-            return self.evaluate(base, dataset, asked)
+            return self.evaluate(base, dataset, asked, what)
 
-    def evaluate(self, model: Any, dataset: Dataset, asked: Questions | None) -> dict[str, float]:
-        """Evaluates a model as it stands."""
-        prepared = self.prepared
+    def evaluate(
+        self,
+        model: Any,
+        dataset: Dataset,
+        asked: Questions | None,
+        what: str = "evaluating",
+        *,
+        on_activity: OnActivity | None = None,
+    ) -> dict[str, float]:
+        """Evaluates a model as it stands.
+
+        Args:
+            model: The model.
+            dataset: What it reads.
+            asked: What it answers, if anything.
+            what: What this is, in words.
+            on_activity: Told how far it is; the study's function by default.
+        """
+        prepared, tell = self.prepared, on_activity or self._on_activity
         with quiet():
             metrics = sft.evaluate(
                 model,
@@ -138,10 +170,13 @@ class Shared:
                 self.training,
                 device=prepared.device,
                 own_head=prepared.base.own_head,
+                progress=partial(_tell, tell, what),
             )
-            return {**teacher_forced(metrics), **self.generated(model, asked)}
+            return {**teacher_forced(metrics), **self.generated(model, asked, tell)}
 
-    def generated(self, model: Any, asked: Questions | None) -> dict[str, float]:
+    def generated(
+        self, model: Any, asked: Questions | None, on_activity: OnActivity
+    ) -> dict[str, float]:
         """Returns the metrics of generated answers; none where nothing is asked."""
         if asked is None:
             return {}
@@ -151,6 +186,7 @@ class Shared:
             asked,
             max_new_tokens=self.objective.max_new_tokens,
             batch_size=self.training.eval_batch_size,
+            on_activity=on_activity,
         )
 
     def facts(self, dataset: Dataset, asked: Questions | None) -> dict[str, Any]:
@@ -171,6 +207,10 @@ class Shared:
         """Gives back what a run took and no other needs."""
         if self.prepared.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _tell(on_activity: OnActivity, what: str, done: int, total: int) -> None:
+    on_activity(Activity(what, done, total, "batches"))
 
 
 def content_of(dataset: Dataset) -> str:

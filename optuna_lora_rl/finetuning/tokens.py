@@ -38,7 +38,6 @@ from optuna_lora_rl.finetuning.kept import kept
 from optuna_lora_rl.finetuning.lora import restored
 from optuna_lora_rl.finetuning.model import Base
 from optuna_lora_rl.finetuning.options import TrainingOptions
-from optuna_lora_rl.finetuning.quiet import quiet
 
 # Of TRL's columns: what runs read. Beside them stands how long an example was before it was cut.
 _COLUMNS = ("input_ids", "labels", "seq_lengths")
@@ -189,7 +188,7 @@ def _prepare(
     }
     rows = {name: _source(split) for name, split in datasets.items()}
     train = rows.pop("train")
-    with quiet(), restored(base.model, {}):
+    with restored(base.model, {}):
         trainer = SFTTrainer(
             model=base.model,
             args=SFTConfig(**settings),

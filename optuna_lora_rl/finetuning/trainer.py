@@ -19,6 +19,8 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from optuna_lora_rl.activity import Activity
+from optuna_lora_rl.activity import OnActivity
 from optuna_lora_rl.finetuning.failure import FineTuningError
 from optuna_lora_rl.finetuning.learnt import learnt_only
 from optuna_lora_rl.finetuning.merged import merged
@@ -116,7 +118,26 @@ class Trainer(SFTTrainer):
         return 0
 
 
-class Evaluations(TrainerCallback):
+class Batches(TrainerCallback):
+    """Tells how far an evaluation is."""
+
+    def __init__(self, progress: Callable[[int, int], None]) -> None:
+        self._progress = progress
+        self._done = 0
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        self._done += 1
+        self._progress(self._done, len(eval_dataloader))
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
+    ) -> None:
+        self._done = 0
+
+
+class Evaluations(Batches):
     """Has the model evaluated after certain steps, and hands the metrics on.
 
     Attributes:
@@ -125,19 +146,28 @@ class Evaluations(TrainerCallback):
             adds its part of its step's.
     """
 
-    def __init__(self, steps: Collection[int], on_evaluation: OnEvaluation) -> None:
+    def __init__(
+        self, steps: Collection[int], on_evaluation: OnEvaluation, on_activity: OnActivity
+    ) -> None:
+        super().__init__(lambda done, total: self._tells("evaluating", done, total, "batches"))
         self.raised: BaseException | None = None
         self.losses = 0.0
         self._since = 0
         self._steps = steps
         self._on_evaluation = on_evaluation
+        self._on_activity = on_activity
+        self._loss = ""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_evaluate = state.global_step in self._steps
+        step = state.global_step
+        control.should_evaluate = step in self._steps
+        self._loss = f"loss {self.losses / (step - self._since):.3f}"
+        self._tells("training", step, state.max_steps, "steps")
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
     ) -> None:
+        super().on_evaluate(args, state, control, metrics, **kwargs)
         step = state.global_step
         if step > self._since:
             metrics = {**metrics, "train_loss": self.losses / (step - self._since)}
@@ -148,3 +178,6 @@ class Evaluations(TrainerCallback):
         except Exception as error:
             self.raised, stop = error, True
         control.should_training_stop = control.should_training_stop or stop
+
+    def _tells(self, what: str, done: int, total: int, unit: str) -> None:
+        self._on_activity(Activity(what, done, total, unit, self._loss))

@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
 
+from optuna_lora_rl.activity import Activity
+from optuna_lora_rl.activity import OnActivity
+from optuna_lora_rl.activity import counted
+from optuna_lora_rl.activity import unseen
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning import process
 from optuna_lora_rl.finetuning.configuration import Configuration
@@ -60,6 +64,7 @@ class FineTuner:
         target_sets: The user's own lists of module names, by name.
         cache: Folder for what is made once (tokens, the untuned model's evaluation, the reference
             run); without it, it is made once in each process.
+        on_activity: Told what takes its time beside the runs: loading, tokenising, measuring.
 
     Example:
         >>> tuner = FineTuner(
@@ -80,6 +85,7 @@ class FineTuner:
         *,
         target_sets: Mapping[str, Sequence[str]] | None = None,
         cache: Path | None = None,
+        on_activity: OnActivity = unseen,
     ) -> None:
         self.model = model
         self.data = data
@@ -87,6 +93,7 @@ class FineTuner:
         self.objective = objective
         self.target_sets = dict(target_sets or {})
         self.cache = cache
+        self._on_activity = on_activity
 
     @process.alone()
     def prepare(self, targets: Iterable[str] = (), layers: Iterable[str] = ("all",)) -> list[str]:
@@ -196,6 +203,7 @@ class FineTuner:
         report: Report | None = None,
         folder: Path | None = None,
         trackers_name: str | None = None,
+        on_activity: OnActivity = unseen,
     ) -> TrialResult:
         """Trains and evaluates one adapter.
 
@@ -207,11 +215,14 @@ class FineTuner:
                 base model was restored.
             folder: Where the adapter is saved in PEFT format; not saved if left out.
             trackers_name: The run's name in trackers.
+            on_activity: Told what the run does, step by step.
 
         Raises:
             FineTuningError: When the trial failed by itself.
         """
-        return self._alone(Run(number, configuration, seed, report, folder, trackers_name))
+        return self._alone(
+            Run(number, configuration, seed, report, folder, trackers_name, on_activity)
+        )
 
     @process.alone()
     def run_packed(
@@ -282,9 +293,11 @@ class FineTuner:
         if rows is None or dataset is None:
             return None
         asked = questions(base, rows, self.data, self.objective)
-        before = Evaluation(**self._shared.evaluate_base(dataset, asked))
+        what = "evaluating the untuned model on the test split"
+        before = Evaluation(**self._shared.evaluate_base(dataset, asked, what))
+        what = "evaluating the best adapter on the test split"
         with quiet(), loaded(base.model, adapter) as adapted:
-            after = Evaluation(**self._shared.evaluate(adapted, dataset, asked))
+            after = Evaluation(**self._shared.evaluate(adapted, dataset, asked, what))
         gained = quality(self.objective.metric, after.metrics(), before)
         return replace(after, quality=gained)
 
@@ -320,9 +333,13 @@ class FineTuner:
                     "cannot be measured; truncate shows its sizes without --study"
                 )
             # The best approximation of the best approximation is that of the whole.
-            for size in reversed(truncation.sizes(own.factors)):
+            sizes = truncation.sizes(own.factors)[::-1]
+            for size in counted(sizes, "cutting and evaluating", "sizes", self._on_activity):
                 if resizing.resize(adapted, size.ranks) or not found:
-                    values = shared.evaluate(adapted, prepared.tokens.validation, prepared.asked)
+                    # Of the sizes, and not of the batches, it is told how many are done.
+                    values = shared.evaluate(
+                        adapted, prepared.tokens.validation, prepared.asked, on_activity=unseen
+                    )
                     now = quality(self.objective.metric, values, baseline)
                 found.append(now)
         return found[::-1]
@@ -337,7 +354,13 @@ class FineTuner:
         from optuna_lora_rl.finetuning.shared import Shared
 
         return Shared(
-            self.model, self.data, self.training, self.objective, self.target_sets, self.cache
+            self.model,
+            self.data,
+            self.training,
+            self.objective,
+            self.target_sets,
+            self.cache,
+            self._on_activity,
         )
 
     @cached_property
@@ -356,9 +379,13 @@ class FineTuner:
         }
 
         def measure() -> dict[str, float]:
-            return asdict(Course(shared, Run(0, configuration)).alone())
+            reference = Run(0, configuration, on_activity=self._measures_reference)
+            return asdict(Course(shared, reference).alone())
 
         return Measured(**once(self.cache, "references", facts, measure))
+
+    def _measures_reference(self, activity: Activity) -> None:
+        self._on_activity(replace(activity, what=f"the reference run: {activity.what}"))
 
 
 def _learns(kind: str, extra: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from typing import Literal
 
 import optuna
 
+from optuna_lora_rl.activity import Activity
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning import process
 from optuna_lora_rl.finetuning.trackers import TENSORBOARD_FOLDER
@@ -151,7 +152,6 @@ class _Worker:
     def _optimize(self) -> None:
         with self.interruption.window():
             tuner = self._load()
-            self.display.works_on("measuring the untuned model")
             try:
                 untuned = tuner.baseline()
             except (RuntimeError, MemoryError) as error:
@@ -160,7 +160,7 @@ class _Worker:
         self.study.set_user_attr(report.UNTUNED, untuned.metrics())
         if self.spec.packing != "off" and not self._is_packed():
             self.display.says("trials run one after the other: trackers follow one at a time")
-        self.display.works_on("proposing")
+        self.display.works_on(Activity("proposing"))
         with self.owner, Heartbeat(self.study) as heartbeat:
             trials = Trials(
                 self.study,
@@ -205,6 +205,7 @@ class _Worker:
                     report=run.report,
                     folder=run.folder,
                     trackers_name=run.trackers_name,
+                    on_activity=run.on_activity,
                 )
         except Exception as error:
             return error
@@ -212,7 +213,8 @@ class _Worker:
     def _load(self) -> FineTuner:
         if self._tuner is None:
             self._say_where()
-            self.display.works_on(f"loading {self.spec.model.name} and {self.spec.data.train}")
+            what = f"loading {self.spec.model.name} and {self.spec.data.train}"
+            self.display.works_on(Activity(what))
             # Takes seconds: transformers, TRL and PEFT come with it.
             from optuna_lora_rl.finetuning.trial import FineTuner
 
@@ -223,6 +225,7 @@ class _Worker:
                 self.spec.objective,
                 target_sets=self.spec.target_sets,
                 cache=self.spec.folder / "cache",
+                on_activity=self.display.works_on,
             )
             space = self.spec.lora_space()
             targets, layers = space.values("target_modules"), space.values("layers")
@@ -271,8 +274,6 @@ class _Worker:
             return
         with self.interruption.window():
             tuner = self._load()
-            if "test" in tuner.data_facts()["splits"]:
-                self.display.works_on("evaluating the best adapter on the test split")
             try:
                 evaluation = tuner.test(there.folder)
             except (RuntimeError, MemoryError, UserError) as error:

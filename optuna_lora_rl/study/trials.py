@@ -15,6 +15,7 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 from typing import Any
 
@@ -132,6 +133,7 @@ class Trials:
                 report=self._report(running),
                 folder=adapters.folder_of(self._spec.folder, trial.number),
                 trackers_name=f"{self._spec.name}-trial-{trial.number:04d}",
+                on_activity=partial(self._display.trial_works_on, trial.number),
             )
 
     def done(self, run: Run, result: TrialResult | Exception) -> None:

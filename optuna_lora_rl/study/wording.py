@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from optuna_lora_rl.activity import Activity
 from optuna_lora_rl.vocabulary import DEFAULTS
 
 _SHORT = {
@@ -116,6 +117,30 @@ def count(value: float) -> str:
         if value >= limit:
             return f"{value / limit:.3g}{unit}"
     return f"{value:.0f}"
+
+
+def size(count: float) -> str:
+    """A number of bytes, such as ``93 MB``."""
+    for limit, unit in ((1e9, " GB"), (1e6, " MB"), (1e3, " kB")):
+        if count >= limit:
+            return f"{count / limit:.3g}{unit}"
+    return f"{count:.0f} B"
+
+
+def activity(one: Activity) -> str:
+    """What is being done, such as ``tokenising: 1200 of 4000 rows, 3 files``."""
+    parts = [amount(one), one.detail]
+    said = ", ".join(filter(None, parts))
+    return f"{one.what}: {said}" if said else one.what
+
+
+def amount(one: Activity) -> str:
+    """How far an activity is, such as ``12 of 40 steps``; nothing where it is not counted."""
+    if one.unit == "B":
+        return size(one.done) + (f" of {size(one.total)}" if one.total else "")
+    if one.total is None:
+        return f"{one.done:.0f} {one.unit}".rstrip() if one.done else ""
+    return f"{one.done:.0f} of {one.total:.0f} {one.unit}".rstrip()
 
 
 def duration(seconds: float) -> str:

@@ -17,6 +17,7 @@ from optuna_lora_rl.study import display
 from optuna_lora_rl.study import runner
 from optuna_lora_rl.study import summary
 from optuna_lora_rl.study import wording
+from optuna_lora_rl.study.panel import LiveDisplay
 from tests.study.conftest import MakeSpec
 from tests.study.conftest import PaperTuner
 
@@ -44,7 +45,7 @@ def test_the_panel_shows_trial_score_best_and_time(
 ) -> None:
     spec = make_spec()
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
-    panel = display.LiveDisplay(console)
+    panel = LiveDisplay(console)
     panel.opens(spec, [])
     study = runner.run(spec).study
     panel.trial_ends(study.trials[0], study.trials[:1])

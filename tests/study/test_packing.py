@@ -23,6 +23,7 @@ from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import runner
 from optuna_lora_rl.study import summary
 from optuna_lora_rl.study import trials as trials_module
+from optuna_lora_rl.study.panel import LiveDisplay
 from tests.study.conftest import MakeSpec
 from tests.study.conftest import PaperTuner
 
@@ -265,7 +266,7 @@ def test_tune_packs(paper: type[PaperTuner], tmp_path: Path) -> None:
 
 def test_the_panel_has_a_line_for_each_running_trial(make_spec: MakeSpec) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=100, height=16)
-    panel = display.LiveDisplay(console)
+    panel = LiveDisplay(console)
     panel.opens(make_spec({"budget": 20, "packing": 12}), [])
     for number in range(12):
         panel.trial_starts(number, {"lora_rank": 4 + number, "learning_rate": 1e-3})
