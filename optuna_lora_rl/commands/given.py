@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Annotated
 
 import typer
 
+from optuna_lora_rl.activity import Activity
 from optuna_lora_rl.errors import masked
+from optuna_lora_rl.terminal import console
 
 if TYPE_CHECKING:
     from optuna_lora_rl.study.spec import StudySpec
@@ -26,11 +30,27 @@ Overrides = Annotated[
 ]
 
 
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Show no progress; errors are still told.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON, and nothing else.")]
+
+
 def load(file: Path, overrides: Sequence[str]) -> StudySpec:
     """Read a study's file."""
     from optuna_lora_rl.study import spec
 
     return spec.load(file, overrides)
+
+
+@contextmanager
+def loading(quiet: bool) -> Iterator[None]:
+    """Shows that libraries are loaded: torch, transformers and PEFT take seconds."""
+    from optuna_lora_rl.study.waiting import waiting
+
+    with waiting(console(stderr=True, quiet=quiet)) as on_activity:
+        on_activity(Activity("loading libraries"))
+        yield
 
 
 def split(words: str | None) -> list[str] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -14,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
 
-from rich.markup import escape
+from rich.text import Text
 
+from optuna_lora_rl.activity import Activity
+from optuna_lora_rl.activity import OnActivity
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.rank import advisor
 from optuna_lora_rl.rank import capacity
@@ -27,6 +28,8 @@ from optuna_lora_rl.rank import saved
 from optuna_lora_rl.rank import spectrum
 from optuna_lora_rl.rank import tables
 from optuna_lora_rl.rank import truncation
+from optuna_lora_rl.study import wording
+from optuna_lora_rl.study.waiting import waiting
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,6 +59,7 @@ class Files:
 
 def analyze(
     console: Console,
+    progress: Console,
     model: str | None,
     adapter: Path | None = None,
     *,
@@ -63,17 +67,20 @@ def analyze(
     dtype: str = "auto",
     exact: bool = False,
     files: Files | None = None,
+    as_json: bool = False,
 ) -> None:
     """Shows the spectra of a model's weights, or of an adapter's updates.
 
     Args:
         console: Where to.
+        progress: Where to show how far it is.
         model: As for :func:`load`. Beside an adapter it is only loaded to compare norms.
         adapter: Folder of a saved adapter; its base is not needed.
         modules: Ends of the paths of the layers; None for all linear ones.
         dtype: As for :func:`load`.
         exact: Whether large matrices too are decomposed whole.
         files: What to write.
+        as_json: Whether it is for programs.
 
     Raises:
         UserError: When neither is given, one cannot be read, or a file cannot be written.
@@ -81,27 +88,40 @@ def analyze(
     files, left_out = files or Files(), {}
     for page in (files.figure, files.capacity):
         tables.check_page(page)
-    if adapter is not None:
-        title = f"Updates of the adapter {adapter}"
-        found, more = _updates(console, adapter, model, modules, dtype)
-    elif model is not None:
-        title, more = f"Weights of {model}", {}
-        base = _load(console, model, dtype)
-        names = places.chosen(layers.shapes_of(base), modules)
-        with console.status(f"decomposing {len(names)} weights"):
+    with waiting(progress) as on_activity:
+        if adapter is not None:
+            title = f"Updates of the adapter {adapter}"
+            found, more = _updates(adapter, model, modules, dtype, on_activity)
+        elif model is not None:
+            title, more = f"Weights of {model}", {}
+            base = _load(model, dtype, on_activity)
+            names = places.chosen(layers.shapes_of(base), modules)
             up_to = 1 << 40 if exact else spectrum.EXACT_UP_TO
-            found = spectrum.of_weights(base, names, exact_up_to=up_to)
-        left_out = layers.others_of(base) if modules is None else {}
+            found = spectrum.of_weights(base, names, exact_up_to=up_to, on_activity=on_activity)
+            left_out = layers.others_of(base) if modules is None else {}
+        else:
+            raise UserError("analyze needs a --model, an --adapter or both")
+    if as_json:
+        print(wording.json_text({"title": title, "layers": _facts(found, more)}))
     else:
-        raise UserError("analyze needs a --model, an --adapter or both")
-    console.print(f"[bold]{escape(title)}[/]", highlight=False)
-    console.print(tables.spectra(found, more))
-    _say(console, _LEGEND + _estimated(found) + _left_out(left_out))
-    _write(console, title, found, more, files)
+        console.print(Text(title, style="bold"))
+        console.print(tables.spectra(found, more, console.width))
+        _say(console, _LEGEND + _estimated(found) + _left_out(left_out))
+    _write(progress if as_json else console, title, found, more, files)
+
+
+def _facts(
+    found: Mapping[str, Spectrum], more: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, Any]]:
+    return {
+        name: {**one.row(), **{heading: column[name] for heading, column in more.items()}}
+        for name, one in found.items()
+    }
 
 
 def advise(
     console: Console,
+    progress: Console,
     model: str,
     *,
     complexity: Complexity,
@@ -111,11 +131,13 @@ def advise(
     by_weight: bool = False,
     dtype: str = "auto",
     output: Path | None = None,
+    as_json: bool = False,
 ) -> None:
     """Shows ranks to begin with, why, what training takes, and the words for ``LoraConfig``.
 
     Args:
         console: Where to.
+        progress: Where to show how far it is.
         model: As for :func:`load`.
         complexity: As for :func:`advisor.advise`.
         memory_gb: The same.
@@ -124,19 +146,21 @@ def advise(
         by_weight: Whether layers get rank by their weights' spectra, or all alike.
         dtype: As for :func:`load`.
         output: JSON file of the decisions; None for none.
+        as_json: Whether they are shown for programs too.
 
     Raises:
         UserError: When the model cannot be loaded, a module is unknown, even rank 1 does not
             fit, or the file cannot be written.
     """
-    base = _load(console, model, dtype)
+    with waiting(progress) as on_activity:
+        base = _load(model, dtype, on_activity)
+        every = layers.shapes_of(base)
+        names = places.chosen(every, modules)
+        found = None
+        if by_weight:
+            spectra = spectrum.of_weights(base, names, on_activity=on_activity)
+            found = importance.of_spectra(spectra)
     workload = replace(workload, itemsize=base.dtype.itemsize)
-    every = layers.shapes_of(base)
-    names = places.chosen(every, modules)
-    found = None
-    if by_weight:
-        with console.status(f"decomposing {len(names)} weights"):
-            found = importance.of_spectra(spectrum.of_weights(base, names))
     advice = advisor.advise(
         base,
         complexity=complexity,
@@ -146,18 +170,21 @@ def advise(
         importance=found,
     )
     words = config_of(advice, every)
-    console.print(f"[bold]Ranks to begin with, for {escape(model)}[/]", highlight=False)
-    console.print(tables.ranks(advice.ranks))
-    for reason in advice.reasons:
-        console.print(f"- {escape(reason)}", highlight=False)
-    console.print(tables.memory(advice.memory))
-    console.print(escape(_python(words)), highlight=False, soft_wrap=True)
+    asked: dict[str, Any] = {"model": model, "complexity": complexity, "memory_gb": memory_gb}
+    asked |= {"workload": asdict(workload), "modules": modules, "by_weight": by_weight}
+    decisions = wording.json_text(_decisions(asked | {"dtype": dtype}, advice, words))
+    if as_json:
+        print(decisions)
+    else:
+        console.print(Text(f"Ranks to begin with, for {model}", style="bold"))
+        console.print(tables.ranks(advice.ranks))
+        for reason in advice.reasons:
+            console.print(Text(f"- {reason}"))
+        console.print(tables.memory(advice.memory))
+        console.print(Text(_python(words)), soft_wrap=True)
     if output is not None:
-        asked: dict[str, Any] = {"model": model, "complexity": complexity, "memory_gb": memory_gb}
-        asked |= {"workload": asdict(workload), "modules": modules, "by_weight": by_weight}
-        asked |= {"dtype": dtype}
-        _write_decisions(output, asked, advice, words)
-        _say(console, f"wrote {output}")
+        _write_text(output, decisions)
+        _say(progress if as_json else console, f"wrote {output}")
 
 
 def config_of(advice: Advice, every: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,17 +206,19 @@ def config_of(advice: Advice, every: Mapping[str, Any]) -> dict[str, Any]:
 
 def truncate(
     console: Console,
+    progress: Console,
     adapter: Path,
     output: Path | None,
     *,
     energy: float | None = None,
     rank: int | None = None,
-    qualities: Callable[[], Sequence[float]] | None = None,
+    qualities: Callable[[OnActivity], Sequence[float]] | None = None,
 ) -> None:
     """Cuts a saved adapter down, or shows what that would give where neither bound is given.
 
     Args:
         console: Where to say so.
+        progress: Where to show how far it is.
         adapter: Folder of the adapter.
         output: Folder that is written.
         energy: As for :func:`truncation.truncate`.
@@ -202,8 +231,11 @@ def truncate(
     if energy is None and rank is None:
         if output is not None:
             raise UserError("truncate takes either --energy or --rank to write an adapter")
-        sizes = truncation.sizes(truncation.cuttable(adapter).factors)
-        console.print(tables.sizes(sizes, None if qualities is None else qualities()))
+        with waiting(progress) as on_activity:
+            on_activity(Activity(f"decomposing the updates of {adapter}"))
+            sizes = truncation.sizes(truncation.cuttable(adapter).factors)
+            left = None if qualities is None else qualities(on_activity)
+        console.print(tables.sizes(sizes, left))
         from optuna_lora_rl.study import wording
 
         again = f"{wording.program()} {shlex.join(['truncate', str(adapter)])}"
@@ -213,22 +245,28 @@ def truncate(
         raise UserError("--study shows what each size leaves; it goes with no --energy or --rank")
     if output is None:
         raise UserError("truncate needs a folder to write, --output")
-    found = truncation.truncate(adapter, output, energy=energy, rank=rank)
+    with waiting(progress) as on_activity:
+        found = truncation.truncate(
+            adapter, output, energy=energy, rank=rank, on_activity=on_activity
+        )
     console.print(tables.truncation(found))
-    console.print(
+    words = (
         f"{found.parameters_after:,} of {found.parameters_before:,} parameters are kept "
         f"({found.kept:.1%}); {tables.size(truncation.bytes_of(adapter))} before, "
-        f"{tables.size(truncation.bytes_of(output))} now.",
-        highlight=False,
+        f"{tables.size(truncation.bytes_of(output))} now."
     )
+    console.print(Text(words))
     _say(console, f"wrote {output}")
 
 
-def merge(console: Console, adapter: Path, model: str | None, output: Path) -> None:
+def merge(
+    console: Console, progress: Console, adapter: Path, model: str | None, output: Path
+) -> None:
     """Merges a saved adapter into its base.
 
     Args:
         console: Where to say so.
+        progress: Where to show how far it is.
         adapter: Folder of the adapter.
         model: Its base; None for the one that the adapter names.
         output: Folder that is written.
@@ -245,7 +283,8 @@ def merge(console: Console, adapter: Path, model: str | None, output: Path) -> N
         raise UserError(f"the adapter in {str(adapter)!r} names no base model; give --model")
     options = _options(base, "--model" if model else str(adapter))
     revision = None if model else config.get("revision")
-    with console.status(f"merging into {escape(base)}"), quiet():
+    with waiting(progress) as on_activity, quiet(on_activity):
+        on_activity(Activity(f"merging into {base}"))
         path = path_of(options)
         count = merging.merge(path, adapter, output, revision=revision)
     _say(console, f"wrote the merged model to {output} ({tables.size(count)})")
@@ -281,28 +320,28 @@ def _options(name: object, source: str, dtype: str = "auto") -> ModelOptions:
     return reading.validate(ModelOptions, {"name": name, "dtype": dtype}, source)
 
 
-def _load(console: Console, name: str, dtype: str) -> PreTrainedModel:
+def _load(name: str, dtype: str, on_activity: OnActivity) -> PreTrainedModel:
     from optuna_lora_rl.finetuning.quiet import quiet
 
-    # The library's own bar would move on the same line of the terminal.
-    with console.status(f"loading {escape(name)}"), quiet():
+    on_activity(Activity(f"loading {name}"))
+    with quiet(on_activity):
         return load(name, dtype)
 
 
 def _updates(
-    console: Console,
     adapter: Path,
     model: str | None,
     modules: Sequence[str] | None,
     dtype: str,
+    on_activity: OnActivity,
 ) -> tuple[dict[str, Spectrum], dict[str, dict[str, float]]]:
     own = saved.read(adapter)
     own.check_plain()
     factors = {name: own.factors[name] for name in places.chosen(own.factors, modules)}
-    found = spectrum.of_all(factors)
+    found = spectrum.of_all(factors, on_activity=on_activity)
     more: dict[str, dict[str, float]] = {"r": {name: one.rank for name, one in factors.items()}}
     if model is not None:
-        loaded = _load(console, model, dtype)
+        loaded = _load(model, dtype, on_activity)
         own.check_fits(layers.shapes_of(loaded, with_head=True), model)
         base = layers.linear_modules(loaded, with_head=True)
         for name in factors:
@@ -370,22 +409,25 @@ def _literal(value: Any) -> str:
     return "{\n" + "".join(f"        {entry},\n" for entry in entries) + "    }"
 
 
-def _write_decisions(
-    file: Path, asked: Mapping[str, Any], advice: Advice, words: Mapping[str, Any]
-) -> None:
-    decisions = {
+def _decisions(
+    asked: Mapping[str, Any], advice: Advice, words: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {
         "asked": asked,
         "reasons": advice.reasons,
         "memory_bytes": {**asdict(advice.memory), "total": advice.memory.total},
         "ranks": advice.ranks,
         "lora_config": words,
     }
+
+
+def _write_text(file: Path, text: str) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(decisions, indent=2) + "\n", encoding="utf-8")
+        file.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"the advice cannot be written to {str(file)!r}: {error}") from None
 
 
 def _say(console: Console, words: str) -> None:
-    console.print(escape(words), highlight=False, style="dim", soft_wrap=True)
+    console.print(Text(words, style="dim"), soft_wrap=True)

@@ -8,7 +8,11 @@ from typing import Annotated
 
 import typer
 
+from optuna_lora_rl.activity import OnActivity
+from optuna_lora_rl.commands.given import AsJson
+from optuna_lora_rl.commands.given import Quiet
 from optuna_lora_rl.commands.given import load
+from optuna_lora_rl.commands.given import loading
 from optuna_lora_rl.commands.given import split
 from optuna_lora_rl.terminal import console
 
@@ -64,6 +68,8 @@ def analyze(
     exact: Annotated[
         bool, typer.Option("--exact", help="Decompose large weights whole; slow.")
     ] = False,
+    json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Show the singular values of a model's weights or an adapter's updates, layer by layer.
 
@@ -71,16 +77,19 @@ def analyze(
 
     Example: [bold]optuna-lora-rl analyze --model tiny --csv spectra.csv --figure map.html[/]
     """
-    from optuna_lora_rl.commands import layers
+    with loading(quiet):
+        from optuna_lora_rl.commands import layers
 
     layers.analyze(
         console(),
+        console(stderr=True, quiet=quiet),
         model,
         adapter,
         modules=split(modules),
         dtype=dtype.value,
         exact=exact,
         files=layers.Files(csv=csv, figure=figure, capacity=capacity),
+        as_json=json,
     )
 
 
@@ -111,16 +120,20 @@ def advise(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the decisions as JSON.")
     ] = None,
+    json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Advise ranks to begin with, with reasons, and the memory that training takes.
 
     Example: [bold]optuna-lora-rl advise --model tiny --task-complexity medium --memory-gb 8[/]
     """
-    from optuna_lora_rl.commands import layers
-    from optuna_lora_rl.rank import advisor
+    with loading(quiet):
+        from optuna_lora_rl.commands import layers
+        from optuna_lora_rl.rank import advisor
 
     layers.advise(
         console(),
+        console(stderr=True, quiet=quiet),
         model,
         complexity=task_complexity.value,
         memory_gb=memory_gb,
@@ -131,6 +144,7 @@ def advise(
         by_weight=by_weight,
         dtype=dtype.value,
         output=output,
+        as_json=json,
     )
 
 
@@ -146,6 +160,7 @@ def truncate(
         typer.Option(help="A study's file: show on its validation set what each would leave."),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Cut a trained adapter to the rank that its updates need, without loading its base.
 
@@ -153,16 +168,18 @@ def truncate(
 
     Example: [bold]optuna-lora-rl truncate my-adapter --energy 0.95 --output smaller[/]
     """
-    from optuna_lora_rl.commands import layers
+    with loading(quiet):
+        from optuna_lora_rl.commands import layers
 
-    def qualities() -> list[float]:
+    def qualities(on_activity: OnActivity) -> list[float]:
         from optuna_lora_rl.study import sizing
 
         assert study is not None
-        return sizing.qualities(load(study, []), adapter)
+        return sizing.qualities(load(study, []), adapter, on_activity)
 
     layers.truncate(
         console(),
+        console(stderr=True, quiet=quiet),
         adapter,
         output,
         energy=energy,
@@ -178,11 +195,13 @@ def merge(
     model: Annotated[
         str | None, typer.Option("--model", help="Its base; the one that it names by default.")
     ] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Merge an adapter into its base model, and write that as an ordinary model folder.
 
     Example: [bold]optuna-lora-rl merge my-adapter --output merged[/]
     """
-    from optuna_lora_rl.commands import layers
+    with loading(quiet):
+        from optuna_lora_rl.commands import layers
 
-    layers.merge(console(), adapter, model, output)
+    layers.merge(console(), console(stderr=True, quiet=quiet), adapter, model, output)

@@ -33,6 +33,9 @@ import torch
 from torch import Tensor
 from torch import nn
 
+from optuna_lora_rl.activity import OnActivity
+from optuna_lora_rl.activity import counted
+from optuna_lora_rl.activity import unseen
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.rank import layers
 
@@ -187,7 +190,11 @@ def of_factors(factors: Factors) -> Spectrum:
 
 
 def of_weights(
-    model: nn.Module, names: Iterable[str] | None = None, *, exact_up_to: int = EXACT_UP_TO
+    model: nn.Module,
+    names: Iterable[str] | None = None,
+    *,
+    exact_up_to: int = EXACT_UP_TO,
+    on_activity: OnActivity = unseen,
 ) -> dict[str, Spectrum]:
     """Decomposes the base model's linear weights, layer by layer.
 
@@ -195,14 +202,16 @@ def of_weights(
         model: The model, with or without an adapter.
         names: Layers; None for all linear ones.
         exact_up_to: As for :func:`of_matrix`.
+        on_activity: Told how many are done.
 
     Raises:
         UserError: When a name is no layer, or a weight is quantised.
     """
     modules = layers.linear_modules(model)
+    wanted = list(layers.chosen(modules, names))
     return {
         name: of_matrix(layers.weight_of(modules[name], name), exact_up_to=exact_up_to)
-        for name in layers.chosen(modules, names)
+        for name in counted(wanted, "decomposing", "weights", on_activity)
     }
 
 
@@ -218,11 +227,16 @@ def of_adapter(model: nn.Module, adapter: str = "default") -> dict[str, Spectrum
     }
 
 
-def of_all(factors: Mapping[str, Factors]) -> dict[str, Spectrum]:
+def of_all(
+    factors: Mapping[str, Factors], on_activity: OnActivity = unseen
+) -> dict[str, Spectrum]:
     """Decomposes updates by name, such as those of a saved adapter (:mod:`.saved`)."""
     if not factors:
         raise UserError("the adapter has no linear LoRA layers")
-    return {name: of_factors(one) for name, one in factors.items()}
+    return {
+        name: of_factors(factors[name])
+        for name in counted(factors, "decomposing", "updates", on_activity)
+    }
 
 
 def leading(matrix: Tensor, q: int, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,6 +6,7 @@ import csv
 import html
 from collections.abc import Iterable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
@@ -33,30 +34,49 @@ _MEASURES = (
     ("spectral_norm", "Spectral norm", "2-norm"),
     ("frobenius_norm", "Frobenius norm", "F-norm"),
 )
+# Headings of those that are left out first where a terminal is narrow.
+_LESS_TELLING = ("stable", "entropy", "F-norm", "90%")
 _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 # Cells of a heat map that still have room for their number.
 _WRITTEN_CELLS = 12 * 24
 
 
-def spectra(found: Mapping[str, Spectrum], more: Mapping[str, Mapping[str, float]]) -> Table:
+def spectra(
+    found: Mapping[str, Spectrum], more: Mapping[str, Mapping[str, float]], width: int
+) -> Table:
     """One row a layer.
 
     Args:
         found: The spectra.
         more: Further columns: their headings, and the number of each layer.
+        width: Of the terminal; where it is narrow some of the measures are left out.
     """
     start = shared_start(found)
-    table = _table("layer" + (f"\n{start}…" if start else ""), "shape", *more)
-    for _, _, heading in _MEASURES:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, one in found.items():
-        table.add_row(
-            name.removeprefix(start),
-            "{}x{}".format(*one.shape),
-            *(_number(column[name]) for column in more.values()),
-            *(_number(getattr(one, measure)) for measure, _, _ in _MEASURES),
-        )
+    columns = {
+        "layer" + (f"\n{start}…" if start else ""): [name.removeprefix(start) for name in found],
+        "shape": ["{}x{}".format(*one.shape) for one in found.values()],
+        **{heading: [_number(values[n]) for n in found] for heading, values in more.items()},
+        **{
+            heading: [_number(getattr(one, measure)) for one in found.values()]
+            for measure, _, heading in _MEASURES
+        },
+    }
+    for heading in _LESS_TELLING:
+        if _width(columns) > width:
+            del columns[heading]
+    table = _table(*columns)
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*cells)
     return table
+
+
+def _width(columns: Mapping[str, Sequence[str]]) -> int:
+    """Columns of a terminal that a table takes, with a space on either side of each cell."""
+    widest = (
+        max(len(line) for cell in (heading, *cells) for line in cell.split("\n"))
+        for heading, cells in columns.items()
+    )
+    return 1 + sum(cells + 2 for cells in widest)
 
 
 def write_csv(
@@ -189,9 +209,9 @@ def memory(found: Memory) -> Table:
         ("gradients", found.gradients),
         ("Adam's moments", found.moments),
         ("activations and logits", found.activations),
-        ("[bold]together[/]", found.total),
     ):
         table.add_row(words, size(count))
+    table.add_row("together", size(found.total), style="bold")
     return table
 
 

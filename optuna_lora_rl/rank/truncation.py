@@ -15,6 +15,8 @@ from pathlib import Path
 
 from torch import nn
 
+from optuna_lora_rl.activity import OnActivity
+from optuna_lora_rl.activity import unseen
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.rank import layers
 from optuna_lora_rl.rank import resizing
@@ -76,6 +78,7 @@ def truncate(
     *,
     energy: float | None = None,
     rank: int | None = None,
+    on_activity: OnActivity = unseen,
 ) -> Truncation:
     """Truncates a saved adapter into another folder, without loading a model.
 
@@ -84,6 +87,7 @@ def truncate(
         target: Folder that is written; it may be the same.
         energy: Share of each layer's energy to keep, over 0 to 1; or
         rank: the largest rank of a layer.
+        on_activity: Told how many updates are decomposed.
 
     Raises:
         UserError: When not exactly one of ``energy`` and ``rank`` is given or it is out of range,
@@ -91,7 +95,7 @@ def truncate(
     """
     _check(energy, rank)
     adapter = cuttable(source)
-    spectra = spectrum.of_all(adapter.factors)
+    spectra = spectrum.of_all(adapter.factors, on_activity)
     ranks = _ranks(adapter.factors, spectra, energy, rank)
     cut = {
         name: resizing.best_approximation(one, ranks[name]) if ranks[name] < one.rank else one

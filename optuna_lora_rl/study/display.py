@@ -136,12 +136,12 @@ class LineDisplay(Display):
 
     def trial_works_on(self, number: int, activity: Activity) -> None:
         self._running.by_number[number].activity = activity
-        self._waiting.works_on(self._running.in_one())
+        self._waiting.works_on(self._running.in_one(), first=False)
 
     def trial_ends(self, trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> None:
         assert self._spec is not None
         self._running.ends(trial.number)
-        self._waiting.works_on(self._running.in_one())
+        self._waiting.works_on(self._running.in_one(), first=False)
         limit = self._spec.budget.trials
         done = f"{Usage.of(trials).trials}" + (f"/{limit}" if limit else "")
         best = outcome.best_of(trials)

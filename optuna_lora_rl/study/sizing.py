@@ -5,18 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from optuna_lora_rl.activity import OnActivity
+from optuna_lora_rl.activity import unseen
 from optuna_lora_rl.study import opening
 
 if TYPE_CHECKING:
     from optuna_lora_rl.study.spec import StudySpec
 
 
-def qualities(spec: StudySpec, adapter: Path) -> list[float]:
+def qualities(spec: StudySpec, adapter: Path, on_activity: OnActivity = unseen) -> list[float]:
     """Evaluates a saved adapter, cut to each share of its energy.
 
     Args:
         spec: Whose model, data and metric.
         adapter: Folder of the adapter.
+        on_activity: Told how far it is.
 
     Returns:
         The qualities, in the order of :func:`optuna_lora_rl.rank.truncation.sizes`.
@@ -34,5 +37,6 @@ def qualities(spec: StudySpec, adapter: Path) -> list[float]:
         spec.objective,
         target_sets=spec.target_sets,
         cache=spec.folder / "cache",
+        on_activity=on_activity,
     )
     return tuner.cut(adapter)

@@ -72,12 +72,17 @@ class WaitingLines:
     def stop(self) -> None:
         self._ticker.stop()
 
-    def works_on(self, activity: Activity | None) -> None:
-        """Takes what is being done now; None for nothing worth a line."""
+    def works_on(self, activity: Activity | None, *, first: bool = True) -> None:
+        """Takes what is being done now.
+
+        Args:
+            activity: What; None for nothing worth a line.
+            first: Whether it is worth a line before there was silence for long.
+        """
         with self._lock:
             before = None if self._activity is None else self._activity.what
             if activity is not None and activity.what != before:
-                self._began, self._shown = time.monotonic(), False
+                self._began, self._shown = time.monotonic(), not first
             self._activity = activity
 
     def write(self, line: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import shlex
 import shutil
@@ -125,6 +127,19 @@ def size(count: float) -> str:
         if count >= limit:
             return f"{count / limit:.3g}{unit}"
     return f"{count:.0f} B"
+
+
+def json_text(value: Any) -> str:
+    """A value as JSON that every program reads: what is no finite number is null."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def activity(one: Activity) -> str:
