@@ -17,6 +17,8 @@ from optuna.study import StudyDirection
 from optuna_lora_rl import pruners
 from optuna_lora_rl import samplers
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.samplers.cut_short import is_cut_short
+from optuna_lora_rl.samplers.cut_short import repeats
 from optuna_lora_rl.samplers.cut_short import turn_of
 from optuna_lora_rl.study import attributes
 from optuna_lora_rl.study import earlier
@@ -132,21 +134,21 @@ def _read_whole(study: optuna.Study, spec: StudySpec) -> None:
 
 
 def create_sampler(
-    spec: StudySpec, *, turn: int | None = None, source_studies: Sequence[optuna.Study] = ()
+    spec: StudySpec, *, mixed_in: Sequence[int] = (), source_studies: Sequence[optuna.Study] = ()
 ) -> optuna.samplers.BaseSampler:
     """The sampler that the file asks for.
 
     Args:
         spec: The study.
-        turn: Of the trial that it is for (``turn_of``). It is mixed into the seeds of samplers
-            that would otherwise propose their first points again in every new process.
+        mixed_in: What of the trial that it is for goes into the seeds of samplers that would
+            otherwise propose their first points again in every new process.
         source_studies: Earlier studies to start from.
     """
     name, seed, options = spec.sampler.name, spec.sampler.seed, dict(spec.sampler.options)
     if name == "rl" and spec.budget.trials is not None:
         options.setdefault("n_trials", spec.budget.trials)
-    if name in _FORGETFUL and turn is not None:
-        seed = int(np.random.SeedSequence([seed, turn]).generate_state(1)[0])
+    if name in _FORGETFUL and mixed_in:
+        seed = int(np.random.SeedSequence([seed, *mixed_in]).generate_state(1)[0])
     return samplers.create(name, seed=seed, options=options, source_studies=source_studies)
 
 
@@ -163,8 +165,7 @@ def create_pruner(spec: StudySpec) -> optuna.pruners.BasePruner:
 def propose(spec: StudySpec, trial: optuna.Trial) -> Configuration:
     """Asks the sampler for the trial's configuration, and writes down who proposed it."""
     if spec.sampler.name in _FORGETFUL:
-        turn = turn_of(trial.number, trial.study.get_trials(deepcopy=False))
-        trial.study.sampler = create_sampler(spec, turn=turn)
+        trial.study.sampler = create_sampler(spec, mixed_in=_turn(trial))
     configuration = spec.lora_space().suggest(trial)
     # Only a frozen trial shows its system attributes.
     frozen = trial.study._storage.get_trial(trial._trial_id)
@@ -183,6 +184,18 @@ def check_objectives(number: int, spec: StudySpec) -> None:
             f"{spec.name!r} was begun with {number} objective(s): choose another study name or "
             "storage"
         )
+
+
+def _turn(trial: optuna.Trial) -> tuple[int, ...]:
+    """The trial's turn, and its number too where another trial has had that turn.
+
+    So it is where several ran when one was cut short: those that began after it keep theirs.
+    """
+    trials = trial.study.get_trials(deepcopy=False)
+    turn, repeated = turn_of(trial.number, trials), set().union(*map(repeats, trials))
+    taken = {t.user_attrs.get(outcome.TURN) for t in trials if not is_cut_short(t, repeated)}
+    trial.set_user_attr(outcome.TURN, turn)
+    return (turn, trial.number) if turn in taken else (turn,)
 
 
 def _forget_if_empty(

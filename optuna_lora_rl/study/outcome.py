@@ -31,6 +31,8 @@ DELETED = "deleted"
 # The trial did nothing wrong: it is run again and counts against no budget.
 NOT_ITS_OWN_FAULT = {KILLED, INTERRUPTED, DELETED}
 RETRY_OF = cut_short.RETRY_OF
+# Its place in a study that was never interrupted, from which the random numbers follow.
+TURN = "turn"
 # Whether the trial ran in a pack, and if not, why.
 PACKED = "packed"
 ALONE = "alone"

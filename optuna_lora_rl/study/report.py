@@ -42,6 +42,7 @@ _BOOKKEEPING = {
     rank_report.MONITOR,
     "source",
     outcome.RETRY_OF,
+    outcome.TURN,
     outcome.PACKED,
     outcome.ALONE,
 }

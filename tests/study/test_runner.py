@@ -14,6 +14,7 @@ from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning.failure import FineTuningError
 from optuna_lora_rl.pruners import NAMES as PRUNERS
 from optuna_lora_rl.study import opening
+from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import runner
 from optuna_lora_rl.study import storage
 from tests.study.conftest import MakeSpec
@@ -83,6 +84,23 @@ def test_an_interrupted_study_proposes_what_an_uninterrupted_one_does(
     assert len(resumed.study.trials) == 15
     assert [t.params for t in kept] == [t.params for t in whole.study.trials]
     assert [t.values for t in kept] == [t.values for t in whole.study.trials]
+
+
+def test_trials_that_ran_beside_a_killed_one_are_not_proposed_again(
+    paper: type[PaperTuner], make_spec: MakeSpec
+) -> None:
+    spec = make_spec({"sampler": "random", "budget": 4})
+    study = opening.open_study(spec)
+    trials = [study.ask() for _ in range(3)]
+    for trial in (trials[0], trials[2]):
+        opening.propose(spec, trial)
+    # The second one's process ends before it has a configuration.
+    outcome.fail(trials[1], outcome.KILLED, "killed")
+    study.tell(trials[1], state=TrialState.FAIL)
+    trials.append(study.ask())
+    opening.propose(spec, trials[3])
+    rates = [trial.params["learning_rate"] for trial in trials if trial.params]
+    assert len(set(rates)) == 3
 
 
 def test_a_study_ends_when_every_configuration_has_been_tried(
