@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Display:
-    """Shows nothing; what ``tune`` uses unless asked otherwise."""
+    """Shows nothing."""
 
     def opens(self, spec: StudySpec, trials: Sequence[FrozenTrial]) -> None:
         """The study begins or goes on, with these trials behind it."""

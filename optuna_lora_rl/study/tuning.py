@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import warnings
 from collections.abc import Mapping
@@ -11,18 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from rich.console import Console
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.study import display as displays
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import runner
 from optuna_lora_rl.study import spec as study_spec
 from optuna_lora_rl.study import verdict
+from optuna_lora_rl.study import wording
 from optuna_lora_rl.study.display import Display
 
 _MAY_CHANGE = {"budget", "packing", "storage"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TuningResult:
     """What ``tune`` found.
 
@@ -42,6 +46,36 @@ class TuningResult:
     adapter: Path | None
     warning: str | None = None
 
+    def __repr__(self) -> str:
+        return "\n".join(f"{name + ':':<14} {said}" for name, said in self._rows())
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        rows = "".join(
+            f'<tr><th style="text-align:left">{html.escape(name)}</th>'
+            f'<td style="text-align:left">{html.escape(said)}</td></tr>'
+            for name, said in self._rows()
+        )
+        return f"<table>{rows}</table>"
+
+    def _rows(self) -> list[tuple[str, str]]:
+        trials = self.study.get_trials(deepcopy=False)
+        best, configuration = outcome.best_of(trials), self.best_configuration
+        score = wording.score(self.best_score)
+        rows = [
+            ("study", f"{self.study.study_name}, {len(trials)} trials"),
+            ("best score", f"{score} (trial {best.number})" if best else "no trial was completed"),
+        ]
+        if configuration is not None:
+            said = [f"{name} {_short(value)}" for name, value in configuration.items()]
+            rows.append(("configuration", ", ".join(said)))
+        rows.append(("adapter", str(self.adapter) if self.adapter else "none in this place"))
+        return rows + ([("warning", self.warning)] if self.warning else [])
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
 
 def tune(
     *,
@@ -53,6 +87,7 @@ def tune(
     sampler: str | Mapping[str, Any] = "rl",
     output: str | Path | None = None,
     seed: int = 0,
+    quiet: bool = False,
     display: Display | None = None,
     **sections: Any,
 ) -> TuningResult:
@@ -72,7 +107,9 @@ def tune(
         output: Folder for the database, the adapters and the report; by default one in ``runs``
             that is named after the arguments, so that other arguments get another study.
         seed: Seed of the proposals and of training.
-        display: Shows progress; nothing by default.
+        quiet: Whether nothing is shown of the progress, which otherwise goes to standard error, or
+            below a notebook's cell.
+        display: Shows the progress in a way of your own, whatever ``quiet`` says.
         **sections: Further keys and sections as in a YAML file (docs/configuration.md), such as
             ``packing=8``, ``objective={"cost_weight": 0.2}`` or ``data={"max_length": 256}``.
 
@@ -96,7 +133,10 @@ def tune(
     }
     folder = Path(output or f"runs/tune-{_digest(content)}")
     content = {"name": folder.name, **content, "output": str(folder)}
-    result = runner.run(study_spec.parse(content, "tune"), display=display)
+    spec = study_spec.parse(content, "tune")
+    if display is None:
+        display = Display() if quiet else displays.create(Console(stderr=True))
+    result = runner.run(spec, display=display)
     if result.ended_by == "interruption":
         raise KeyboardInterrupt
     if result.ended_by == "failures":

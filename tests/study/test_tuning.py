@@ -42,3 +42,27 @@ def test_an_interruption_reaches_the_caller(paper: type[PaperTuner], tmp_path: P
     paper.failures = [KeyboardInterrupt()]
     with pytest.raises(KeyboardInterrupt):
         tune(model="tiny", train="tiny:dates-small", output=tmp_path / "out", trials=2)
+
+
+def test_tune_shows_its_progress_unless_told_to_be_quiet(
+    paper: type[PaperTuner], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = {"model": "tiny", "train": "tiny:dates-small", "space": SMALL["space"],
+                 "output": tmp_path / "out"}  # fmt: skip
+    tune(**arguments, trials=2)
+    said = capsys.readouterr()
+    assert "trial   1 (2/2)  score" in said.err and not said.out
+    tune(**arguments, trials=3, quiet=True)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_result_reads_as_what_was_found(paper: type[PaperTuner], tmp_path: Path) -> None:
+    folder = tmp_path / "<out>"
+    result = tune(model="tiny", train="tiny:dates-small", space=SMALL["space"], output=folder,
+                  trials=2)  # fmt: skip
+    said, page = repr(result), result._repr_html_()
+    best = f"{result.best_score:.4f} (trial {result.study.best_trial.number})"
+    assert "Study object at" not in said and len(said.splitlines()) == 4
+    assert all(best in text and "max_steps 4" in text for text in (said, page))
+    assert str(folder / "best") in said
+    assert "&lt;out&gt;" in page and "<out>" not in page
