@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from rich.console import Console
 
+from optuna_lora_rl import terminal
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.study import display as displays
 from optuna_lora_rl.study import outcome
@@ -135,7 +135,7 @@ def tune(
     content = {"name": folder.name, **content, "output": str(folder)}
     spec = study_spec.parse(content, "tune")
     if display is None:
-        display = Display() if quiet else displays.create(Console(stderr=True))
+        display = Display() if quiet else displays.create(terminal.console(stderr=True))
     result = runner.run(spec, display=display)
     if result.ended_by == "interruption":
         raise KeyboardInterrupt
