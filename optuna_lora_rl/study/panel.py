@@ -152,10 +152,13 @@ class LiveDisplay(Display):
     def _render(self) -> RenderableType:
         if self._spec is None:
             return Text()
+        named = self._rows()
         rows = Table.grid(padding=(0, 2))
-        rows.add_column(style="dim", justify="right", no_wrap=True)
+        # Where there is little room, contents are cut and names are not.
+        names = max(len(name) for name, _ in named)
+        rows.add_column(style="dim", justify="right", no_wrap=True, min_width=names)
         rows.add_column(no_wrap=True, overflow="ellipsis")
-        for name, content in self._rows():
+        for name, content in named:
             rows.add_row(name, content)
         return Padding(Group(self._heading(), self._bar(), rows), (1, 2, 0, 2))
 

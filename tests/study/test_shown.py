@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import optuna
 import pytest
@@ -39,3 +40,16 @@ def test_the_panel_erases_no_line_of_a_finished_trial(
     lost = [n for n in range(400) if not any(f" {n:>3}  score" in line for line in lines)]
     assert lost == []
     assert not any("time" in line for line in lines)
+
+
+def test_a_narrow_panel_cuts_contents_and_no_names(make_spec: MakeSpec) -> None:
+    screen = Screen()
+    panel = display.create(Console(file=screen, force_terminal=True, width=80))
+    panel.opens(make_spec({}), [])
+    panel.trial_starts(12, {"target_modules": "x" * 200})
+    # It is drawn several times a second, and gone when it closes.
+    time.sleep(0.5)
+    first = [line.split()[0] for line in screen.lines() if line.strip()]
+    panel.closes()
+    assert "trial" in first
+    assert "time" in first
