@@ -17,6 +17,7 @@ from optuna_lora_rl.finetuning import sources
 from optuna_lora_rl.finetuning import trackers
 from optuna_lora_rl.study import earlier
 from optuna_lora_rl.study import opening
+from optuna_lora_rl.study import output
 from optuna_lora_rl.study import problem
 from optuna_lora_rl.study import reading
 from optuna_lora_rl.study import storage
@@ -109,6 +110,7 @@ def _trackers(spec: StudySpec) -> None:
 
 def _output(spec: StudySpec) -> None:
     _check_usable(spec.folder, "output")
+    output.check(spec.folder, spec.name, storage.sqlite_file(spec.storage_url))
 
 
 def _check_usable(folder: Path, key: str) -> None:
@@ -129,6 +131,7 @@ def _study(spec: StudySpec) -> None:
         if study is not None and study.get_trials(deepcopy=False):
             opening.check_objectives(len(study.directions), spec)
             problem.check(study, spec)
+        opening.check_known(study, spec)
 
 
 def _begun(spec: StudySpec) -> optuna.Study | None:

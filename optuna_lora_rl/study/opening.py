@@ -93,13 +93,7 @@ def open_study(spec: StudySpec, *, heartbeat: bool = True) -> optuna.Study:
         )
     _read_whole(study, spec)
     problem.adopt(study, spec)
-    # Asked for in this order: a worker that has just begun has its trial before its adapter.
-    if output.holds_adapters(spec.folder) and not study.get_trials(deepcopy=False):
-        raise UserError(
-            f"output is {str(spec.folder)!r}, which holds adapters of an earlier study "
-            f"{spec.name!r} that the storage knows nothing of, and new trials would overwrite "
-            "them; choose another output folder, or move best and adapters away"
-        )
+    check_known(study, spec)
     study.set_metric_names(list(spec.objective.objectives))
     return study
 
@@ -174,6 +168,19 @@ def propose(spec: StudySpec, trial: optuna.Trial) -> Configuration:
     trial.set_user_attr("source", str(proposal.get("source", source)))
     trial.set_user_attr("configuration", configuration)
     return configuration
+
+
+def check_known(study: optuna.Study | None, spec: StudySpec) -> None:
+    """Raises ``UserError`` where adapters lie in the folder that no trial can have made."""
+    # Asked for in this order: a worker that has just begun has its trial before its adapter.
+    if output.holds_adapters(spec.folder, spec.name) and (
+        study is None or not study.get_trials(deepcopy=False)
+    ):
+        raise UserError(
+            f"output is {str(spec.folder)!r}, which holds adapters of an earlier study "
+            f"{spec.name!r} that the storage knows nothing of, and new trials would overwrite "
+            "them; choose another output folder, or move best and adapters away"
+        )
 
 
 def check_objectives(number: int, spec: StudySpec) -> None:

@@ -24,8 +24,8 @@ _FORMER_UNFINISHED = re.compile(r"\.best-\d+")
 _PATIENCE = 120
 
 
-def claim(output: Path, name: str, database: Path | None) -> None:
-    """Makes the folder the study's, or checks that it is.
+def check(output: Path, name: str, database: Path | None) -> None:
+    """Checks that the folder is the study's or may become it; creates nothing.
 
     A study overwrites and deletes adapters and reports in its folder, so that the folder must
     hold nothing of anybody else. Hidden files, such as .gitignore, may lie there; a study
@@ -37,18 +37,42 @@ def claim(output: Path, name: str, database: Path | None) -> None:
         database: The SQLite file of the study, which may lie in the folder.
 
     Raises:
-        UserError: When the folder holds anything else, is another study's, or cannot be written.
+        UserError: When the folder holds anything else, is another study's, or cannot be read.
     """
     try:
         # Listed before the owner is read: what lies there without an owner is no worker's of ours.
         there = sorted(output.iterdir()) if output.is_dir() else []
-        strangers = [] if _owner(output) else [p.name for p in there if _is_strange(p, database)]
-        if strangers:
-            raise UserError(
-                f"output is {str(output)!r}, which is not empty and holds no study (it holds "
-                f"{', '.join(strangers[:3])}{', ...' if strangers[3:] else ''}): a study deletes "
-                "and overwrites files in its folder; choose a new or an empty one"
-            )
+        owner = _owner(output)
+    except OSError as error:
+        raise UserError(f"output is {str(output)!r}, but cannot be read: {error}") from error
+    strangers = [] if owner else [path.name for path in there if _is_strange(path, database)]
+    if strangers:
+        raise UserError(
+            f"output is {str(output)!r}, which is not empty and holds no study (it holds "
+            f"{', '.join(strangers[:3])}{', ...' if strangers[3:] else ''}): a study deletes "
+            "and overwrites files in its folder; choose a new or an empty one"
+        )
+    if owner not in ("", name):
+        raise UserError(
+            f"output is {str(output)!r}, which holds the adapters of the study {owner!r}; give "
+            f"{name!r} a folder of its own"
+        )
+    check_best(output)
+
+
+def claim(output: Path, name: str, database: Path | None) -> None:
+    """Makes the folder the study's, or checks that it is.
+
+    Args:
+        output: The folder.
+        name: The study's name.
+        database: The SQLite file of the study, which may lie in the folder.
+
+    Raises:
+        UserError: As ``check``, or when the folder cannot be written.
+    """
+    check(output, name, database)
+    try:
         _make(output)
         with lock(output):
             owner = _owner(output)
@@ -58,12 +82,8 @@ def claim(output: Path, name: str, database: Path | None) -> None:
                 _tidy(output)
     except OSError as error:
         raise UserError(f"output is {str(output)!r}, but cannot be written: {error}") from error
-    if owner not in ("", name):
-        raise UserError(
-            f"output is {str(output)!r}, which holds the adapters of the study {owner!r}; give "
-            f"{name!r} a folder of its own"
-        )
-    check_best(output)
+    # Another study may have come first.
+    check(output, name, database)
 
 
 def check_best(output: Path) -> None:
@@ -78,9 +98,11 @@ def check_best(output: Path) -> None:
         )
 
 
-def holds_adapters(output: Path) -> bool:
-    """Whether an adapter lies in the folder."""
-    return (output / "best").exists() or any((output / "adapters").glob("*"))
+def holds_adapters(output: Path, name: str) -> bool:
+    """Whether the folder is the study's and an adapter lies there."""
+    return _owner(output) == name and (
+        (output / "best").exists() or any((output / "adapters").glob("*"))
+    )
 
 
 @contextmanager

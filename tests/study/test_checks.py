@@ -117,6 +117,43 @@ def test_several_obstacles_are_listed_one_a_line(
     ]
 
 
+@pytest.mark.parametrize(
+    "case", ["best/mine", "report.html", "link", "other study", "no database"]
+)
+def test_validate_refuses_a_folder_that_run_refuses(
+    case: str,
+    make_spec: MakeSpec,
+    study_file: StudyFile,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    paper: type[PaperTuner],
+) -> None:
+    out = tmp_path / "out"
+    changes: dict[str, Any] = {"budget": 1}
+    words = "is not empty and holds no study"
+    if case in ("best/mine", "report.html"):
+        (out / case).parent.mkdir(parents=True)
+        (out / case).write_text("mine")
+    else:
+        runner.run(make_spec(changes))
+    if case == "link":
+        (out / "best").rename(tmp_path / "own")
+        (out / "best").symlink_to(tmp_path / "own")
+        words = "best is a link that no study made"
+    elif case == "other study":
+        changes["name"], words = "other", "holds the adapters of the study 'small'"
+    elif case == "no database":
+        (out / "study.db").unlink()
+        words = "that the storage knows nothing of"
+    file = study_file(changes)
+    before = {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for command in ("validate", "run"):
+        code, _, error = ended([command, str(file)], capsys)
+        assert code == 2 and words in error, error
+        assert error.startswith("error: ") and error.count("\n") == 1
+        assert {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
 def test_validate_names_a_study_of_another_problem_and_creates_nothing(
     make_spec: MakeSpec,
     study_file: StudyFile,
