@@ -10,10 +10,13 @@ from typing import Annotated
 
 import typer
 
+from optuna_lora_rl.commands.given import AsJson
 from optuna_lora_rl.commands.given import Overrides
+from optuna_lora_rl.commands.given import Quiet
 from optuna_lora_rl.commands.given import StudyFile
 from optuna_lora_rl.commands.given import again
 from optuna_lora_rl.commands.given import load
+from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.errors import masked
 from optuna_lora_rl.terminal import console
 
@@ -56,7 +59,11 @@ def init(
 
 
 @app.command()
-def validate(file: StudyFile, overrides: Overrides = []) -> None:  # noqa: B006
+def validate(
+    file: StudyFile,
+    overrides: Overrides = [],  # noqa: B006
+    json: AsJson = False,
+) -> None:
     """Check a study's file, and that its model, data, machine and storage can be used.
 
     Nothing is trained, fetched or created, and of the data only the first rows are read. What
@@ -69,7 +76,7 @@ def validate(file: StudyFile, overrides: Overrides = []) -> None:  # noqa: B006
 
     spec = load(file, overrides)
     checks.require(spec)
-    summary.description(console(), spec, checks.notes(spec))
+    summary.description(console(), spec, checks.notes(spec), as_json=json)
 
 
 @app.command()
@@ -78,6 +85,10 @@ def run(
     overrides: Overrides = [],  # noqa: B006
     plain: Annotated[
         bool, typer.Option("--plain", help="One line a trial, also on a terminal.")
+    ] = False,
+    quiet: Quiet = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="A line for each evaluation too; --plain.")
     ] = False,
 ) -> None:
     """Run a study to its budget, or go on with it.
@@ -94,14 +105,21 @@ def run(
     from optuna_lora_rl.study import runner
     from optuna_lora_rl.study import summary
 
-    spec, terminal = load(file, overrides), console()
-    result = runner.run(spec, display=display.create(terminal, plain=plain))
+    if quiet and verbose:
+        raise UserError("--quiet and --verbose do not go together; leave one out")
+    spec, terminal = load(file, overrides), console(quiet=quiet)
+    shown = display.create(terminal, plain=plain or quiet, verbose=verbose)
+    result = runner.run(spec, display=shown)
     summary.ending(terminal, result, spec, command=again(file, overrides))
     raise typer.Exit(result.exit_code)
 
 
 @app.command()
-def status(file: StudyFile, overrides: Overrides = []) -> None:  # noqa: B006
+def status(
+    file: StudyFile,
+    overrides: Overrides = [],  # noqa: B006
+    json: AsJson = False,
+) -> None:
     """Show how far a study is, and its best trials.
 
     Example: [bold]optuna-lora-rl status studies/quickstart.yaml[/]
@@ -113,6 +131,9 @@ def status(file: StudyFile, overrides: Overrides = []) -> None:  # noqa: B006
     spec = load(file, overrides)
     study = opening.load_study(spec)
     results.restore(study, spec)
+    if json:
+        print(summary.standing_as_json(study, spec))
+        return
     summary.standing(console(), study, spec)
 
 
@@ -227,6 +248,7 @@ def explain(
         int | None, typer.Option("--trial", help="Number of a trial; all by default.")
     ] = None,
     overrides: Overrides = [],  # noqa: B006
+    json: AsJson = False,
 ) -> None:
     """Say where each trial's configuration came from and why, and what the trials taught.
 
@@ -238,6 +260,9 @@ def explain(
     from optuna_lora_rl.study import opening
 
     spec = load(file, overrides)
+    if json:
+        print(explaining.as_json(opening.load_study(spec), trial))
+        return
     figure = explaining.show(console(), opening.load_study(spec), spec, trial)
     if figure is not None:
         console().print(f"the figure is in {figure}", highlight=False)

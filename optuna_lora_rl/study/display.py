@@ -108,13 +108,15 @@ class RunningTrials:
 class LineDisplay(Display):
     """One plain line a trial, for logs and pipes, and one now and then while something lasts."""
 
-    def __init__(self, console: Console, *, every: float = 30.0) -> None:
+    def __init__(self, console: Console, *, every: float = 30.0, verbose: bool = False) -> None:
         """Makes the display.
 
         Args:
             console: Where to.
             every: Seconds of silence after which a line says what is being done.
+            verbose: Whether each evaluation has a line.
         """
+        self._verbose = verbose
         self._console = console
         self._spec: StudySpec | None = None
         self._running = RunningTrials()
@@ -137,6 +139,19 @@ class LineDisplay(Display):
     def trial_works_on(self, number: int, activity: Activity) -> None:
         self._running.by_number[number].activity = activity
         self._waiting.works_on(self._running.in_one(), first=False)
+
+    def evaluated(
+        self, number: int, evaluation: int, score: float, metrics: Mapping[str, float]
+    ) -> None:
+        if not self._verbose:
+            return
+        assert self._spec is not None
+        known = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+        of = self._spec.training.evaluations
+        self.says(
+            f"trial {number:>3} evaluation {evaluation} of {of}  "
+            f"score {wording.score(score):>7}  {known}"
+        )
 
     def trial_ends(self, trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> None:
         assert self._spec is not None
@@ -196,10 +211,16 @@ def counted_trials(number: int) -> str:
     return f"{number} trial" if number == 1 else f"{number} trials"
 
 
-def create(console: Console, *, plain: bool = False) -> Display:
-    """Returns a live panel where ``console`` is a terminal, plain lines elsewhere."""
-    if plain or not console.is_terminal or console.is_dumb_terminal:
-        return LineDisplay(console)
+def create(console: Console, *, plain: bool = False, verbose: bool = False) -> Display:
+    """Returns a live panel where ``console`` is a terminal, plain lines elsewhere.
+
+    Args:
+        console: Where to.
+        plain: Lines on a terminal too.
+        verbose: A line for each evaluation too, which needs plain lines.
+    """
+    if plain or verbose or not console.is_terminal or console.is_dumb_terminal:
+        return LineDisplay(console, verbose=verbose)
     from optuna_lora_rl.study.panel import LiveDisplay
 
     return LiveDisplay(console)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import math
 from typing import TYPE_CHECKING
 from typing import Any
@@ -71,13 +72,7 @@ def show(
     found = explain(study)
     trials = study.get_trials(deepcopy=False)
     if number is not None:
-        trial = outcome.numbered(trials, number)
-        if trial is None:
-            raise UserError(
-                f"--trial is {number}, but the study's trials are 0 to {trials[-1].number}"
-                if trials
-                else f"--trial is {number}, but the study has no trials yet"
-            )
+        trial = _numbered(trials, number)
         _one(console, trial, _origin(trial))
         return None
     console.print(_origins(trials))
@@ -115,6 +110,53 @@ def _one(console: Console, trial: FrozenTrial, said: Origin) -> None:
     for key, value in numbers:
         table.add_row(key, f"{value:+.3f}", _MEANINGS[key])
     console.print(table)
+
+
+def as_json(study: optuna.Study, number: int | None = None) -> str:
+    """The same for programs, as JSON.
+
+    Raises:
+        UserError: there is no such trial.
+    """
+    trials = study.get_trials(deepcopy=False)
+    if number is not None:
+        trials = [_numbered(trials, number)]
+    found = explain(study)
+    parameters = [
+        {
+            "name": p.name,
+            "importance": p.importance,
+            "best": p.best,
+            "values": list(p.values),
+            "mean": p.mean.tolist(),
+            "low": p.low.tolist(),
+            "high": p.high.tolist(),
+        }
+        for p in found.parameters
+    ]
+    origins = [
+        {
+            "trial": trial.number,
+            "source": said.source,
+            "expected": said.expected,
+            "remarks": said.remarks,
+        }
+        for trial, said in ((trial, _origin(trial)) for trial in trials)
+    ]
+    importance = "PED-ANOVA over the completed trials"
+    known = {"importance": importance, "parameters": parameters, "trials": origins}
+    return json.dumps(known, indent=2)
+
+
+def _numbered(trials: list[FrozenTrial], number: int) -> FrozenTrial:
+    trial = outcome.numbered(trials, number)
+    if trial is None:
+        raise UserError(
+            f"--trial is {number}, but the study's trials are 0 to {trials[-1].number}"
+            if trials
+            else f"--trial is {number}, but the study has no trials yet"
+        )
+    return trial
 
 
 def _origins(trials: list[FrozenTrial]) -> Table:

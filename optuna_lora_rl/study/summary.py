@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -77,6 +78,27 @@ def standing(
         _say(console, _warning(shortfall))
 
 
+def standing_as_json(study: optuna.Study, spec: StudySpec) -> str:
+    """The same for programs: counts by state, the budget's use, the best trial and the front."""
+    trials = study.get_trials(deepcopy=False)
+    usage = Usage.of(trials)
+    states = Counter(trial.state.name.lower() for trial in trials if outcome.counts(trial))
+    facts = {
+        "study": spec.name,
+        "trials": usage.trials,
+        "running": usage.running,
+        "states": dict(states),
+        "hours": round(usage.hours, 4),
+        "cost": usage.cost,
+        "budget": spec.budget.model_dump(exclude_none=True),
+        "data": study.user_attrs.get(data_report.DATA),
+        "shortfall": verdict.shortfall(study),
+        "best": report.best_facts(study, spec),
+        "pareto_front": front.as_json(front.front(study), spec),
+    }
+    return json.dumps(facts, indent=2)
+
+
 def progress(trials: Sequence[FrozenTrial], spec: StudySpec) -> str:
     """The budget's use in words, such as ``12 of 20 trials (9 completed, 3 pruned)``."""
     usage, budget = Usage.of(trials), spec.budget
@@ -91,8 +113,27 @@ def progress(trials: Sequence[FrozenTrial], spec: StudySpec) -> str:
     return ", ".join(filter(None, parts)) + (f" ({', '.join(states)})" if states else "")
 
 
-def description(console: Console, spec: StudySpec, notes: Iterable[str] = ()) -> None:
+def description(
+    console: Console, spec: StudySpec, notes: Iterable[str] = (), *, as_json: bool = False
+) -> None:
     """What a valid file asks for, and what else there is to say of it."""
+    if as_json:
+        tuned = spec.lora_space().distributions()
+        said = {
+            "valid": True,
+            "study": spec.name,
+            "model": spec.model.name,
+            "data": spec.data.train,
+            "tuned": {name: wording.domain(tuned[name]) for name in tuned},
+            "sampler": spec.sampler.name,
+            "pruner": spec.pruner.name,
+            "packing": spec.packing,
+            "budget": spec.budget.model_dump(exclude_none=True),
+            "output": str(spec.folder),
+            "notes": list(notes),
+        }
+        print(json.dumps(said, indent=2))
+        return
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="dim")
     rows.add_column(overflow="fold")
