@@ -101,7 +101,8 @@ def train_policy(
     settings = reading.validate(TrainingSettings, content, str(file))
     with _progress(console(), settings.updates) as report:
         weights = training.train(output, settings, minutes=minutes, report=report)
-    console().print(f"the weights are in {weights}, the figure beside them", highlight=False)
+    # Paths are not broken into lines: they are there to be copied.
+    console().print(f"the weights are in {weights}, the figure beside them", soft_wrap=True)
 
 
 @app.command()
@@ -148,7 +149,7 @@ def learn(
         found = earlier.load_several(storage, study)
         sources, left_out = fine_tuning.read(found, all_wanted=bool(study))
     for name in left_out:
-        terminal.print(f"{name} is left out: it has too few trials with a result", highlight=False)
+        terminal.print(f"{name} is left out: it has too few trials with a result", soft_wrap=True)
     settings = fine_tuning.LearningSettings(seed=seed, updates=updates)
     with _bar(terminal, "learning", updates) as advance:
         result = fine_tuning.learn(

@@ -140,7 +140,8 @@ def _compare_on_problems(
     typed += [part for o in overrides for part in ("--set", o)]
     typed += [] if output is None else ["--output", str(output)]
     command.compare(protocol, folder, command=masked(shlex.join(typed)), console=console)
-    console.print(f"the results are in {folder}/comparison.md, .html and .json", highlight=False)
+    said = f"the results are in {folder}/comparison.md, .html and .json"
+    console.print(said, highlight=False, soft_wrap=True)
 
 
 def _compare_on_study(

@@ -14,6 +14,11 @@ from tests.study.conftest import MakeSpec
 from tests.study.screen import Screen
 
 
+@pytest.fixture(autouse=True)
+def terminal_that_is_not_dumb(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+
+
 def test_the_panel_erases_no_line_of_a_finished_trial(
     make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
