@@ -38,8 +38,10 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
         code = ended.value.code or 0
         assert isinstance(code, int)
         if code:
-            assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
-            assert len(printed.err) <= 500
+            # What a slow machine says of its progress may come before.
+            error = printed.err.splitlines()[-1]
+            assert error.startswith("error: ") and "Traceback" not in printed.err
+            assert len(error) < 500
         return code, printed.out + printed.err
 
     return run

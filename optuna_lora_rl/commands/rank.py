@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from optuna_lora_rl.activity import OnActivity
 from optuna_lora_rl.commands.given import AsJson
 from optuna_lora_rl.commands.given import Quiet
 from optuna_lora_rl.commands.given import load
@@ -171,11 +171,14 @@ def truncate(
     with loading(quiet):
         from optuna_lora_rl.commands import layers
 
-    def qualities(on_activity: OnActivity) -> list[float]:
+    qualities = None
+    if study is not None:
+        from optuna_lora_rl.finetuning import process
         from optuna_lora_rl.study import sizing
 
-        assert study is not None
-        return sizing.qualities(load(study, []), adapter, on_activity)
+        # Both refuse what cannot be used, before the adapter is decomposed.
+        process.check()
+        qualities = partial(sizing.qualities, load(study, []), adapter)
 
     layers.truncate(
         console(),
@@ -184,7 +187,7 @@ def truncate(
         output,
         energy=energy,
         rank=rank,
-        qualities=None if study is None else qualities,
+        qualities=qualities,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.study import card
+from optuna_lora_rl.study import front
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import output as output_folder
 from optuna_lora_rl.study import owner
@@ -46,10 +48,10 @@ class Best:
     lost: str = ""
 
 
-def best_there(study: optuna.Study, output: Path) -> Best:
+def best_there(trials: Iterable[FrozenTrial], output: Path) -> Best:
     """Finds the best trial's adapter, or the best of those that are whole where it is lost."""
     lost = ""
-    for trial in outcome.ranked(study.get_trials(deepcopy=False)):
+    for trial in outcome.ranked(trials):
         folder = place_of(output, trial.number)
         fault = fault_of(folder)
         if not fault:
@@ -81,21 +83,15 @@ def fault_of(folder: Path) -> str:
     return ""
 
 
-def worth_keeping(study: optuna.Study, output: Path) -> set[int]:
-    """Numbers of the trials whose adapters stay: the best one, and the Pareto front."""
-    best, there = outcome.best_of(study.get_trials(deepcopy=False)), best_there(study, output)
-    numbers = {trial.number for trial in (best, there.trial) if trial}
-    if len(study.directions) > 1:
-        numbers |= {trial.number for trial in study.best_trials}
-    return numbers
-
-
 def drop_others(study: optuna.Study, output: Path) -> None:
-    """Deletes the adapters of finished trials that are not among the best."""
+    """Deletes the adapters of finished trials but the best one's and the Pareto front's."""
     # Another worker may be copying one of them.
     with output_folder.lock(output):
-        kept = worth_keeping(study, output)
-        for trial in study.get_trials(deepcopy=False):
+        # Read once: a trial that another worker ends meanwhile, perhaps the best, is judged later.
+        trials = study.get_trials(deepcopy=False)
+        best = (outcome.best_of(trials), best_there(trials, output).trial)
+        kept = {trial.number for trial in (*best, *front.front(study)) if trial}
+        for trial in trials:
             if trial.state.is_finished() and trial.number not in kept:
                 shutil.rmtree(folder_of(output, trial.number), ignore_errors=True)
 
@@ -111,7 +107,7 @@ def publish_best(study: optuna.Study, spec: StudySpec) -> Best:
     """
     with output_folder.lock(spec.folder):
         output_folder.check_best(spec.folder)
-        there = best_there(study, spec.folder)
+        there = best_there(study.get_trials(deepcopy=False), spec.folder)
         if there.trial is None or there.folder is None:
             return there
         facts, target = report.facts(study, spec, there.trial), spec.folder / "best"

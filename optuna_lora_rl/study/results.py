@@ -44,7 +44,7 @@ def restore(study: optuna.Study, spec: StudySpec) -> None:
     best = outcome.best_of(trials)
     if best is None or report.UNTUNED not in study.user_attrs or Usage.of(trials).running:
         return
-    there = adapters.best_there(study, spec.folder).trial
+    there = adapters.best_there(trials, spec.folder).trial
     lacks_best = there is not None and adapters.best_number(spec.folder) != there.number
     if lacks_best or not (spec.folder / report.FILE).exists():
         # Who may only read the folder is shown the study all the same.

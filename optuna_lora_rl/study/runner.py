@@ -265,7 +265,7 @@ class _Worker:
 
     def _test(self) -> None:
         """Evaluates the final best on the test split, once for each best trial."""
-        there = adapters.best_there(self.study, self.spec.folder)
+        there = adapters.best_there(self._trials(), self.spec.folder)
         known: dict[str, Any] = self.study.user_attrs.get(report.TEST, {})
         if there.trial is None or there.folder is None:
             return

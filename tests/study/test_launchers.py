@@ -76,6 +76,7 @@ def test_sizes_of_an_adapter_are_not_measured_by_one_of_several(
     ended = run("optuna_lora_rl", "truncate", adapter, "--study", file, PMI_SIZE="3")
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: PMI_SIZE=3 in the environment says that a launcher")
+    assert ended.stderr.count("\n") == 1
 
 
 def test_one_process_of_a_launcher_finds_what_a_plain_one_finds(

@@ -112,7 +112,7 @@ def test_an_adapter_of_another_machine_is_not_lost(
     shutil.rmtree(spec.folder / "best")
     shutil.rmtree(adapters.folder_of(spec.folder, best.number))
     monkeypatch.setattr(owner, "_machine", lambda: {"host": "another"})
-    there = adapters.best_there(opening.load_study(spec), spec.folder)
+    there = adapters.best_there(opening.load_study(spec).trials, spec.folder)
     assert there.folder is None and not there.lost
 
 

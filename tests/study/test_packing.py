@@ -10,6 +10,7 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 from rich.console import Console
 
@@ -223,6 +224,28 @@ def test_the_folder_of_a_running_trial_stays(make_spec: MakeSpec) -> None:
     adapters.drop_others(study, spec.folder)
     left = {folder.name for folder in (spec.folder / "adapters").iterdir()}
     assert left == {"trial-0001", "trial-0002"}
+
+
+def test_the_best_stays_when_it_ends_while_others_are_dropped(
+    make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = make_spec()
+    study = opening.open_study(spec, heartbeat=False)
+    for number in range(2):
+        study.ask()
+        adapters.folder_of(spec.folder, number).mkdir(parents=True)
+    study.tell(0, 0.0)
+    read = study.get_trials
+
+    def another_ends_after(**kwargs: Any) -> list[FrozenTrial]:
+        trials = read(**kwargs)
+        if not study._storage.get_trial(trials[1]._trial_id).state.is_finished():
+            study.tell(1, 1.0)
+        return trials
+
+    monkeypatch.setattr(study, "get_trials", another_ends_after)
+    adapters.drop_others(study, spec.folder)
+    assert adapters.folder_of(spec.folder, 1).exists()
 
 
 def test_a_trial_that_another_worker_gave_up_costs_nothing_else(
