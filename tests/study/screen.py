@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import io
 import re
-import time
+import threading
 
 # What rich writes beside text: colours, erasing a line, one line up, the cursor shown or hidden.
 _CONTROL = re.compile(r"\x1b\[(\d*(?:;\d+)*)([mKAlh])|\x1b\[\?25([lh])")
 
 
 class Screen(io.StringIO):
-    """A terminal without a lower end.
+    """A terminal without a lower end."""
 
-    Args:
-        delay: Seconds that a write takes to arrive.
-    """
-
-    def __init__(self, delay: float = 0.0) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._delay = delay
         self._written: list[str] = []
+        self._here = threading.current_thread()
+        self._drawn_on = threading.Event()
+
+    def isatty(self) -> bool:
+        return True
 
     def write(self, text: str) -> int:
-        time.sleep(self._delay)
         self._written.append(text)
+        if threading.current_thread() is not self._here:
+            self._drawn_on.set()
         return len(text)
+
+    def is_drawn_on(self, *, timeout: float) -> bool:
+        """Waits until another thread writes, for so many seconds; returns whether one did."""
+        self._drawn_on.clear()
+        return self._drawn_on.wait(timeout)
 
     def lines(self) -> list[str]:
         """What is left to see, line by line."""
@@ -43,13 +49,8 @@ class Screen(io.StringIO):
             if text[at] == "\n":
                 row += 1
                 rows += [""] * (row + 1 - len(rows))
-            elif text[at] == "\r":
-                column = 0
-                at += 1
-                # What follows either erases the line or stands on one that is erased.
-                assert column == 0
-                continue
-            else:
+            elif text[at] != "\r":
+                # What follows that either erases the line or stands on one that is erased.
                 rows[row] += text[at]
             at += 1
         return rows
