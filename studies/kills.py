@@ -56,6 +56,8 @@ POINTS = [
     ("study.report:write", "before", "before the report"),
     ("study.dashboard:annotate", "before", "after the report, before the notes"),
 ]
+# Where the killed run is the study's second, with a trial more than the first had.
+SECOND = {"the former best moved away, the new not in its place"}
 CLEAN = {".study", ".lock"}
 
 
@@ -70,7 +72,7 @@ class Attempt:
     wrong: list[str] = field(default_factory=list)
 
 
-def file_of(folder: Path, kind: str, storage: str | None) -> Path:
+def file_of(folder: Path, kind: str, storage: str | None, budget: int = BUDGET) -> Path:
     """Writes the study's file."""
     content = {
         "name": folder.name,
@@ -91,7 +93,7 @@ def file_of(folder: Path, kind: str, storage: str | None) -> Path:
         "training": {"evaluations": 2},
         "sampler": "random",
         "packing": KINDS[kind][1],
-        "budget": BUDGET,
+        "budget": budget,
         "output": str(folder / "out"),
         "storage": storage if KINDS[kind][0] > 1 else None,
     }
@@ -162,6 +164,11 @@ def attempt(
     folder = Path(tempfile.mkdtemp(prefix="kills-"))
     file, log = file_of(folder, kind, storage), folder / "log"
     try:
+        if where in SECOND:
+            file_of(folder, kind, storage, BUDGET - 1)
+            if code := ended(start(file, log)):
+                found.wrong.append(f"the first run ended with {code}")
+            file_of(folder, kind, storage)
         children = [start(file, log, kill)]
         children += [start(file, log) for _ in range(1, KINDS[kind][0])]
         if after is not None:
@@ -309,7 +316,8 @@ folder, whose worker (the first of two) was killed with SIGKILL. Then the same c
 more. Nothing is wrong where the wished number of trials is finished, each that was finished before
 is as it was, no configuration was finished or run again twice, no trial is left running, the
 report is whole, `best` is the best trial's adapter and can be read, and nothing is left over.
-"Had ended before" counts kills that came too late.
+"Had ended before" counts kills that came too late. Where the former best is moved away, the study
+had ended before with a trial less.
 """
 
 
