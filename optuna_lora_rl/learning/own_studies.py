@@ -25,15 +25,14 @@ from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.policy.dimensions import Dimension
 from optuna_lora_rl.policy.dimensions import Space
 from optuna_lora_rl.policy.dimensions import make_space
-from optuna_lora_rl.policy.layout import Layout
 from optuna_lora_rl.policy.layout import layout_of
 from optuna_lora_rl.policy.matching import place
 from optuna_lora_rl.policy.prior import is_lora
 from optuna_lora_rl.policy.scores import scalarise
-from optuna_lora_rl.policy.scores import standardise
-from optuna_lora_rl.policy.surrogate import Surrogate
-from optuna_lora_rl.policy.surrogate import condition
-from optuna_lora_rl.policy.surrogate import fit
+from optuna_lora_rl.policy.single.process import Process
+from optuna_lora_rl.policy.single.process import fit_theta
+from optuna_lora_rl.policy.single.scores import standardise
+from optuna_lora_rl.policy.single.tables import Tables
 from optuna_lora_rl.policy.transfer import SourceStudy
 
 MIN_TRIALS = 8
@@ -50,7 +49,7 @@ class StudySurface:
         name: of the study.
         dimensions: its parameters, with roles.
         noise: deviation of a run, in the units of the value.
-        layout: of its space.
+        tables: of its space.
         score: the process of the scores.
         failure: the process of failing (1) or not (-1); ``None`` where nothing failed.
     """
@@ -58,18 +57,18 @@ class StudySurface:
     name: str
     dimensions: tuple[Dimension, ...]
     noise: float
-    layout: Layout
-    score: Surrogate
-    failure: Surrogate | None
+    tables: Tables
+    score: Process
+    failure: Process | None
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Value (larger is better) and failure of natural values x (N, P), each (N,)."""
         u = np.stack([_unit(d, x[:, j].numpy()) for j, d in enumerate(self.dimensions)], 1)
-        z = self.layout.model_coordinates(torch.from_numpy(u)[None])
-        value = self.score.posterior(z)[0][0]
+        z = self.tables.points(u).coordinates
+        value = torch.from_numpy(self.score.posterior(z)[0])
         if self.failure is None:
             return value, torch.zeros(len(x), dtype=torch.bool)
-        return value, self.failure.posterior(z)[0][0] > 0
+        return value, torch.from_numpy(self.failure.posterior(z)[0] > 0)
 
     def cost(self, x: Tensor) -> Tensor:
         """The same for all, shape (N,): a study's scores hold what its owner counts."""
@@ -105,26 +104,23 @@ def surfaces_of(study: SourceStudy, count: int, seed: int) -> list[StudySurface]
 def _draws(
     study: SourceStudy, space: Space, good: np.ndarray, count: int, rng: np.random.Generator
 ) -> list[StudySurface]:
-    layout, (points, _) = layout_of(space), place(space, study.space, study.params)
-    u = torch.from_numpy(np.where(np.isnan(points), layout.default.numpy(), points))[None]
-    z, ok = layout.model_coordinates(u), torch.from_numpy(good)[None]
-    y = standardise(torch.from_numpy(_scores(study, good))[None], ok, ~ok)
-    extra = torch.where(ok, 0.0, _FAILURE_NOISE).double()
-    everything = torch.ones_like(ok)
-    lengths = layout.lengthscales()
-    score = fit(z, y, everything, layout.unordered, lengths, extra=extra, fit_rows=200)
-    failure = None
-    if not good.all():
-        sign = torch.where(ok, -1.0, 1.0).double()
-        failure = fit(z, sign, everything, layout.unordered, lengths, fit_rows=200)
-    noise = float((0.5 * score.log_v).exp())
-    theta = torch.cat([score.log_l, score.log_s[:, None], score.log_v[:, None]], 1)
-    surface = StudySurface(study.name, space.dimensions, noise, layout, score, failure)
+    tables, (points, _) = Tables(layout_of(space)), place(space, study.space, study.params)
+    z = tables.points(np.where(np.isnan(points), tables.default, points)).coordinates
+    y, extra = standardise(_scores(study, good), ~good), np.where(good, 0.0, _FAILURE_NOISE)
+
+    def process(y: np.ndarray, noise: np.ndarray) -> Process:
+        theta = fit_theta(z, y, tables.unordered, tables.log_l, noise, iterations=40, fit_rows=200)
+        return Process(z, y, tables.unordered, theta, noise)
+
+    score = process(y, extra)
+    failure = None if good.all() else process(np.where(good, -1.0, 1.0), np.zeros(len(y)))
+    noise = float(np.exp(0.5 * score.theta[-1]))
+    surface = StudySurface(study.name, space.dimensions, noise, tables, score, failure)
     surfaces = [surface]
     for _ in range(count - 1):
-        kept = torch.from_numpy(rng.random((1, len(good))) < _KEPT_SHARE)
-        again = y + noise * torch.from_numpy(rng.normal(size=y.shape))
-        drawn = condition(z, again, kept, layout.unordered, theta, extra)
+        kept = rng.random(len(good)) < _KEPT_SHARE
+        again = y + noise * rng.normal(size=y.shape)
+        drawn = Process(z[kept], again[kept], tables.unordered, score.theta, extra[kept])
         surfaces.append(replace(surface, score=drawn))
     return surfaces
 

@@ -45,15 +45,17 @@ class Step:
     """One finished trial as the policy saw it before.
 
     Args:
-        features: the network's input, a batch of one.
-        residual: logits without the network, shape (1, N); -inf where not allowed.
+        values: the network's input for each candidate, shape (N, F).
+        context: its input of the study, shape (C,).
+        residual: logits without the network, shape (N,); -inf where not allowed.
         share: of the network's correction that counted, 0 to 1.
         action: the candidate that was tried.
         reward: what it brought.
     """
 
-    features: Features
-    residual: Tensor
+    values: np.ndarray
+    context: np.ndarray
+    residual: np.ndarray
     share: float
     action: int
     reward: float
@@ -124,20 +126,17 @@ def adapt(network: Scorer, steps: Sequence[Step], generator: torch.Generator) ->
 
 def _stack(steps: Sequence[Step]) -> tuple[Features, Tensor, Tensor]:
     """All steps in one batch, padded to the most candidates."""
-    widest = max(step.residual.shape[1] for step in steps)
-
-    def padded(tensor: Tensor, value: float) -> Tensor:
-        shape = (1, widest - tensor.shape[1], *tensor.shape[2:])
-        return torch.cat([tensor, torch.full(shape, value, dtype=tensor.dtype)], 1)
-
-    features = Features(
-        torch.cat([padded(step.features.values, 0.0) for step in steps]),
-        torch.cat([step.features.context for step in steps]),
-        torch.cat([padded(step.features.valid, False) for step in steps]),
-    )
-    residual = torch.cat([padded(step.residual, -torch.inf) for step in steps]).float()
+    counts = [len(step.residual) for step in steps]
+    each = np.zeros((len(steps), max(counts), steps[0].values.shape[1]), dtype=np.float32)
+    residual = np.full(each.shape[:2], -np.inf, dtype=np.float32)
+    for row, (step, count) in enumerate(zip(steps, counts, strict=True)):
+        each[row, :count], residual[row, :count] = step.values, step.residual
+    context = np.stack([step.context for step in steps])
+    # What is not allowed has no logit.
+    arrays = (each, context, np.isfinite(residual), residual)
+    values, whole, valid, logits = (torch.from_numpy(array) for array in arrays)
     share = torch.tensor([step.share for step in steps], dtype=torch.float32)
-    return features, residual, share
+    return Features(values, whole, valid), logits, share
 
 
 def _transitions(steps: Sequence[Step], before: Tensor) -> Transitions:

@@ -253,7 +253,6 @@ def propose_candidates(
     count: int = 256,
     rounds: int = 2,
     grid: Tensor | None = None,
-    earlier: Tensor | None = None,
 ) -> Candidates:
     """Candidates of every source for one step.
 
@@ -267,7 +266,6 @@ def propose_candidates(
         count: about how many candidates.
         rounds: of the local search.
         grid: all configurations of a small discrete space, shape (B, k, D), added as they are.
-        earlier: the best of earlier studies, shape (B, k, D).
     """
     share = max(count // 16, 2)
     anchors, real = observed.best(5)
@@ -287,8 +285,6 @@ def propose_candidates(
     sets.append(("mutation", perturb(parents, layout, scale, chance, generator)))
     if grid is not None:
         sets.append(("uniform", grid))
-    if earlier is not None:
-        sets.append(("transfer", earlier))
     everything = snap(torch.cat([points for _, points in sets], 1))
     blocked = _blocked_acquisition(acquisition, observed)
     best = improve(

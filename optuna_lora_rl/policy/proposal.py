@@ -5,17 +5,12 @@
 With n finished trials lambda_n = 1 / (1 + n / prior_trials)^2 fades, so that the untrained policy
 is "defaults, then a Gaussian process" (compare pi-BO, Hvarfner et al. 2022). The network's last
 layer starts at zero: training can only move on from there.
-
-Earlier studies (:mod:`~optuna_lora_rl.policy.transfer`) change what the surrogate expects; as far
-as they are trusted, prior and network, which know nothing of them, are silent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Sequence
 from dataclasses import dataclass
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -39,8 +34,6 @@ from optuna_lora_rl.policy.scores import power
 from optuna_lora_rl.policy.surrogate import Surrogate
 from optuna_lora_rl.policy.surrogate import believe
 from optuna_lora_rl.policy.surrogate import fit
-from optuna_lora_rl.policy.transfer import SourceModel
-from optuna_lora_rl.policy.transfer import weigh
 
 # Most units that a constraint is kept or broken by.
 _FARTHEST = 3.0
@@ -48,16 +41,12 @@ _FARTHEST = 3.0
 # between the two, and improvement lures beyond it: a point has to look more like what was kept
 # by so much, and that counts so many times.
 ALIKE, CARE = 0.5, 8.0
-# Earlier studies that are trusted less are not asked.
-_LEAST_TRUST = 0.05
 Feasibility = Callable[[Tensor], Tensor]
 
 
 # In nats. The first trial is the default, whatever the network says: a define-by-run study's first
 # trial has no joint proposal anyway. The space-filling start is a bias that it may overrule.
 FIRST, SPREAD = 60.0, 3.0
-# More rounds of the local search where it has no gradient to go by.
-_BLIND_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -97,7 +86,6 @@ class Decision:
         residual: logits without the network, shape (B, N); -inf where not allowed.
         logits: logits with it.
         theta: the surrogate's hyperparameters, which can start the next fit, shape (B, D + 2).
-        trust: how far earlier studies are believed, from 0 (or none) to 1.
     """
 
     observed: Observed
@@ -107,33 +95,6 @@ class Decision:
     residual: Tensor
     logits: Tensor
     theta: Tensor
-    trust: float = 0.0
-
-    def explain(self, row: int, choice: int) -> dict[str, float | str]:
-        """Why a candidate was chosen, as plain values.
-
-        ``source``: where it came from; ``mean``, ``std``: of the predicted score, standardised;
-        ``log_ei``: log expected improvement, ``log_feasible`` included; ``log_prior``: log-density
-        of the guides' prior; ``log_feasible``: log-probability that it neither fails nor breaks a
-        constraint; ``residual`` + ``network`` = ``logit``: what the fixed part and the trained
-        one say, in nats.
-        """
-
-        def at(values: Tensor) -> float:
-            return float(values.numpy()[row, choice])
-
-        residual, logit = at(self.residual), at(self.logits)
-        return {
-            "source": SOURCES[int(self.candidates.source[choice])],
-            "mean": at(self.view.mean),
-            "std": at(self.view.deviation),
-            "log_ei": at(self.view.log_ei),
-            "log_prior": at(self.view.log_prior),
-            "log_feasible": at(self.view.log_feasible),
-            "residual": residual,
-            "network": logit - residual,
-            "logit": logit,
-        }
 
 
 def prior_weight(observed: Observed, settings: Settings) -> Tensor:
@@ -148,8 +109,6 @@ def residual_logits(
     layout: Layout,
     observed: Observed,
     settings: Settings,
-    trust: float = 0.0,
-    default_at: int = 0,
 ) -> Tensor:
     """The policy without its network, shape (B, N).
 
@@ -159,20 +118,18 @@ def residual_logits(
         layout: the spaces.
         observed: the trials.
         settings: constants of the policy.
-        trust: how far earlier studies are believed.
-        default_at: number of the trial that takes the guides' default.
     """
     valid, source = candidates.valid, candidates.source
     log_ei = torch.where(valid, view.log_ei, -torch.inf)
     log_prior = torch.where(valid, view.log_prior, -torch.inf)
-    weight = prior_weight(observed, settings)[:, None] * (1.0 - trust)
+    weight = prior_weight(observed, settings)[:, None]
     gap = (log_ei - log_ei.amax(1, keepdim=True)).clamp_min(-20.0)
     logits = settings.beta * gap + weight * (log_prior - log_prior.amax(1, keepdim=True))
-    opening = _opening(source, layout, observed, default_at) * (1.0 - trust)
+    opening = _opening(source, layout, observed)
     return torch.where(valid, logits + opening, -torch.inf)
 
 
-def _opening(source: Tensor, layout: Layout, observed: Observed, default_at: int) -> Tensor:
+def _opening(source: Tensor, layout: Layout, observed: Observed) -> Tensor:
     """The opening moves: the default first; a space-filling start where nothing is known.
 
     Without a prior the first trials come from the quasi-random points (the least explored of
@@ -180,7 +137,7 @@ def _opening(source: Tensor, layout: Layout, observed: Observed, default_at: int
     """
     n = (observed.mask.sum(1) + observed.pending_mask.sum(1))[:, None]
     start = (layout.real.sum(1)[:, None] + 2).clamp_max(8)
-    default = (source == SOURCES.index("default"))[None] & (n == default_at)
+    default = (source == SOURCES.index("default"))[None] & (n == 0)
     spread = (source == SOURCES.index("uniform"))[None] & (n > 0) & (n < start)
     return FIRST * default + SPREAD * (spread & ~layout.is_lora[:, None])
 
@@ -196,7 +153,6 @@ def decide(
     grid: Tensor | None = None,
     feasibility: Feasibility | None = None,
     start: Tensor | None = None,
-    sources: Sequence[SourceModel] = (),
 ) -> Decision:
     """Fit the surrogate, generate candidates and score them.
 
@@ -210,18 +166,10 @@ def decide(
         grid: all configurations of a small discrete space, shape (B, k, D).
         feasibility: log-probability that points (B, N, D) keep the constraints, shape (B, N).
         start: hyperparameters from which to start the surrogate's fit.
-        sources: what earlier studies know of this space (a batch of one).
     """
-    opinion = weigh(sources, layout, observed) if sources else None
-    if opinion and opinion.trust < _LEAST_TRUST:
-        opinion = None
-    trust = opinion.trust if opinion else 0.0
     extra = _failure_noise(observed, settings)
     y = observed.y
-    if opinion:
-        y = opinion.residual(layout.model_coordinates(observed.x), y) if y.shape[1] else y
-    own = fit_surrogate(layout, replace(observed, y=y), settings, start=start)
-    surrogate = opinion.informed(own) if opinion else own
+    surrogate = own = fit_surrogate(layout, observed, settings, start=start)
     best = (
         surrogate.incumbent(observed.good)
         if observed.x.shape[1]
@@ -234,18 +182,16 @@ def decide(
         mean, _ = surrogate.posterior(pending)
         expected = torch.where(observed.pending_mask, mean, -torch.inf).amax(1)
         best = torch.maximum(best, expected)
-        believed = believe(own, y, extra, pending, observed.pending_mask)
-        surrogate = opinion.informed(believed) if opinion else believed
+        surrogate = believe(own, y, extra, pending, observed.pending_mask)
 
     def look(x: Tensor) -> Assessment:
         sure = torch.zeros(x.shape[:2], dtype=torch.float64)
         return assess(x, layout, surrogate, best, feasibility(x) if feasibility else sure)
 
     def uphill(x: Tensor) -> Tensor:
-        # What earlier studies add has no gradient here.
-        return x if opinion else climb(x, layout, surrogate, best, settings.steps)
+        return climb(x, layout, surrogate, best, settings.steps)
 
-    weight = prior_weight(observed, settings)[:, None] * (1.0 - trust)
+    weight = prior_weight(observed, settings)[:, None]
 
     def acquisition(x: Tensor) -> Tensor:
         view = look(x)
@@ -259,17 +205,14 @@ def decide(
         generator,
         climb=uphill,
         count=settings.candidates,
-        rounds=settings.rounds + (_BLIND_ROUNDS if opinion else 0),
+        rounds=settings.rounds,
         grid=grid,
-        earlier=torch.cat([s.best for s in sources])[None] if opinion else None,
     )
     view = look(candidates.x)
     seen = features(candidates, view, layout, observed, surrogate, best)
-    # With earlier studies the first trial is theirs; the guides' is what it is compared with.
-    first = 1 if sources else 0
-    residual = residual_logits(candidates, view, layout, observed, settings, trust, first)
-    logits = residual if network is None else residual + (1.0 - trust) * network(seen).double()
-    return Decision(observed, candidates, view, seen, residual, logits, own.theta, trust)
+    residual = residual_logits(candidates, view, layout, observed, settings)
+    logits = residual if network is None else residual + network(seen).double()
+    return Decision(observed, candidates, view, seen, residual, logits, own.theta)
 
 
 def _failure_noise(observed: Observed, settings: Settings) -> Tensor:

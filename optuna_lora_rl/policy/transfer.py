@@ -2,11 +2,11 @@
 
 Notations
     K, n, D   sources, finished trials of the target, columns
-    z         model coordinates of points, shape (1, N, D)
+    z         model coordinates of points, shape (N, D)
     m_i       posterior mean of source i's process, standardised scores of that source
     w_i       how far source i is believed, at least 0, trust = sum of w_i at most 1
     a         what a standardised unit of the sources is worth in the target
-    kappa     deviation that is left to the target's own process, shape (1, N)
+    kappa     deviation that is left to the target's own process, shape (N,)
 
 Each source gets one Gaussian process, fitted once, in the target's coordinates. The target's
 surrogate is a process round the sources' opinion,
@@ -34,16 +34,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from optuna_lora_rl.policy.candidates import Observed
 from optuna_lora_rl.policy.dimensions import Space
-from optuna_lora_rl.policy.layout import Layout
 from optuna_lora_rl.policy.matching import place
 from optuna_lora_rl.policy.scores import scalarise
-from optuna_lora_rl.policy.scores import standardise
-from optuna_lora_rl.policy.surrogate import Surrogate
-from optuna_lora_rl.policy.surrogate import fit
+from optuna_lora_rl.policy.single.candidates import Trials
+from optuna_lora_rl.policy.single.process import Process
+from optuna_lora_rl.policy.single.process import evenly
+from optuna_lora_rl.policy.single.process import fit_theta
+from optuna_lora_rl.policy.single.process import incumbent
+from optuna_lora_rl.policy.single.scores import standardise
+from optuna_lora_rl.policy.single.tables import Tables
 
 MIN_TRIALS = 3
 _MAX_ROWS = 120
@@ -90,33 +91,28 @@ class SourceModel:
     """One source's process in the target's coordinates.
 
     Args:
-        surrogate: fitted to the source's trials.
+        process: fitted to the source's trials.
         shared: columns that the source knows, shape (D,).
         best: its best configurations, shape (k, D), what it does not know at the default.
     """
 
-    surrogate: Surrogate
-    shared: Tensor
-    best: Tensor
+    process: Process
+    shared: np.ndarray
+    best: np.ndarray
 
-    def posterior(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation, each (1, N), the latter relative to what is unknown everywhere."""
-        mean, deviation = self.surrogate.posterior(_only(z, self.shared))
-        scale = (0.5 * self.surrogate.log_s).exp()[:, None]
-        return mean, (deviation / scale).clamp_max(1.0)
-
-
-def _only(z: Tensor, shared: Tensor) -> Tensor:
-    return torch.where(shared, z, torch.full_like(z, 0.5))
+    def posterior(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and deviation, each (N,), the latter relative to what is unknown everywhere."""
+        mean, deviation = self.process.posterior(np.where(self.shared, z, 0.5))
+        return mean, np.minimum(deviation / np.sqrt(self.process.s), 1.0)
 
 
 def fit_source(
-    layout: Layout, space: Space, source: SourceStudy, weights: np.ndarray
+    tables: Tables, space: Space, source: SourceStudy, weights: np.ndarray
 ) -> SourceModel | None:
     """Fit one source's process; ``None`` where it says nothing about this space.
 
     Args:
-        layout: of the target (a batch of one).
+        tables: of the target.
         space: of the target.
         source: the earlier study.
         weights: of the target's objectives; used where the source has as many.
@@ -135,22 +131,16 @@ def fit_source(
     )
     rows = _representative(np.where(good, scores, -np.inf))
     points, scores, good = points[rows], scores[rows], good[rows]
-    x = torch.from_numpy(np.where(np.isnan(points), layout.default.numpy(), points))[None]
-    ok = torch.from_numpy(good)[None]
-    known = torch.from_numpy(shared)
-    y = standardise(torch.from_numpy(scores)[None], ok, ~ok)
-    surrogate = fit(
-        _only(layout.model_coordinates(x), known),
-        y,
-        torch.ones_like(ok),
-        layout.unordered,
-        layout.lengthscales(),
-        extra=torch.where(ok, 0.0, 0.05).double(),
+    x = np.where(np.isnan(points), tables.default, points)
+    y = standardise(scores, ~good)
+    X, extra = np.where(shared, tables.points(x).coordinates, 0.5), np.where(good, 0.0, 0.05)
+    theta = fit_theta(
+        X, y, tables.unordered, tables.log_l, extra, iterations=40, fit_rows=_MAX_ROWS
     )
-    top = x[0, torch.where(ok, y, -torch.inf)[0].argsort(descending=True, stable=True)[:_BEST]]
-    inside = known & ~(layout.unordered[0] & (top < 0))
-    best = torch.where(inside, top.clamp(0.0, 1.0), layout.default)
-    return SourceModel(surrogate, known, best)
+    top = x[np.argsort(np.where(good, -y, np.inf), kind="stable")[:_BEST]]
+    inside = shared & ~(tables.unordered & (top < 0))
+    best = np.where(inside, np.clip(top, 0.0, 1.0), tables.default)
+    return SourceModel(Process(X, y, tables.unordered, theta, extra), shared, best)
 
 
 def _representative(scores: np.ndarray) -> np.ndarray:
@@ -175,7 +165,7 @@ class Opinion:
     """
 
     models: Sequence[SourceModel]
-    weights: Tensor
+    weights: np.ndarray
     slope: float = 1.0
     centre: float = 0.0
 
@@ -184,80 +174,74 @@ class Opinion:
         """From 0 (the sources mislead) to 1."""
         return float(self.weights.sum())
 
-    def mean(self, z: Tensor) -> Tensor:
-        """The target's expected score at z, shape (1, N)."""
-        total = torch.zeros(z.shape[:2], dtype=z.dtype)
+    def __call__(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The target's expected score and kappa at z, each (N,); see the module's notations.
+
+        kappa is 1 where the sources know nothing or are not believed.
+        """
+        total, explained = np.zeros(len(z)), np.zeros(len(z))
         for weight, model in zip(self.weights.tolist(), self.models, strict=True):
             if weight > 0:
-                total = total + weight * (model.posterior(z)[0] - self.centre)
-        return self.slope * total
+                mean, deviation = model.posterior(z)
+                total += weight * (mean - self.centre)
+                explained += weight * (1.0 - np.square(deviation))
+        return self.slope * total, np.sqrt(1.0 - _EXPLAINED * explained)
 
-    def kappa(self, z: Tensor) -> Tensor:
-        """See the module's notations: 1 where the sources know nothing or are not believed."""
-        explained = torch.zeros(z.shape[:2], dtype=z.dtype)
-        for weight, model in zip(self.weights.tolist(), self.models, strict=True):
-            if weight > 0:
-                explained = explained + weight * (1.0 - model.posterior(z)[1].square())
-        return (1.0 - _EXPLAINED * explained).sqrt()
-
-    def residual(self, z: Tensor, y: Tensor) -> Tensor:
-        """The scores y at z as the target's own process g sees them, shape (1, n)."""
-        return (y - self.mean(z)) / self.kappa(z)
-
-    def informed(self, surrogate: Surrogate) -> Surrogate:
-        """The surrogate f that g, fitted to the residuals, makes with this opinion."""
-        fields = {name: getattr(surrogate, name) for name in Surrogate.__dataclass_fields__}
-        return _Informed(**fields, opinion=self)
+    def residual(self, z: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """The scores y at z as the target's own process g sees them, shape (n,)."""
+        mean, kappa = self(z)
+        return (y - mean) / kappa
 
 
 @dataclass
-class _Informed(Surrogate):
+class Informed:
+    """The surrogate f that g, fitted to the residuals, makes with an opinion."""
+
+    process: Process
     opinion: Opinion
 
-    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean, deviation = super().posterior(x)
-        kappa = self.opinion.kappa(x)
-        return self.opinion.mean(x) + kappa * mean, kappa * deviation
+    def posterior(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of the noise-free score at coordinates x, (N,) each."""
+        mean, deviation = self.process.posterior(x)
+        expected, kappa = self.opinion(x)
+        return expected + kappa * mean, kappa * deviation
+
+    def incumbent(self, eligible: np.ndarray) -> float:
+        """The best posterior mean at an eligible observation, shape (n,)."""
+        expected, kappa = self.opinion(self.process.X)
+        return incumbent(expected + kappa * self.process.at_trials, eligible)
+
+    def believe(self, x: np.ndarray) -> Informed:
+        """Conditioned also on running trials x (m, D), taken to end at their predicted mean."""
+        return Informed(self.process.believe(x), self.opinion)
 
 
-def weigh(models: Sequence[SourceModel], layout: Layout, observed: Observed) -> Opinion:
-    """Judge the sources by the target's finished trials (a batch of one)."""
-    K = len(models)
-    mask = observed.mask[0]
-    begun = int(mask.sum() + observed.pending_mask.sum())
-    if not bool(mask.any()):
-        even = torch.full((K,), 1.0 / K, dtype=torch.float64)
-        return Opinion(models, torch.zeros_like(even) if begun in _TESTS else even)
-    z = layout.model_coordinates(observed.x)[:, mask]
-    y = observed.y[0, mask]
-    means = torch.stack([model.posterior(z)[0][0] for model in models])
-    own = _leave_one_out(layout, z, y)
-    weights = _ranking_weights(means, y, own, observed.failed[0, mask])
-    trust = weights.sum().clamp_min(1e-12)
-    m = (weights[:, None] * means).sum(0) / trust
-    if begun in _TESTS and float(m.max() - m.min()) < _CLEARLY_LESS:
-        weights = torch.zeros_like(weights)
+def weigh(models: Sequence[SourceModel], tables: Tables, trials: Trials) -> Opinion:
+    """Judge the sources by the target's finished trials."""
+    K, y = len(models), trials.y
+    begun = len(trials) + len(trials.pending)
+    if not len(trials):
+        return Opinion(models, np.full(K, 0.0 if begun in _TESTS else 1.0 / K))
+    z = trials.points(tables).coordinates
+    means = np.stack([model.posterior(z)[0] for model in models])
+    theta = fit_theta(
+        z, y, tables.unordered, tables.log_l, np.zeros(len(y)), iterations=20, fit_rows=40
+    )
+    own = Process(z, y, tables.unordered, theta, np.zeros(len(y))).leave_one_out()
+    weights = _ranking_weights(means, y, own, trials.failed)
+    m = weights @ means / max(float(weights.sum()), 1e-12)
+    if begun in _TESTS and m.max() - m.min() < _CLEARLY_LESS:
+        weights = np.zeros(K)
     centre = m.mean()
     slope = ((m - centre) @ (y - y.mean()) + _SLOPE_WEIGHT) / (
-        (m - centre).square().sum() + _SLOPE_WEIGHT
+        np.square(m - centre).sum() + _SLOPE_WEIGHT
     )
-    return Opinion(models, weights, float(slope.clamp(0.0, _MAX_SLOPE)), float(centre))
+    return Opinion(models, weights, float(np.clip(slope, 0.0, _MAX_SLOPE)), float(centre))
 
 
-def _leave_one_out(layout: Layout, z: Tensor, y: Tensor) -> Tensor:
-    """Each trial's score as a process fitted to the target predicts it from the others, (n,).
-
-    Rasmussen & Williams 2006, eq. 5.12, with hyperparameters fitted to all.
-    """
-    ones = torch.ones((1, len(y)), dtype=torch.bool)
-    own = fit(
-        z, y[None], ones, layout.unordered, layout.lengthscales(), iterations=20, fit_rows=40
-    )
-    precision = torch.cholesky_inverse(own.L[0]).diagonal()
-    return y - own.alpha[0] / precision
-
-
-def _ranking_weights(means: Tensor, y: Tensor, own: Tensor, failed: Tensor) -> Tensor:
+def _ranking_weights(
+    means: np.ndarray, y: np.ndarray, own: np.ndarray, failed: np.ndarray
+) -> np.ndarray:
     """How often each source orders the trials best, shape (K,).
 
     Args:
@@ -266,23 +250,23 @@ def _ranking_weights(means: Tensor, y: Tensor, own: Tensor, failed: Tensor) -> T
         own: the target's own leave-one-out predictions, shape (n,).
         failed: trials without a score of their own, shape (n,).
     """
-    n = len(y)
-    rows = torch.linspace(0, n - 1, min(n, _MAX_RANKED)).round().long()
+    rows = evenly(len(y), _MAX_RANKED)
     means, y, own, failed = means[:, rows], y[rows], own[rows], failed[rows]
     generator = torch.Generator().manual_seed(len(rows))
-    draw = torch.randint(len(rows), (_SAMPLES, len(rows)), generator=generator)
-    counts = torch.nn.functional.one_hot(draw, len(rows)).sum(1).double()
-    source = torch.stack([_misranked(m, y, failed, counts, _PRIOR_LOSS) for m in means], 1)
+    draw = torch.randint(len(rows), (_SAMPLES, len(rows)), generator=generator).numpy()
+    counts = (draw[:, :, None] == np.arange(len(rows))).sum(1).astype(float)
+    source = np.stack([_misranked(m, y, failed, counts, _PRIOR_LOSS) for m in means], 1)
     # Before it has many trials, leaving one out predicts the opposite: no worse than a coin.
-    rival = _misranked(own, y, failed, counts, 0.5).clamp_max(0.5)
-    best = source.amin(1, keepdim=True)
+    rival = np.minimum(_misranked(own, y, failed, counts, 0.5), 0.5)
+    best = source.min(1, keepdims=True)
     winners = (source <= best + 1e-9) & (best < rival[:, None])
-    return (winners / winners.sum(1, keepdim=True).clamp_min(1)).mean(0)
+    share: np.ndarray = (winners / np.maximum(winners.sum(1, keepdims=True), 1)).mean(0)
+    return share
 
 
 def _misranked(
-    prediction: Tensor, y: Tensor, failed: Tensor, counts: Tensor, prior: float
-) -> Tensor:
+    prediction: np.ndarray, y: np.ndarray, failed: np.ndarray, counts: np.ndarray, prior: float
+) -> np.ndarray:
     """Share of the pairs in the wrong order, by bootstrap sample, shape (S,).
 
     A pair counts by how far apart the prediction puts it (at most one deviation): whoever sees
@@ -297,14 +281,15 @@ def _misranked(
         prior: the share to begin with.
     """
     gap = prediction[:, None] - prediction[None, :]
-    said = gap.abs().clamp_max(1.0) * (y[:, None] != y[None, :])
-    wrong = said * (gap.sign() != (y[:, None] - y[None, :]).sign())
-    over = prediction.clamp(-1.0, 1.0) * failed
-    evidence = _in_pairs(said, counts) + counts @ over.abs()
-    against = _in_pairs(wrong, counts) + counts @ over.clamp_min(0.0)
+    said = np.minimum(np.abs(gap), 1.0) * (y[:, None] != y[None, :])
+    wrong = said * (np.sign(gap) != np.sign(y[:, None] - y[None, :]))
+    over = np.clip(prediction, -1.0, 1.0) * failed
+    evidence = _in_pairs(said, counts) + counts @ np.abs(over)
+    against = _in_pairs(wrong, counts) + counts @ np.maximum(over, 0.0)
     return (against + _PRIOR_PAIRS * prior) / (evidence + _PRIOR_PAIRS)
 
 
-def _in_pairs(weight: Tensor, counts: Tensor) -> Tensor:
+def _in_pairs(weight: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Sum over a sample's pairs, shape (S,)."""
-    return 0.5 * ((counts @ weight) * counts).sum(1)
+    total: np.ndarray = 0.5 * ((counts @ weight) * counts).sum(1)
+    return total

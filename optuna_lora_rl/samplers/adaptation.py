@@ -25,7 +25,7 @@ from optuna_lora_rl.samplers.memory import Memo
 if TYPE_CHECKING:
     from optuna_lora_rl.policy.dimensions import Space
     from optuna_lora_rl.policy.network import Scorer
-    from optuna_lora_rl.policy.proposal import Decision
+    from optuna_lora_rl.policy.single.decision import Decision
     from optuna_lora_rl.samplers.history import History
 
 # Numbers of finished trials after which the policy learns; later its correction hardly counts.
@@ -90,15 +90,14 @@ def _step(told: History, row: int, reward: float, rebuild: Rebuild) -> Step | No
         action = _find(decision, point)
     if action is None:
         return None
-    return Step(decision.features, decision.residual, 1.0 - decision.trust, action, reward)
+    share = 1.0 - decision.trust
+    return Step(decision.values, decision.context, decision.residual, share, action, reward)
 
 
 def _find(decision: Decision, point: np.ndarray) -> int | None:
     """The allowed candidate at a point; absent parameters may be anything there."""
-    known = torch.from_numpy(~np.isnan(point))
-    x = decision.candidates.x[0]
-    gap = torch.where(known, (x - torch.from_numpy(point)).abs(), 0.0).amax(1)
-    same = torch.nonzero((gap < _SAME) & torch.isfinite(decision.residual[0])).flatten()
+    gap = np.where(np.isnan(point), 0.0, np.abs(decision.x - point)).max(1)
+    same = np.flatnonzero((gap < _SAME) & np.isfinite(decision.residual))
     return int(same[0]) if len(same) else None
 
 

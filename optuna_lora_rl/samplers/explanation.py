@@ -17,20 +17,18 @@ from typing import TYPE_CHECKING
 from typing import Any
 
 import numpy as np
-import torch
 from optuna.exceptions import ExperimentalWarning
 from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.importance import get_param_importances
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
-from torch import Tensor
 
 from optuna_lora_rl.errors import UserError
-from optuna_lora_rl.policy.layout import Layout
 from optuna_lora_rl.policy.layout import layout_of
-from optuna_lora_rl.policy.scores import standardise
-from optuna_lora_rl.policy.surrogate import Surrogate
-from optuna_lora_rl.policy.surrogate import fit
+from optuna_lora_rl.policy.single.process import Process
+from optuna_lora_rl.policy.single.process import fit_theta
+from optuna_lora_rl.policy.single.scores import standardise
+from optuna_lora_rl.policy.single.tables import Tables
 from optuna_lora_rl.samplers import proposal
 from optuna_lora_rl.samplers.history import History
 from optuna_lora_rl.samplers.history import read_history
@@ -288,8 +286,8 @@ class _Model:
     """The surrogate of one objective and how to read it in the objective's units."""
 
     space: Space
-    layout: Layout
-    surrogate: Surrogate
+    tables: Tables
+    process: Process
     points: np.ndarray
     values: np.ndarray
     pruned: np.ndarray
@@ -306,36 +304,25 @@ class _Model:
         direction: StudyDirection,
         last: Mapping[int, float],
     ) -> _Model:
-        layout = layout_of(space)
+        tables = Tables(layout_of(space))
         finished = np.flatnonzero(~history.running)[-_MOST_ROWS:]
-        points = np.where(np.isnan(history.points), layout.default.numpy(), history.points)
+        points = np.where(np.isnan(history.points), tables.default, history.points)
         good = history.scored[finished]
         scores = np.where(good, history.scores[finished, objective], 0.0)
-        y = standardise(
-            torch.from_numpy(scores)[None],
-            torch.from_numpy(good)[None],
-            torch.from_numpy(~good)[None],
-        )
-        surrogate = fit(
-            layout.model_coordinates(torch.from_numpy(points[finished])[None]),
-            y,
-            torch.ones((1, len(finished)), dtype=torch.bool),
-            layout.unordered,
-            layout.lengthscales(),
-            extra=torch.from_numpy(np.where(good, 0.0, _FAILURE_NOISE))[None],
-            fit_rows=100,
-        )
+        y = standardise(scores, ~good)
+        X, noise = tables.points(points[finished]).coordinates, np.where(good, 0.0, _FAILURE_NOISE)
+        theta = fit_theta(X, y, tables.unordered, tables.log_l, noise, iterations=40, fit_rows=100)
         sign = 1.0 if direction == StudyDirection.MAXIMIZE else -1.0
         kept = finished[good]
         # As Optuna's best trial: of those that keep the constraints, where any does.
         allowed = history.violation[kept] <= 0
         eligible = np.where(allowed | ~allowed.any(), scores[good], -np.inf)
         top = kept[int(np.argmax(eligible))]
-        offset, unit = _scale(scores[good], y[0].numpy()[good])
+        offset, unit = _scale(scores[good], y[good])
         return cls(
             space=space,
-            layout=layout,
-            surrogate=surrogate,
+            tables=tables,
+            process=Process(X, y, tables.unordered, theta, noise),
             points=history.points[kept],
             # A pruned trial's estimated end is what the surrogate learns from, and no result.
             values=np.where(
@@ -351,19 +338,19 @@ class _Model:
 
     @property
     def noise(self) -> float:
-        return abs(self.unit) * float((0.5 * self.surrogate.log_v).exp())
+        return abs(self.unit) * math.exp(0.5 * self.process.theta[-1])
 
-    def posterior(self, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def posterior(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and deviation in the objective's units at points (N, D)."""
-        mean, deviation = self.surrogate.posterior(self.layout.model_coordinates(x[None]))
-        return self.offset + self.unit * mean[0].numpy(), abs(self.unit) * deviation[0].numpy()
+        mean, deviation = self.process.posterior(self.tables.points(x).coordinates)
+        return self.offset + self.unit * mean, abs(self.unit) * deviation
 
     def parameter(self, column: int, importance: float) -> Parameter:
         dimension = self.space.dimensions[column]
         u = dimension.grid(_GRID) if dimension.n_levels else np.linspace(0.0, 1.0, _GRID)
         x = np.repeat(self.best[None], len(u), axis=0)
         x[:, column] = u
-        mean, deviation = self.posterior(torch.from_numpy(x))
+        mean, deviation = self.posterior(x)
         known = ~np.isnan(self.points[:, column]) & np.isfinite(self.values)
 
         def seen(rows: np.ndarray) -> tuple[tuple[Any, float], ...]:
@@ -389,9 +376,9 @@ class _Model:
         )
 
     def _prior(self, dimension: Dimension, column: int, u: np.ndarray) -> np.ndarray | None:
-        if dimension.role is None or not bool(self.layout.is_lora[0]):
+        if dimension.role is None or not self.tables.is_lora:
             return None
-        table = self.layout.log_density[0, column].exp().numpy()
+        table = np.exp(self.tables.log_density[column])
         density = np.interp(u, np.linspace(0.0, 1.0, len(table)), table)
         return np.asarray(density / density.max())
 

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from optuna.study import StudyDirection
-from torch import Tensor
 
-from optuna_lora_rl.policy.candidates import Observed
 from optuna_lora_rl.policy.conditions import Condition
 from optuna_lora_rl.policy.conditions import learn_conditions
 from optuna_lora_rl.policy.scores import scalarise
+from optuna_lora_rl.policy.single.candidates import Trials
 from optuna_lora_rl.policy.single.scores import standardise
 from optuna_lora_rl.samplers.history import History
 
@@ -48,7 +47,7 @@ def conditions_of(space: Space, history: History) -> tuple[Condition, ...]:
 
 
 def units_of(
-    history: History, observed: Observed, directions: Sequence[StudyDirection]
+    history: History, trials: Trials, directions: Sequence[StudyDirection]
 ) -> tuple[float, float] | None:
     """Offset and scale from standardised scores to the objective's values.
 
@@ -59,7 +58,7 @@ def units_of(
     if len(directions) > 1:
         return None
     score = history.scores[~history.running, 0]
-    y = np.where(observed.failed.numpy()[0], -math.inf, observed.y.numpy()[0])
+    y = np.where(trials.failed, -math.inf, trials.y)
     if not len(y):
         return None
     best = int(y.argmax())
@@ -84,10 +83,10 @@ def objective_weights(n_objectives: int, generator: torch.Generator) -> np.ndarr
 
 
 def observe(
-    history: History, default: Tensor, n_trials: int | None, weights: np.ndarray
-) -> Observed:
-    """The history as the policy takes it: one task, no NaN, one score a trial."""
-    points = np.where(np.isnan(history.points), default.numpy(), history.points)
+    history: History, default: np.ndarray, n_trials: int | None, weights: np.ndarray
+) -> Trials:
+    """The history as the policy takes it: no NaN, one score a trial."""
+    points = np.where(np.isnan(history.points), default, history.points)
     running = np.flatnonzero(history.running)[-_MAX_PENDING:]
     finished = ~history.running
     good = history.scored[finished]
@@ -96,15 +95,13 @@ def observe(
         scores[good] = history.scores[finished, 0][good]
     else:
         scores[good] = scalarise(history.scores[finished][good], weights)
-    return Observed(
-        x=torch.from_numpy(points[finished][None]),
-        y=torch.from_numpy(standardise(scores, ~good)[None]),
-        mask=torch.ones((1, len(good)), dtype=torch.bool),
-        failed=torch.from_numpy(~good[None]),
-        infeasible=torch.from_numpy(history.violation[None, finished] > 0),
-        pending=torch.from_numpy(points[running][None]),
-        pending_mask=torch.ones((1, len(running)), dtype=torch.bool),
-        horizon=torch.tensor([n_trials or 0]),
+    return Trials(
+        x=points[finished],
+        y=standardise(scores, ~good),
+        failed=~good,
+        infeasible=history.violation[finished] > 0,
+        pending=points[running],
+        horizon=n_trials or 0,
     )
 
 

@@ -22,12 +22,9 @@ from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.policy import weights as weight_files
 from optuna_lora_rl.policy.conditions import settle
 from optuna_lora_rl.policy.layout import layout_of
-from optuna_lora_rl.policy.proposal import Decision
 from optuna_lora_rl.policy.proposal import Settings
-from optuna_lora_rl.policy.proposal import decide as decide_with_sources
 from optuna_lora_rl.policy.proposal import draw_parameter
-from optuna_lora_rl.policy.proposal import fit_feasibility as fit_batch_feasibility
-from optuna_lora_rl.policy.single.candidates import Trials
+from optuna_lora_rl.policy.single.decision import Decision
 from optuna_lora_rl.policy.single.decision import decide
 from optuna_lora_rl.policy.single.decision import fit_feasibility
 from optuna_lora_rl.policy.single.decision import fit_hyperparameters
@@ -285,7 +282,7 @@ class RLSampler(BaseSampler):
 
             network = self._adaptation.network(space, history, rebuild)
         decision, told = self._decide(space, history, directions, generator, network)
-        return decision, units_of(told, decision.observed, directions)
+        return decision, units_of(told, decision.trials, directions)
 
     def _decide(
         self,
@@ -301,7 +298,7 @@ class RLSampler(BaseSampler):
         ``points`` (k, d) join the candidates.
         """
         tables = self._tables.get(space.written, lambda: Tables(layout_of(space)))
-        layout, default = tables.layout, tables.default
+        default = tables.default
         conditions = conditions_of(space, history)
         if conditions:
             history = replace(history, points=settle(history.points, conditions, default))
@@ -312,27 +309,9 @@ class RLSampler(BaseSampler):
         theta = self._hyperparameters(tables, space.written, history)
         history = recent_and_best(history)
         weights = objective_weights(len(directions), generator)
-        observed = observe(history, layout.default, self._n_trials, weights)
+        trials = observe(history, default, self._n_trials, weights)
         constraints = constraints_of(history)[~history.running]
-        grid = _grid(space, default, points)
-        sources = self._earlier.models(space, layout, directions, weights)
         with torch.no_grad():
-            if sources:
-                decision = decide_with_sources(
-                    layout,
-                    observed,
-                    network,
-                    lambda x: torch.from_numpy(snap(x.numpy())),
-                    generator,
-                    self._settings,
-                    grid=None if grid is None else torch.from_numpy(grid)[None],
-                    feasibility=fit_batch_feasibility(
-                        layout, observed, torch.from_numpy(constraints)[None]
-                    ),
-                    sources=sources,
-                )
-                return decision, history
-            trials = Trials(observed)
             decision = decide(
                 tables,
                 trials,
@@ -340,9 +319,10 @@ class RLSampler(BaseSampler):
                 snap,
                 generator,
                 self._settings,
-                grid=grid,
+                grid=_grid(space, default, points),
                 feasibility=fit_feasibility(tables, trials, constraints),
                 theta=theta,
+                sources=self._earlier.models(space, tables, directions, weights),
             )
         return decision, history
 
@@ -361,10 +341,10 @@ class RLSampler(BaseSampler):
         key = (written, told.points.tobytes(), told.scores.tobytes(), told.violation.tobytes())
 
         def fitted() -> np.ndarray:
-            observed = observe(told, tables.layout.default, None, np.ones(1))
+            trials = observe(told, tables.default, None, np.ones(1))
             iterations = _FEW_ITERATIONS if len(told) <= _FEW_TRIALS else _MANY_ITERATIONS
             settings = replace(self._settings, iterations=iterations)
-            return fit_hyperparameters(tables, Trials(observed), settings)
+            return fit_hyperparameters(tables, trials, settings)
 
         return self._fits.get(key, fitted)
 
@@ -393,17 +373,17 @@ def _chosen(
         units: what takes standardised scores to the objective's own.
         generator: to draw from the policy instead of taking the best.
     """
-    logits = decision.logits[0]
     if generator is None:
-        choice = int(logits.numpy().argmax())
+        choice = int(decision.logits.argmax())
     else:
+        logits = torch.from_numpy(decision.logits)
         choice = int(torch.multinomial(logits.softmax(0), 1, generator=generator))
-    why = decision.explain(0, choice)
+    why = decision.explain(choice)
     if units is not None:
         offset, scale = units
         why["value"] = offset + scale * float(why["mean"])
         why["value_std"] = abs(scale) * float(why["std"])
-    return decision.candidates.x[0, choice].numpy(), why
+    return decision.x[choice], why
 
 
 def _generator(seed: int, turn: int, names: Sequence[str]) -> torch.Generator:

@@ -14,14 +14,14 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 
 from optuna_lora_rl.errors import UserError
-from optuna_lora_rl.policy.candidates import Observed
 from optuna_lora_rl.policy.dimensions import Dimension
 from optuna_lora_rl.policy.dimensions import Space
-from optuna_lora_rl.policy.layout import exact_snap
 from optuna_lora_rl.policy.layout import layout_of
 from optuna_lora_rl.policy.matching import place
 from optuna_lora_rl.policy.proposal import Settings
-from optuna_lora_rl.policy.proposal import decide
+from optuna_lora_rl.policy.single.candidates import Trials
+from optuna_lora_rl.policy.single.decision import decide
+from optuna_lora_rl.policy.single.tables import Tables
 from optuna_lora_rl.policy.transfer import MIN_TRIALS
 from optuna_lora_rl.policy.transfer import SourceModel
 from optuna_lora_rl.policy.transfer import SourceStudy
@@ -32,8 +32,6 @@ from optuna_lora_rl.samplers.memory import Memo
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
-
-    from optuna_lora_rl.policy.layout import Layout
 
 # Fits that are kept: define-by-run spaces grow, weights of several objectives change.
 _KEPT = 8
@@ -77,7 +75,7 @@ class EarlierStudies:
     def models(
         self,
         space: Space,
-        layout: Layout,
+        tables: Tables,
         directions: Sequence[StudyDirection],
         weights: np.ndarray,
     ) -> list[SourceModel]:
@@ -85,13 +83,13 @@ class EarlierStudies:
 
         Args:
             space: of the new study.
-            layout: of the space.
+            tables: of the space.
             directions: of the new study.
             weights: of its objectives in this proposal, shape (m,).
         """
 
         def fitted() -> list[SourceModel]:
-            fits = (fit_source(layout, space, s, weights) for s in self._sources(directions))
+            fits = (fit_source(tables, space, s, weights) for s in self._sources(directions))
             return [fit for fit in fits if fit is not None]
 
         key = (repr(space), tuple(directions), weights.tobytes())
@@ -116,21 +114,20 @@ class EarlierStudies:
         union = _union([source.space for source in sources])
         if not len(union):
             return None
-        layout, m = layout_of(union), len(directions)
-        models = self.models(union, layout, directions, np.full(m, 1.0 / m))
+        tables, m = Tables(layout_of(union)), len(directions)
+        models = self.models(union, tables, directions, np.full(m, 1.0 / m))
         if not models:
             return None
-        generator = torch.Generator(device="cpu").manual_seed(0)
         decision = decide(
-            layout,
-            _nothing(layout),
+            tables,
+            Trials.none(len(union)),
             None,
-            exact_snap(union),
-            generator,
+            union.snap,
+            torch.Generator(device="cpu").manual_seed(0),
             Settings(),
             sources=models,
         )
-        point = decision.candidates.x[0, int(decision.logits[0].argmax())].numpy()
+        point = decision.x[int(decision.logits.argmax())]
         placed, _ = place(space, union, [union.decode(point)])
         u, is_ordered = float(placed[0, column]), space.dimensions[column].is_ordered
         if np.isnan(u) or (u < 0 and not is_ordered):
@@ -210,12 +207,3 @@ def _union(spaces: Sequence[Space]) -> Space:
             names.add(dimension.name)
             roles |= {role} if role else set()
     return Space(tuple(sorted(dimensions, key=lambda dimension: dimension.name)))
-
-
-def _nothing(layout: Layout) -> Observed:
-    """No trials."""
-    none = torch.zeros((1, 0), dtype=torch.bool)
-    points = torch.zeros((1, 0, layout.real.shape[1]), dtype=torch.float64)
-    return Observed(
-        points, none.double(), none, none, none, points, none, torch.zeros(1, dtype=torch.long)
-    )

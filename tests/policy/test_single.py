@@ -72,9 +72,16 @@ def _observed(space: Space, n: int, kind: str, seed: int = 0) -> Observed:
     )
 
 
-def _both(space: Space, observed: Observed, constraints: np.ndarray) -> tuple[Decision, Decision]:
+def _trials(observed: Observed) -> Trials:
+    columns = (observed.x, observed.y, observed.failed, observed.infeasible, observed.pending)
+    return Trials(*(column[0].numpy() for column in columns), int(observed.horizon))
+
+
+def _both(
+    space: Space, observed: Observed, constraints: np.ndarray
+) -> tuple[single.Decision, Decision]:
     network, layout = weights.load(None), layout_of(space)
-    tables, trials = Tables(layout), Trials(observed)
+    tables, trials = Tables(layout), _trials(observed)
     theta = single.fit_hyperparameters(tables, trials, SETTINGS)
     with torch.no_grad():
         one = single.decide(
@@ -116,27 +123,28 @@ def test_both_forms_make_the_same_decision(name: str, kind: str, n: int) -> None
         constraints[n // 2 :, 3] *= np.inf
     one, batched = _both(space, observed, constraints)
 
-    assert one.candidates.source.tolist() == batched.candidates.source.tolist()
-    assert torch.equal(one.candidates.valid, batched.candidates.valid)
-    torch.testing.assert_close(one.candidates.x, batched.candidates.x, rtol=0, atol=1e-9)
+    def close(left: np.ndarray, right: torch.Tensor, **tolerance: float) -> None:
+        torch.testing.assert_close(torch.from_numpy(left), right[0], **tolerance)
+
+    assert one.source.tolist() == batched.candidates.source.tolist()
+    assert one.valid.tolist() == batched.candidates.valid[0].tolist()
+    close(one.x, batched.candidates.x, rtol=0, atol=1e-9)
     for field in ("mean", "deviation", "log_ei", "log_prior", "log_feasible"):
-        left, right = getattr(one.view, field), getattr(batched.view, field)
-        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(one.residual, batched.residual, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(one.features.context, batched.features.context)
+        close(getattr(one.view, field), getattr(batched.view, field), rtol=1e-5, atol=1e-6)
+    close(one.residual, batched.residual, rtol=1e-5, atol=1e-6)
+    close(one.context, batched.features.context)
     # Equal candidates have equal expected improvement: which of them ranks first is chance.
     ranks = CANDIDATE_FEATURES.index("log_ei_rank")
     others = [k for k in range(len(CANDIDATE_FEATURES)) if k != ranks]
-    left, right = one.features.values[0], batched.features.values[0]
-    torch.testing.assert_close(left[:, others], right[:, others], rtol=1e-4, atol=1e-5)
-    for told in (left, right):
+    right = batched.features.values
+    close(one.values[:, others], right[:, :, others], rtol=1e-4, atol=1e-5)
+    for told in (one.values, right[0].numpy()):
         order = told[:, ranks].argsort()
-        assert (one.view.log_ei[0, order].diff() > -1e-6).all()
-    right[:, ranks] = left[:, ranks]
+        assert (np.diff(one.view.log_ei[order]) > -1e-6).all()
+    right[0, :, ranks] = torch.from_numpy(one.values[:, ranks])
     with torch.no_grad():
-        learned = weights.load(None)(batched.features)[0].double()
-    logits = batched.residual[0] + learned
-    torch.testing.assert_close(one.logits[0], logits, rtol=0, atol=1e-4)
+        learned = weights.load(None)(batched.features).double()
+    close(one.logits, batched.residual + learned, rtol=0, atol=1e-4)
 
 
 def test_scores_are_standardised_as_in_the_batched_form() -> None:
@@ -157,7 +165,7 @@ def test_both_forms_fit_the_same_hyperparameters(name: str) -> None:
     space = make_space(SPACES[name])
     observed = _observed(space, 15, "failed")
     layout = layout_of(space)
-    theta = single.fit_hyperparameters(Tables(layout), Trials(observed), SETTINGS)
+    theta = single.fit_hyperparameters(Tables(layout), _trials(observed), SETTINGS)
     batched = proposal.fit_surrogate(layout, observed, SETTINGS).theta[0]
     torch.testing.assert_close(torch.from_numpy(theta), batched, rtol=0, atol=1e-9)
 
@@ -184,7 +192,7 @@ def test_the_likelihood_and_its_gradient_are_those_of_the_batched_form() -> None
 def test_a_long_history_is_fitted_by_a_part_of_its_rows() -> None:
     space = make_space(SPACES["mixed"])
     observed = _observed(space, 50, "failed")
-    tables, trials = Tables(layout_of(space)), Trials(observed)
+    tables, trials = Tables(layout_of(space)), _trials(observed)
     few = Settings(iterations=5, fit_rows=20)
     theta = single.fit_hyperparameters(tables, trials, few)
     batched = proposal.fit_surrogate(tables.layout, observed, few).theta[0].numpy()

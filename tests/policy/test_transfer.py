@@ -6,16 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from optuna_lora_rl.policy.candidates import Observed
 from optuna_lora_rl.policy.dimensions import Dimension
 from optuna_lora_rl.policy.dimensions import make_space
-from optuna_lora_rl.policy.layout import exact_snap
 from optuna_lora_rl.policy.layout import layout_of
 from optuna_lora_rl.policy.network import Scorer
-from optuna_lora_rl.policy.proposal import Decision
 from optuna_lora_rl.policy.proposal import Settings
-from optuna_lora_rl.policy.proposal import decide
-from optuna_lora_rl.policy.scores import standardise
+from optuna_lora_rl.policy.single.candidates import Trials
+from optuna_lora_rl.policy.single.decision import Decision
+from optuna_lora_rl.policy.single.decision import decide
+from optuna_lora_rl.policy.single.process import Process
+from optuna_lora_rl.policy.single.process import fit_theta
+from optuna_lora_rl.policy.single.scores import standardise
+from optuna_lora_rl.policy.single.tables import Tables
+from optuna_lora_rl.policy.transfer import Informed
 from optuna_lora_rl.policy.transfer import SourceModel
 from optuna_lora_rl.policy.transfer import SourceStudy
 from optuna_lora_rl.policy.transfer import fit_source
@@ -27,7 +30,7 @@ SPACE = make_space(
         Dimension("lora_rank", "int", 2, 128, log=True),
     ]
 )
-LAYOUT = layout_of(SPACE)
+TABLES = Tables(layout_of(SPACE))
 Score = Callable[[np.ndarray], np.ndarray]
 
 
@@ -44,55 +47,37 @@ def _source(score: Score, seed: int = 0) -> SourceModel:
     points = _points(25, seed)
     params = tuple(SPACE.decode(point) for point in points)
     study = SourceStudy("s", SPACE, params, score(points)[:, None], np.zeros(25, dtype=bool))
-    model = fit_source(LAYOUT, SPACE, study, np.ones(1))
+    model = fit_source(TABLES, SPACE, study, np.ones(1))
     assert model is not None
     return model
 
 
-def _observed(points: np.ndarray, score: Score = _peaked) -> Observed:
-    n = len(points)
-    all_, none = torch.ones((1, n), dtype=torch.bool), torch.zeros((1, n), dtype=torch.bool)
-    return Observed(
-        x=torch.from_numpy(points)[None],
-        y=standardise(torch.from_numpy(score(points))[None], all_, none),
-        mask=all_,
-        failed=none,
-        infeasible=none,
-        pending=torch.zeros((1, 0, 2), dtype=torch.float64),
-        pending_mask=torch.zeros((1, 0), dtype=torch.bool),
-        horizon=torch.zeros(1, dtype=torch.long),
-    )
+def _trials(points: np.ndarray, score: Score = _peaked) -> Trials:
+    none = np.zeros(len(points), dtype=bool)
+    return Trials(points, standardise(score(points), none), none, none, np.zeros((0, 2)))
 
 
-def _decide(observed: Observed, sources: list[SourceModel], network: Scorer | None) -> Decision:
-    generator = torch.Generator().manual_seed(0)
-    return decide(
-        LAYOUT,
-        observed,
-        network,
-        exact_snap(SPACE),
-        generator,
-        Settings(candidates=64),
-        sources=sources,
-    )
+def _decide(trials: Trials, sources: list[SourceModel], network: Scorer | None) -> Decision:
+    generator, settings = torch.Generator().manual_seed(0), Settings(candidates=64)
+    return decide(TABLES, trials, network, SPACE.snap, generator, settings, sources=sources)
 
 
 def test_without_results_the_sources_are_believed_and_their_best_is_proposed() -> None:
     sources = [_source(_peaked, seed) for seed in range(3)]
-    decision = _decide(_observed(np.zeros((0, 2))), sources, None)
+    decision = _decide(_trials(np.zeros((0, 2))), sources, None)
     assert decision.trust == pytest.approx(1.0)
-    best = decision.candidates.x[0, int(decision.logits[0].argmax())]
-    assert abs(float(best[0]) - 0.8) < 0.1
+    best = decision.x[decision.logits.argmax()]
+    assert abs(best[0] - 0.8) < 0.1
 
 
 @pytest.mark.parametrize("mislead", [lambda u: -_peaked(u), lambda u: -((u[:, 0] - 0.1) ** 2)])
 def test_a_misleading_source_loses_its_weight_and_leaves_the_policy_as_it_was(
     mislead: Score,
 ) -> None:
-    observed = _observed(_points(8, 5))
-    misled = _decide(observed, [_source(mislead)], None)
+    trials = _trials(_points(8, 5))
+    misled = _decide(trials, [_source(mislead)], None)
     assert misled.trust < 0.05
-    opinion = weigh([_source(mislead), _source(_peaked, 1)], LAYOUT, observed)
+    opinion = weigh([_source(mislead), _source(_peaked, 1)], TABLES, trials)
     assert opinion.weights[0] < 0.05
     assert opinion.weights[1] > 0.8
 
@@ -100,49 +85,46 @@ def test_a_misleading_source_loses_its_weight_and_leaves_the_policy_as_it_was(
 def test_an_opinion_is_put_to_the_test_until_a_trial_has_gone_against_it() -> None:
     source = _source(_peaked)
     near, far = np.array([[0.8, 0.5], [0.79, 0.5], [0.81, 0.5]]), np.array([[0.2, 0.5]])
-    assert weigh([source], LAYOUT, _observed(near[:1])).trust == 0
-    assert weigh([source], LAYOUT, _observed(near)).trust == 0
-    assert weigh([source], LAYOUT, _observed(np.concatenate([near[:2], far]))).trust > 0.9
+    assert weigh([source], TABLES, _trials(near[:1])).trust == 0
+    assert weigh([source], TABLES, _trials(near)).trust == 0
+    assert weigh([source], TABLES, _trials(np.concatenate([near[:2], far]))).trust > 0.9
 
 
 def test_no_trust_is_the_policy_without_transfer() -> None:
-    observed, model = _observed(_points(6, 3)), _source(_peaked)
-    opinion = weigh([model], LAYOUT, observed)
-    opinion.weights = torch.zeros(1, dtype=torch.float64)
-    z = LAYOUT.model_coordinates(observed.x)
-    assert torch.equal(opinion.residual(z, observed.y), observed.y)
-    assert torch.equal(opinion.mean(z), torch.zeros_like(observed.y))
+    trials, model = _trials(_points(6, 3)), _source(_peaked)
+    opinion = weigh([model], TABLES, trials)
+    opinion.weights = np.zeros(1)
+    z = trials.points(TABLES).coordinates
+    assert opinion.residual(z, trials.y).tolist() == trials.y.tolist()
+    assert not opinion(z)[0].any()
 
 
 def test_the_surrogate_follows_the_results_where_there_are_some_and_the_sources_elsewhere() -> (
     None
 ):
     points = np.array([[0.8, 0.5], [0.7, 0.5], [0.65, 0.4], [0.6, 0.2]])
-    decision = _decide(_observed(points), [_source(_peaked)], None)
-    mean, _ = _informed_mean(points)
+    decision = _decide(_trials(points), [_source(_peaked)], None)
+    mean = _informed_mean(points)
     assert mean[0] > mean[1] > mean[2]
-    far = decision.view.mean[0][decision.candidates.x[0, :, 0] < 0.2]
-    assert float(far.max()) < float(mean[0]) - 1.0
+    assert decision.view.mean[decision.x[:, 0] < 0.2].max() < mean[0] - 1.0
 
 
-def _informed_mean(points: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    from optuna_lora_rl.policy.surrogate import fit
-
-    observed, model = _observed(points), _source(_peaked)
-    opinion = weigh([model], LAYOUT, observed)
-    z = LAYOUT.model_coordinates(observed.x)
-    own = fit(
-        z, opinion.residual(z, observed.y), observed.mask, LAYOUT.unordered, LAYOUT.lengthscales()
+def _informed_mean(points: np.ndarray) -> np.ndarray:
+    trials, none = _trials(points), np.zeros(len(points))
+    opinion = weigh([_source(_peaked)], TABLES, trials)
+    z = trials.points(TABLES).coordinates
+    y = opinion.residual(z, trials.y)
+    theta = fit_theta(
+        z, y, TABLES.unordered, TABLES.log_l, none, iterations=40, fit_rows=len(points)
     )
-    mean, deviation = opinion.informed(own).posterior(z)
-    return mean[0], deviation[0]
+    return Informed(Process(z, y, TABLES.unordered, theta, none), opinion).posterior(z)[0]
 
 
 def test_a_source_about_other_things_is_left_out() -> None:
     space = make_space([Dimension("temperature", "float", 0.0, 1.0)])
     params = tuple({"temperature": float(v)} for v in np.linspace(0, 1, 5))
     study = SourceStudy("s", space, params, np.arange(5.0)[:, None], np.zeros(5, dtype=bool))
-    assert fit_source(LAYOUT, SPACE, study, np.ones(1)) is None
+    assert fit_source(TABLES, SPACE, study, np.ones(1)) is None
 
 
 def test_what_failed_in_the_sources_is_expected_to_be_bad() -> None:
@@ -150,7 +132,7 @@ def test_what_failed_in_the_sources_is_expected_to_be_bad() -> None:
     bad = points[:, 0] > 0.6
     scores = np.where(bad, np.nan, _peaked(points))[:, None]
     params = tuple(SPACE.decode(point) for point in points)
-    model = fit_source(LAYOUT, SPACE, SourceStudy("s", SPACE, params, scores, bad), np.ones(1))
+    model = fit_source(TABLES, SPACE, SourceStudy("s", SPACE, params, scores, bad), np.ones(1))
     assert model is not None
-    mean, _ = model.posterior(torch.tensor([[[0.5, 0.5], [0.8, 0.5]]], dtype=torch.float64))
-    assert mean[0, 0] > mean[0, 1] + 0.5
+    mean, _ = model.posterior(np.array([[0.5, 0.5], [0.8, 0.5]]))
+    assert mean[0] > mean[1] + 0.5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from dataclasses import field
 from functools import cache
 from functools import cached_property
 
@@ -16,7 +17,6 @@ from optuna_lora_rl.policy.candidates import NEAR
 from optuna_lora_rl.policy.candidates import NO_ACCIDENT
 from optuna_lora_rl.policy.candidates import SAME
 from optuna_lora_rl.policy.candidates import SOURCES
-from optuna_lora_rl.policy.candidates import Observed
 from optuna_lora_rl.policy.candidates import sobol
 from optuna_lora_rl.policy.candidates import spread_places
 from optuna_lora_rl.policy.prior import GUIDE_RATIO
@@ -37,25 +37,40 @@ _GROWTH = np.array([1.0, 1.3, 0.5])
 Snap = Callable[[np.ndarray], np.ndarray]
 
 
+@dataclass
 class Trials:
-    """The trials of one study; see :class:`~optuna_lora_rl.policy.candidates.Observed`.
+    """The trials of a study.
 
     Args:
-        observed: a batch of one, without padding.
+        x: finished trials, shape (n, D); no NaN.
+        y: standardised scores, larger is better, shape (n,); failed trials carry a bad one.
+        failed: which of them failed, shape (n,).
+        infeasible: which of them broke a constraint, shape (n,).
+        pending: running trials, shape (m, D).
+        horizon: number of trials that the study will have; 0 where unknown.
     """
 
-    def __init__(self, observed: Observed) -> None:
-        self.observed = observed
-        self._points: tuple[Tables, Points] | None = None
-        self.x = observed.x.numpy()[0]
-        self.y = observed.y.numpy()[0]
-        self.failed = observed.failed.numpy()[0]
-        self.pending = observed.pending.numpy()[0]
-        self.good = ~(self.failed | observed.infeasible.numpy()[0])
-        self.horizon = int(observed.horizon)
+    x: np.ndarray
+    y: np.ndarray
+    failed: np.ndarray
+    infeasible: np.ndarray
+    pending: np.ndarray
+    horizon: int = 0
+    _points: tuple[Tables, Points] | None = field(default=None, init=False, repr=False)
+
+    @classmethod
+    def none(cls, dimensions: int) -> Trials:
+        """Of a study that has not begun."""
+        points, nothing = np.zeros((0, dimensions)), np.zeros(0, dtype=bool)
+        return cls(points, np.zeros(0), nothing, nothing, points)
 
     def __len__(self) -> int:
         return len(self.x)
+
+    @cached_property
+    def good(self) -> np.ndarray:
+        """Shape (n,): finished within the constraints, with a score of their own."""
+        return ~(self.failed | self.infeasible)
 
     def points(self, tables: Tables) -> Points:
         """The finished trials with what their space says of them."""
@@ -227,6 +242,7 @@ def proposals(
     generator: torch.Generator,
     count: int,
     grid: np.ndarray | None,
+    earlier: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Candidates of every source but the local search: points (N, D) and their sources (N,)."""
     share = max(count // 16, 2)
@@ -245,6 +261,8 @@ def proposals(
     sets.append(("mutation", perturb(parents, tables.unordered, scale, chance, generator)))
     if grid is not None:
         sets.append(("uniform", grid))
+    if earlier is not None:
+        sets.append(("transfer", earlier))
     source = _sources(tuple((name, len(points)) for name, points in sets))
     return snap(np.concatenate([points for _, points in sets])), source
 

@@ -1,26 +1,32 @@
-"""One step of the policy for one study; the twin of ``proposal.decide`` without earlier ones."""
+"""One step of the policy: from the trials to a scored set of candidates.
+
+    logits = beta * (log EI - max) + lambda_n * (log prior - max) + network
+
+With n finished trials lambda_n = 1 / (1 + n / prior_trials)^2 fades, so that the untrained policy
+is "defaults, then a Gaussian process" (compare pi-BO, Hvarfner et al. 2022). The network's last
+layer starts at zero: training can only move on from there.
+
+Earlier studies (:mod:`~optuna_lora_rl.policy.transfer`) change what the surrogate expects; as far
+as they are trusted, prior and network, which know nothing of them, are silent.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from optuna_lora_rl.policy.candidates import SOURCES
-from optuna_lora_rl.policy.candidates import Candidates
-from optuna_lora_rl.policy.features import Assessment
-from optuna_lora_rl.policy.features import Features
 from optuna_lora_rl.policy.network import Scorer
 from optuna_lora_rl.policy.proposal import ALIKE
 from optuna_lora_rl.policy.proposal import CARE
 from optuna_lora_rl.policy.proposal import FIRST
 from optuna_lora_rl.policy.proposal import SPREAD
-from optuna_lora_rl.policy.proposal import Decision
 from optuna_lora_rl.policy.proposal import Settings
-from optuna_lora_rl.policy.proposal import is_flag
-from optuna_lora_rl.policy.proposal import room
 from optuna_lora_rl.policy.single.candidates import Snap
 from optuna_lora_rl.policy.single.candidates import Trials
 from optuna_lora_rl.policy.single.candidates import allowed
@@ -36,17 +42,80 @@ from optuna_lora_rl.policy.single.network import score
 from optuna_lora_rl.policy.single.process import Process
 from optuna_lora_rl.policy.single.process import fit_theta
 from optuna_lora_rl.policy.single.process import log_improvement
+from optuna_lora_rl.policy.single.scores import power
 from optuna_lora_rl.policy.single.tables import Points
 from optuna_lora_rl.policy.single.tables import Tables
+from optuna_lora_rl.policy.transfer import Informed
+from optuna_lora_rl.policy.transfer import SourceModel
+from optuna_lora_rl.policy.transfer import weigh
 
 _DEFAULT, _UNIFORM = SOURCES.index("default"), SOURCES.index("uniform")
 _IMPROVEMENT = SOURCES.index("improvement")
+# Earlier studies that are trusted less are not asked.
+_LEAST_TRUST = 0.05
+# More rounds of the local search where it has no gradient to go by.
+_BLIND_ROUNDS = 3
+# Most units that a constraint is kept or broken by.
+_FARTHEST = 3.0
 # Log-probability that points keep the constraints, shape (N,).
 Feasibility = Callable[[Points], np.ndarray]
 
 
+@dataclass
+class Decision:
+    """What may be proposed and how good it looks.
+
+    Args:
+        trials: before the step.
+        x: candidates, shape (N, D).
+        source: theirs, index into ``SOURCES``, shape (N,).
+        valid: which may be proposed, shape (N,).
+        view: the surrogate's and the prior's judgement of them.
+        values: the network's input for each, shape (N, F).
+        context: the network's input of the study, shape (C,).
+        residual: logits without the network, shape (N,); -inf where not allowed.
+        logits: logits with it.
+        theta: the surrogate's hyperparameters, shape (D + 2,).
+        trust: how far earlier studies are believed, from 0 (or none) to 1.
+    """
+
+    trials: Trials
+    x: np.ndarray
+    source: np.ndarray
+    valid: np.ndarray
+    view: View
+    values: np.ndarray
+    context: np.ndarray
+    residual: np.ndarray
+    logits: np.ndarray
+    theta: np.ndarray
+    trust: float = 0.0
+
+    def explain(self, choice: int) -> dict[str, float | str]:
+        """Why a candidate was chosen, as plain values.
+
+        ``source``: where it came from; ``mean``, ``std``: of the predicted score, standardised;
+        ``log_ei``: log expected improvement, ``log_feasible`` included; ``log_prior``: log-density
+        of the guides' prior; ``log_feasible``: log-probability that it neither fails nor breaks a
+        constraint; ``residual`` + ``network`` = ``logit``: what the fixed part and the trained
+        one say, in nats.
+        """
+        residual, logit = float(self.residual[choice]), float(self.logits[choice])
+        return {
+            "source": SOURCES[int(self.source[choice])],
+            "mean": float(self.view.mean[choice]),
+            "std": float(self.view.deviation[choice]),
+            "log_ei": float(self.view.log_ei[choice]),
+            "log_prior": float(self.view.log_prior[choice]),
+            "log_feasible": float(self.view.log_feasible[choice]),
+            "residual": residual,
+            "network": logit - residual,
+            "logit": logit,
+        }
+
+
 def fit_hyperparameters(tables: Tables, trials: Trials, settings: Settings) -> np.ndarray:
-    """The surrogate's, shape (D + 2,); the twin of ``proposal.fit_surrogate``."""
+    """The surrogate's, shape (D + 2,)."""
     return fit_theta(
         trials.points(tables).coordinates,
         trials.y,
@@ -63,20 +132,26 @@ def _noise(trials: Trials, settings: Settings) -> np.ndarray:
 
 
 def fit_feasibility(tables: Tables, trials: Trials, constraints: np.ndarray) -> Feasibility | None:
-    """A process for each constraint, values (n, k); the twin of ``proposal.fit_feasibility``."""
+    """The log-probability that all constraints are kept, from a process for each of them.
+
+    Args:
+        tables: of the space.
+        trials: of the study.
+        constraints: values, feasible when all <= 0, shape (n, number of constraints); NaN where
+            unknown.
+
+    Returns:
+        ``None`` without any known value (Gardner et al. 2014, constraints taken as independent).
+    """
     models = []
     x = trials.points(tables).coordinates
     for column in constraints.T:
         known = ~np.isnan(column)
         if not known.any():
             continue
-        told = torch.from_numpy(np.ascontiguousarray(column))[None]
-        rows = torch.from_numpy(known)[None]
-        y = room(told, rows)[0].numpy()[known]
-        X, none = x[known], np.zeros(int(known.sum()))
+        y, X, none = room(column[known]), x[known], np.zeros(int(known.sum()))
         theta = fit_theta(X, y, tables.unordered, tables.log_l, none, iterations=40, fit_rows=100)
-        flag = bool(is_flag(told, rows))
-        models.append((flag, Process(X, y, tables.unordered, theta, none)))
+        models.append((is_flag(column[known]), Process(X, y, tables.unordered, theta, none)))
 
     def log_feasible(points: Points) -> np.ndarray:
         total = np.zeros(len(points))
@@ -90,6 +165,41 @@ def fit_feasibility(tables: Tables, trials: Trials, constraints: np.ndarray) -> 
     return log_feasible if models else None
 
 
+def is_flag(values: np.ndarray) -> bool:
+    """Whether the values of a constraint, shape (n,), only say kept or broken.
+
+    Either there is none below 0, or one for all that keep it and one for all that break it.
+    """
+    over = values > 0
+    # Of two trials each has its own value anyway.
+    apart = len(values) > 2 and _alike(values[over]) and _alike(values[~over])
+    return apart or not bool((values < 0).any())
+
+
+def _alike(values: np.ndarray) -> bool:
+    """Whether there are values, all the same."""
+    return len(values) > 0 and bool(values.min() == values.max())
+
+
+def room(values: np.ndarray) -> np.ndarray:
+    """How much room the values of a constraint leave, about 1 in size, 0 at the limit, shape (n,).
+
+    The unit is the root mean square, not the median: trials gather at the limit, and in a unit
+    that shrinks with them the rest would look like a cliff. Where a constraint only says kept or
+    broken, it is 1 or -1. Infinite values are as far as values can be.
+    """
+    if is_flag(values):
+        return np.where(values > 0, -1.0, 1.0)
+    size = np.abs(values[np.isfinite(values)])
+    some = np.sort(size[size > 0])
+    usual = some[(len(some) - 1) // 2] if len(some) else 0.0
+    # Squares of values of any size must neither overflow nor vanish.
+    about = power(usual)
+    typical = size[size <= 1e3 * usual] / about
+    unit = about * np.sqrt(np.square(typical).mean()) if usual else 1.0
+    return -np.minimum(np.maximum(values / unit, -_FARTHEST), _FARTHEST)
+
+
 def decide(
     tables: Tables,
     trials: Trials,
@@ -101,6 +211,7 @@ def decide(
     grid: np.ndarray | None = None,
     feasibility: Feasibility | None = None,
     theta: np.ndarray | None = None,
+    sources: Sequence[SourceModel] = (),
 ) -> Decision:
     """Condition the surrogate, generate candidates and score them.
 
@@ -114,16 +225,25 @@ def decide(
         grid: further configurations, shape (k, D).
         feasibility: log-probability that points keep the constraints.
         theta: the surrogate's hyperparameters, shape (D + 2,); fitted here where not given.
+        sources: what earlier studies know of this space.
     """
-    if theta is None:
-        theta = fit_hyperparameters(tables, trials, settings)
+    opinion = weigh(sources, tables, trials) if sources else None
+    if opinion and opinion.trust < _LEAST_TRUST:
+        opinion = None
+    trust = opinion.trust if opinion else 0.0
     seen = trials.points(tables).coordinates
-    own = Process(seen, trials.y, tables.unordered, theta, _noise(trials, settings))
-    process, best = own, own.incumbent(trials.good)
+    fitted = replace(trials, y=opinion.residual(seen, trials.y)) if opinion else trials
+    if theta is None:
+        theta = fit_hyperparameters(tables, fitted, settings)
+    own = Process(seen, fitted.y, tables.unordered, theta, _noise(trials, settings))
+    process: Process | Informed = Informed(own, opinion) if opinion else own
+    best = process.incumbent(trials.good)
     if len(trials.pending):
+        # What is believed of a running trial is also what there is to improve on: else the next
+        # proposal would gain once more what that trial gains, from right beside it.
         pending = tables.points(trials.pending).coordinates
-        best = max(best, float(own.posterior(pending)[0].max()))
-        process = own.believe(pending)
+        best = max(best, float(process.posterior(pending)[0].max()))
+        process = process.believe(pending)
 
     def look(points: Points) -> View:
         mean, deviation = process.posterior(points.coordinates)
@@ -132,18 +252,23 @@ def decide(
         return View(mean, deviation, log_ei + sure, points.log_prior, sure)
 
     def uphill(x: np.ndarray) -> np.ndarray:
+        # What earlier studies add has no gradient here.
+        if isinstance(process, Informed):
+            return x
         return climb(x, tables, process, best, settings.steps)
 
-    weight = (1.0 + len(trials) / settings.prior_trials) ** -2
-    x, source = proposals(tables, trials, snap, generator, settings.candidates, grid)
+    weight = (1.0 - trust) * (1.0 + len(trials) / settings.prior_trials) ** -2
+    earlier = np.concatenate([source.best for source in sources]) if opinion else None
+    x, source = proposals(tables, trials, snap, generator, settings.candidates, grid, earlier)
     points = tables.points(x)
     view, close = look(points), closeness(x, trials)
     rows, keep = np.arange(len(x)), 3 * max(settings.candidates // 16, 2)
-    for turn in range(settings.rounds + 1):
+    rounds = settings.rounds + (_BLIND_ROUNDS if opinion else 0)
+    for turn in range(rounds + 1):
         value = settings.beta * view.log_ei[rows] + weight * view.log_prior[rows]
         value = np.where(close.blocked[rows], np.inf, -value)
         rows = rows[np.argsort(value, kind="stable")[:keep]]
-        if turn == settings.rounds:
+        if turn == rounds:
             break
         born = tables.points(children(points.x[rows], uphill, tables, snap, generator, turn))
         rows = np.concatenate([rows, np.arange(len(points), len(points) + len(born))])
@@ -153,45 +278,36 @@ def decide(
     points, view, close = points[rows], view.at(rows), close[rows]
     source = np.concatenate([source, np.full(len(rows) - len(x), _IMPROVEMENT)])
     valid = allowed(points.x, close, trials)
-    residual = _residual(source, valid, view, tables, trials, settings, weight)
-    features = _features(points, source, valid, view, tables, trials, process, best)
+    # With earlier studies the first trial is theirs; the guides' is what it is compared with.
+    opening = (1.0 - trust) * _opening(source, tables, trials, 1 if sources else 0)
+    residual = _residual(valid, view, settings, weight) + opening
+    each, whole = _features(points, source, valid, view, tables, trials, theta, best)
     logits = residual
     if network is not None:
-        each, whole = features.values.numpy()[0], features.context.numpy()[0]
-        logits = residual + score(network, each, whole, valid)
-    candidates = Candidates(_batch(points.x), torch.from_numpy(source), _batch(valid))
-    assessment = Assessment(
-        *(_batch(getattr(view, name)) for name in Assessment.__dataclass_fields__)
-    )
+        logits = residual + (1.0 - trust) * score(network, each, whole, valid)
     return Decision(
-        observed=trials.observed,
-        candidates=candidates,
-        view=assessment,
-        features=features,
-        residual=_batch(residual),
-        logits=_batch(logits),
-        theta=_batch(theta),
+        trials, points.x, source, valid, view, each, whole, residual, logits, theta, trust
     )
 
 
-def _residual(
-    source: np.ndarray,
-    valid: np.ndarray,
-    view: View,
-    tables: Tables,
-    trials: Trials,
-    settings: Settings,
-    weight: float,
-) -> np.ndarray:
-    """The policy without its network, shape (N,); the twin of ``proposal.residual_logits``."""
+def _residual(valid: np.ndarray, view: View, settings: Settings, weight: float) -> np.ndarray:
+    """The policy without its network, shape (N,)."""
     gap = np.maximum(view.log_ei - view.log_ei[valid].max(), -20.0)
     logits = settings.beta * gap + weight * (view.log_prior - view.log_prior[valid].max())
-    begun = len(trials) + len(trials.pending)
-    if begun == 0:
-        logits += FIRST * (source == _DEFAULT)
-    elif begun < min(len(tables) + 2, 8) and not tables.is_lora:
-        logits += SPREAD * (source == _UNIFORM)
     return np.where(valid, logits, -np.inf)
+
+
+def _opening(source: np.ndarray, tables: Tables, trials: Trials, default_at: int) -> np.ndarray:
+    """The opening moves, shape (N,): the default first; a spread start where nothing is known.
+
+    Without a prior the first trials come from the quasi-random points (the least explored of
+    them), since expected improvement by two or three trials only visits corners.
+    """
+    begun = len(trials) + len(trials.pending)
+    spread = 0 < begun < min(len(tables) + 2, 8) and not tables.is_lora
+    return FIRST * ((source == _DEFAULT) & (begun == default_at)) + SPREAD * (
+        (source == _UNIFORM) & spread
+    )
 
 
 def _features(
@@ -201,18 +317,12 @@ def _features(
     view: View,
     tables: Tables,
     trials: Trials,
-    process: Process,
+    theta: np.ndarray,
     best: float,
-) -> Features:
+) -> tuple[np.ndarray, np.ndarray]:
     at = trials.best_at
     known = at is not None
     top_points = tables.usual if at is None else trials.points(tables)[np.array([at])]
     top = scaled_roles(top_points, tables)
     each = values(points, source, valid, view, tables, trials, best, top_points, top, known)
-    whole = context(tables, trials, process, top[0], known)
-    return Features(_batch(each), _batch(whole), _batch(valid))
-
-
-def _batch(array: np.ndarray) -> Tensor:
-    """A batch of one."""
-    return torch.from_numpy(array[None])
+    return each, context(tables, trials, theta, top[0], known)

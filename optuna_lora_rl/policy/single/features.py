@@ -13,7 +13,6 @@ from optuna_lora_rl.policy.features import SCALES
 from optuna_lora_rl.policy.prior import GUIDE_LR
 from optuna_lora_rl.policy.roles import ROLES
 from optuna_lora_rl.policy.single.candidates import Trials
-from optuna_lora_rl.policy.single.process import Process
 from optuna_lora_rl.policy.single.tables import Points
 from optuna_lora_rl.policy.single.tables import Tables
 
@@ -148,7 +147,7 @@ def _distance(x: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def context(
-    tables: Tables, trials: Trials, process: Process, top_roles: np.ndarray, known: bool
+    tables: Tables, trials: Trials, theta: np.ndarray, top_roles: np.ndarray, known: bool
 ) -> np.ndarray:
     """The study's features, shape (len(CONTEXT_FEATURES),); see ``features._context``."""
     n, horizon = len(trials), trials.horizon
@@ -168,13 +167,13 @@ def context(
         _agreement(tables, trials),
         gain,
         recency,
-        float(process.theta[-1]) / 5.0,
+        float(theta[-1]) / 5.0,
     ]
     if tables.column[_LR] >= 0:
         low, high = float(tables.natural[_LR, 0]), float(tables.natural[_LR, -1])
         width, value = max(high - low, 1e-3), float(top_roles[_LR]) * known
         row += [
-            float(process.theta[tables.column[_LR]]),
+            float(theta[tables.column[_LR]]),
             min(max((GUIDE_LR - low) / width - 0.5, -2.0), 2.0),
             min(max(0.5 * (low + high) - GUIDE_LR, -4.0), 4.0) / 2.0,
             min(width, 8.0) / 4.0,

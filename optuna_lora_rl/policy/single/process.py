@@ -157,12 +157,21 @@ class Process:
         gradient *= self._pull
         return gradient
 
+    @property
+    def at_trials(self) -> np.ndarray:
+        """The mean at the observations, shape (n,)."""
+        return self._at_trials @ self._alpha
+
     def incumbent(self, eligible: np.ndarray) -> float:
-        """The best posterior mean at an eligible trial, shape (n,); see the batched twin."""
-        if not len(self.X):
-            return 0.0
-        mean = self._at_trials @ self._alpha
-        return float(mean[eligible].max()) if eligible.any() else float(mean.min()) - 1.0
+        """The best posterior mean at an eligible observation, shape (n,)."""
+        return incumbent(self.at_trials, eligible)
+
+    def leave_one_out(self) -> np.ndarray:
+        """Each score as the process predicts it from the others, shape (n,).
+
+        Rasmussen & Williams 2006, eq. 5.12.
+        """
+        return self.y - self._alpha / np.einsum("ij,ij->j", self._inverse, self._inverse)
 
     def believe(self, x: np.ndarray) -> Process:
         """Conditioned also on running trials x (m, D), taken to end at their predicted mean."""
@@ -174,6 +183,17 @@ class Process:
             self.theta,
             np.concatenate([self.extra, np.zeros(len(x))]),
         )
+
+
+def incumbent(mean: np.ndarray, eligible: np.ndarray) -> float:
+    """The best of the means at eligible trials, shape (n,) each; 0 without trials.
+
+    Without an eligible one, what lies a deviation below the worst, so that every point promises
+    to improve on it and only feasibility tells points apart.
+    """
+    if not len(mean):
+        return 0.0
+    return float(mean[eligible].max()) if eligible.any() else float(mean.min()) - 1.0
 
 
 def _matern(r: np.ndarray, s: float | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -215,7 +235,7 @@ def fit_theta(
     centre = prior[:, 0]
     if not iterations or not len(X):
         return centre
-    rows = torch.linspace(0, len(X) - 1, min(len(X), fit_rows)).round().long().numpy()
+    rows = evenly(len(X), fit_rows)
     X, y, extra = X[rows], y[rows], extra[rows]
     difference = X[:, None, :] - X[None, :, :]
     sqd = difference * difference
@@ -223,6 +243,12 @@ def fit_theta(
     starts = np.stack([centre, centre - 1.0])
     best, values = _minimise(starts, sqd, y, extra, prior, iterations)
     return best[1] if values[1] < values[0] else best[0]
+
+
+def evenly(n: int, most: int) -> np.ndarray:
+    """At most so many of n rows, evenly spread."""
+    rows: np.ndarray = torch.linspace(0, n - 1, min(n, most)).round().long().numpy()
+    return rows
 
 
 def _minimise(

@@ -24,7 +24,7 @@ def standardise(scores: np.ndarray, failed: np.ndarray) -> np.ndarray:
     if not count:
         return np.where(failed, -1.0 - FAILURE_GAP, 0.0)
     finite = good & np.isfinite(scores)
-    scores = scores / _power(np.abs(scores[finite]).max(initial=0.0))
+    scores = scores / power(np.abs(scores[finite]).max(initial=0.0))
     known = np.sort(scores[finite])
     low, high = (known[0], known[-1]) if len(known) else (0.0, 0.0)
     clipped = np.where(good, scores, low)
@@ -32,7 +32,7 @@ def standardise(scores: np.ndarray, failed: np.ndarray) -> np.ndarray:
     clipped = np.minimum(np.maximum(clipped, low - (high - low)), high)
     clipped = np.maximum(clipped, _floor(known, high, count))
     centred = np.where(good, clipped - clipped[good].sum() / count, 0.0)
-    unit = _power(np.abs(centred).max())
+    unit = power(np.abs(centred).max())
     centred = centred / unit
     deviation = math.sqrt((centred * centred).sum() / count)
     flat = deviation * unit <= 1e-12 * abs(high)
@@ -52,7 +52,7 @@ def _floor(known: np.ndarray, high: float, count: int) -> float:
     return median - 3.0 * span if span > 0 and count >= 3 else -math.inf
 
 
-def _power(size: float) -> float:
+def power(size: float) -> float:
     """The power of two about a size, 1 for 0: dividing by it changes no digit."""
     return float(size / (2.0 * np.frexp(size)[0])) if size > 0 else 1.0
 

@@ -107,6 +107,7 @@ class Tables:
         column: of each role, by its number; -1 where the space lacks it.
         log_l: mean and deviation of the log lengthscales, shape (D, 2).
         natural: natural values of the roles at the nodes, shape (R, G).
+        log_density: prior log-density at the nodes by column, shape (D, G).
         alpha: column of alpha; -1 without.
         turns: whether there are rank and alpha, so that alpha is judged by their ratio.
         present: numbers of the roles that the space has.
@@ -121,7 +122,8 @@ class Tables:
         self.column: list[int] = layout.role_column[0].tolist()
         self.log_l = layout.log_l[0].numpy()
         self.natural = layout.natural[0].numpy()
-        self._log_density = Table(layout.log_density[0].numpy())
+        self.log_density: np.ndarray = layout.log_density[0].numpy()
+        self._log_density = Table(self.log_density)
         self._rank, self.alpha = self.column[_RANK], self.column[_ALPHA]
         self.turns = min(self._rank, self.alpha) >= 0
         self.present = np.array([r for r, c in enumerate(self.column) if c >= 0], dtype=np.intp)
