@@ -130,7 +130,7 @@ def _try_out(found: Found, tuner: FineTuner, folder: Path) -> None:
     prepared = tuner._prepared
     architecture = prepared.base.architecture
     rows = prepared.tokens.validation
-    found.own_head = prepared.base.own_head
+    found.own_head = prepared.base.call.own_head
     found.left_out = list(architecture.left_out)
     found.presets = {preset: _count(architecture, preset) for preset in TARGET_PRESETS}
     own = float(checking.own_losses(prepared.base.model, rows, prepared.device).mean())

@@ -198,7 +198,7 @@ class Allocator:
                 folder=Path("runs"),
                 run_name=None,
                 on_evaluation=lambda step, epoch, metrics: False,
-                own_head=prepared.base.own_head,
+                call=prepared.base.call,
             )
             return spectrum.of_adapter(adapter.model)
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import asdict
 from dataclasses import dataclass
+from dataclasses import fields
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ from optuna_lora_rl.finetuning.hub import first_line
 from optuna_lora_rl.finetuning.isolation import collected
 from optuna_lora_rl.finetuning.isolation import is_out_of_memory
 from optuna_lora_rl.finetuning.isolation import own_randomness
+from optuna_lora_rl.finetuning.learnt import PLAIN
+from optuna_lora_rl.finetuning.learnt import ModelCall
 from optuna_lora_rl.finetuning.lora import attached
 from optuna_lora_rl.finetuning.lora import lora_config
 from optuna_lora_rl.finetuning.lora import restored
@@ -63,11 +66,13 @@ class Checked:
         loss: Mean cross-entropy of the rows' learnt tokens by the model's own forward pass.
         ours: The same by the trainer's.
         own_head: Whether the trainer has to leave the output head to the model.
+        end_to_end: Whether it may lay the rows of a batch end to end.
     """
 
     loss: float
     ours: float
     own_head: bool
+    end_to_end: bool
 
 
 def checked(
@@ -97,6 +102,7 @@ def checked(
         "versions": [module.__version__ for module in (torch, transformers, peft, trl)],
         "training": training.model_dump(mode="json", include={"precision", "extra"}),
         "rows": [rows["input_ids"][:], rows["labels"][:]],
+        "finds": [field.name for field in fields(Checked)],
     }
 
     def measure() -> dict[str, Any]:
@@ -104,13 +110,13 @@ def checked(
             return asdict(_check(base, rows, training, device))
 
     found = Checked(**once(cache, "checks", facts, measure))
-    return replace(base, own_head=found.own_head)
+    return replace(base, call=ModelCall(found.own_head, found.end_to_end))
 
 
 def notes(base: Base) -> list[str]:
     """Returns what is worth knowing about a model, in sentences."""
     found = []
-    if base.own_head:
+    if base.call.own_head:
         found.append(
             f"TRL's fused output head gives another loss than this {base.architecture.model_type} "
             "model; the model's own is taken, which needs the memory of all logits"
@@ -155,7 +161,7 @@ def check_targets(
 
 
 def _check(base: Base, rows: Dataset, training: TrainingOptions, device: torch.device) -> Checked:
-    kind, dtype, own_head = base.architecture.model_type, base.model.dtype, False
+    kind, dtype = base.architecture.model_type, base.model.dtype
     if not base.architecture.linears:
         raise UserError(
             f"model.name: this {kind} model has no linear module that text passes through and "
@@ -164,36 +170,35 @@ def _check(base: Base, rows: Dataset, training: TrainingOptions, device: torch.d
     own = own_losses(base.model, rows, device)
     _check_causal(base.model, rows, device)
 
-    def trained(own_head: bool) -> Tensor:
+    def trained(call: ModelCall) -> Tensor:
         with restored(base.model, {}), torch.no_grad():
             return sft.losses_of(
-                base.model, base.tokenizer, rows, training, device=device, own_head=own_head
+                base.model, base.tokenizer, rows, training, device=device, call=call
             )
 
-    try:
-        ours = trained(own_head)
-    except UserError:
-        raise
-    except Exception:
-        # TRL's head expects of a model what not every one has.
-        own_head = True
-    if own_head or not _agree(own, ours, dtype, slack=1):
-        own_head = True
+    for call in (ModelCall(end_to_end=True, always=True), PLAIN, ModelCall(own_head=True)):
         try:
-            ours = trained(own_head)
+            ours = trained(call)
+        except UserError:
+            raise
         except Exception as error:
+            # TRL's head expects of a model what not every one has, and so do rows end to end.
+            if not call.own_head:
+                continue
             raise UserError(
                 f"model.name: TRL cannot compute the loss of a {kind} model: "
                 f"{type(error).__name__}: {first_line(error)}"
             ) from error
+        if _agree(own, ours, dtype, slack=1):
+            break
     if not _agree(own, ours, dtype):
         raise UserError(
             f"model.name: a {kind} model cannot be trained in batches: padded beside longer rows, "
             f"a few rows of the data have a loss of {ours.mean():.5f}, each by itself "
             f"{own.mean():.5f}"
         )
-    _check_adapter(base, rows, training, device, ours, own_head)
-    return Checked(float(own.mean()), float(ours.mean()), own_head)
+    _check_adapter(base, rows, training, device, ours, call)
+    return Checked(float(own.mean()), float(ours.mean()), call.own_head, call.end_to_end)
 
 
 def own_losses(model: PreTrainedModel, rows: Dataset, device: torch.device) -> Tensor:
@@ -248,14 +253,14 @@ def _check_adapter(
     training: TrainingOptions,
     device: torch.device,
     untuned: Tensor,
-    own_head: bool,
+    call: ModelCall,
 ) -> None:
     """Checks that an adapter begins as nothing, and that all of it can learn."""
     chosen = base.architecture.linears
     config = lora_config(Configuration.of({"lora_rank": 1}), base.architecture, chosen)
     with attached(base.model, config, chosen) as adapter:
         losses = sft.losses_of(
-            adapter.model, base.tokenizer, rows, training, device=device, own_head=own_head
+            adapter.model, base.tokenizer, rows, training, device=device, call=call
         )
         losses.mean().backward()
         learning = {

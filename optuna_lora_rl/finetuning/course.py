@@ -140,7 +140,7 @@ class Course:
             FineTuningError: When there is nothing to train, or training moved nothing.
         """
         shared, run, wanted = self._shared, self._run, self.wanted
-        prepared = shared.prepared
+        prepared, call = shared.prepared, shared.prepared.base.call
         if adapter.trainable_parameters == 0:
             raise FineTuningError("error", "nothing of the adapter is trainable")
         self._adapter = adapter
@@ -164,7 +164,8 @@ class Course:
             else None,
             merges=adapter.has_base,
             follower=self._follower,
-            own_head=prepared.base.own_head,
+            # In a pack the base model takes all runs' batches together, padded to one length.
+            call=replace(call, end_to_end=call.end_to_end and adapter.has_base),
             on_activity=run.on_activity,
         )
         if not adapter.changed():

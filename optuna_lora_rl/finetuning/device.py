@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import torch
+from transformers import PreTrainedModel
 
 from optuna_lora_rl.finetuning.options import FLASH_ATTENTION
 from optuna_lora_rl.finetuning.options import ModelOptions
+from optuna_lora_rl.finetuning.options import Precision
 from optuna_lora_rl.finetuning.options import TrainingOptions
+
+# Narrower models are no faster in bfloat16: studies/precision.py measured it, and wrote
+# studies/results/precision.md.
+_BF16_WIDTH = 256
 
 
 def device_of(use_cpu: bool | None) -> torch.device:
@@ -16,22 +22,45 @@ def device_of(use_cpu: bool | None) -> torch.device:
     return torch.device("cpu")
 
 
-def precision_of(training: TrainingOptions, device: torch.device) -> str:
-    """Returns the arithmetic of training: ``fp32``, ``bf16`` or ``fp16``."""
+def decided(training: TrainingOptions, model: PreTrainedModel) -> TrainingOptions:
+    """Returns how runs train, with the arithmetic that ``precision: auto`` stands for."""
     if training.precision != "auto":
-        return training.precision
+        return training
+    width = getattr(model.config.get_text_config(), "hidden_size", 0)
+    return training.model_copy(update={"precision": precision_of(model.device, width)})
+
+
+def precision_of(device: torch.device, width: int) -> Precision:
+    """Returns the faster arithmetic that is as good: ``fp32``, ``bf16`` or ``fp16``.
+
+    Args:
+        device: Where runs train.
+        width: Of the model's hidden states.
+    """
     if device.type == "cpu":
-        return "fp32"
+        return "bf16" if width >= _BF16_WIDTH and _has_bf16() else "fp32"
     return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
 
 
-def described(training: TrainingOptions) -> str:
+def can(precision: str, device: torch.device) -> bool:
+    """Whether a device trains in this arithmetic."""
+    if precision == "bf16" and device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return precision != "fp16" or device.type == "cuda"
+
+
+def described(precision: str, device: torch.device) -> str:
     """Returns device and arithmetic in words, such as ``CPU (AVX512), fp32``."""
-    device = device_of(training.use_cpu)
     name = f"CPU ({torch.backends.cpu.get_cpu_capability()})"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    return f"{name}, {precision_of(training, device)}"
+    return f"{name}, {precision}"
+
+
+def _has_bf16() -> bool:
+    """Whether the processor multiplies matrices of bfloat16, which others do in software."""
+    known = torch.cpu.get_capabilities()
+    return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def obstacle(model: ModelOptions, training: TrainingOptions) -> str | None:

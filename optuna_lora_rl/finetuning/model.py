@@ -22,11 +22,14 @@ from transformers import PreTrainedTokenizerBase
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning import architecture
+from optuna_lora_rl.finetuning import attention
 from optuna_lora_rl.finetuning import content
 from optuna_lora_rl.finetuning import gguf
 from optuna_lora_rl.finetuning import hub
 from optuna_lora_rl.finetuning import model_files
 from optuna_lora_rl.finetuning.architecture import Architecture
+from optuna_lora_rl.finetuning.learnt import PLAIN
+from optuna_lora_rl.finetuning.learnt import ModelCall
 from optuna_lora_rl.finetuning.options import ModelOptions
 
 
@@ -43,8 +46,7 @@ class Base:
         tokenizer: Its tokenizer, with a padding token.
         architecture: Its linear modules.
         fingerprint: Hash of what was loaded.
-        own_head: Whether logits come from the model's own forward; TRL's fused head computes
-            those of some architectures wrong.
+        call: How a trainer has to call it.
     """
 
     name: str
@@ -53,7 +55,7 @@ class Base:
     tokenizer: PreTrainedTokenizerBase
     architecture: Architecture
     fingerprint: str
-    own_head: bool = False
+    call: ModelCall = PLAIN
 
 
 def path_of(options: ModelOptions) -> str:
@@ -100,9 +102,9 @@ def load(options: ModelOptions, device: torch.device) -> Base:
     name = path_of(options)
     local = Path(name).is_dir()
     shared: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
-    attention = {}
+    kernel = {}
     if options.attn_implementation is not None:
-        attention["attn_implementation"] = options.attn_implementation
+        kernel["attn_implementation"] = options.attn_implementation
     if not local:
         shared["revision"] = options.revision
     try:
@@ -113,7 +115,7 @@ def load(options: ModelOptions, device: torch.device) -> Base:
                 dtype=_dtype(options.dtype, device),
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
-                **attention,
+                **kernel,
                 **shared,
             )
     except Exception as error:
@@ -134,7 +136,7 @@ def load(options: ModelOptions, device: torch.device) -> Base:
     if options.name in gguf.PACKAGED:
         # What an adapter's files name, so that others find it.
         model.name_or_path = gguf.PACKAGED[options.name].hub_name
-    return Base(
+    base = Base(
         name=model.name_or_path,
         revision=None if local else options.revision,
         model=model,
@@ -142,6 +144,8 @@ def load(options: ModelOptions, device: torch.device) -> Base:
         architecture=architecture.read(model),
         fingerprint=_fingerprint(name, model),
     )
+    attention.use_blocks(model)
+    return base
 
 
 def _check_whole(name: str, model: PreTrainedModel, loaded: Mapping[str, Any]) -> None:

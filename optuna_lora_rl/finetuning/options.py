@@ -25,6 +25,7 @@ from optuna_lora_rl.finetuning.section import Section
 
 COLUMN_ROLES = ("text", "prompt", "completion", "messages", "input", "system", "tools")
 GENERATED_METRICS = ("exact_match", "accuracy", "f1")
+Precision = Literal["fp32", "bf16", "fp16"]
 FLASH_ATTENTION = ("flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2")
 
 
@@ -250,10 +251,12 @@ class TrainingOptions(Section):
         "more computing.",
         examples=[False],
     )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+    precision: Literal["auto"] | Precision = Field(
         default="auto",
-        description="Arithmetic of training. `auto` is fp32 on a CPU, bf16 on a GPU that has it, "
-        "else fp16.",
+        description="Arithmetic of training. `auto` is bf16 on a GPU that has it, else fp16; on "
+        "a CPU it is bf16 where the processor has instructions for it and the model is wide "
+        "enough to gain by them (256), else fp32. A study keeps what it began with, also on "
+        "other machines that can; two studies on different processors may differ by it.",
         examples=["auto"],
     )
     packing: bool = Field(

@@ -42,6 +42,7 @@ class Prepared:
         lengths: Lengths of the training sequences, in tokens.
         asked: Questions of the validation set, where the metric compares answers.
         device: Where trials run.
+        training: How every run trains, its arithmetic decided.
     """
 
     base: Base
@@ -50,6 +51,7 @@ class Prepared:
     lengths: list[int]
     asked: Questions | None
     device: torch.device
+    training: TrainingOptions
 
 
 def prepare(
@@ -95,7 +97,8 @@ def prepare(
             cache=cache,
         )
         asked = questions(base, splits.validation, data_options, objective)
-    return Prepared(base, splits, made, made.lengths, asked, device)
+    training = devices.decided(training, base.model)
+    return Prepared(base, splits, made, made.lengths, asked, device, training)
 
 
 def questions(

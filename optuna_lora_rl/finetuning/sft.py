@@ -34,9 +34,10 @@ from optuna_lora_rl.activity import unseen
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning import heads
 from optuna_lora_rl.finetuning.configuration import Configuration
-from optuna_lora_rl.finetuning.device import precision_of
 from optuna_lora_rl.finetuning.failure import FineTuningError
 from optuna_lora_rl.finetuning.hub import first_line
+from optuna_lora_rl.finetuning.learnt import PLAIN
+from optuna_lora_rl.finetuning.learnt import ModelCall
 from optuna_lora_rl.finetuning.options import TrainingOptions
 from optuna_lora_rl.finetuning.quiet import quiet
 from optuna_lora_rl.finetuning.trackers import Follower
@@ -139,7 +140,7 @@ def train(
     log_every: int | None = None,
     merges: bool = False,
     follower: Follower | None = None,
-    own_head: bool = False,
+    call: ModelCall = PLAIN,
     on_activity: OnActivity = unseen,
 ) -> int:
     """Trains the adapter in ``model`` and returns the steps done.
@@ -163,7 +164,7 @@ def train(
         log_every: Steps from one training loss for the callbacks to the next.
         merges: Whether evaluations may add the updates to the base weights for their time.
         follower: Knows the trackers that follow the run; None for none.
-        own_head: Whether the model's own forward makes the logits, not TRL's fused head.
+        call: How the model is called.
         on_activity: Told of each step, and of each batch that is evaluated.
 
     Raises:
@@ -194,9 +195,7 @@ def train(
         settings["report_to"] = trackers
     try:
         datasets = (dataset, validation[plan.steps])
-        trainer = _trainer(
-            model, tokenizer, datasets, settings, [callback, *callbacks], own_head=own_head
-        )
+        trainer = _trainer(model, tokenizer, datasets, settings, [callback, *callbacks], call=call)
         trainer.stages = validation
         trainer.evaluations = callback
         trainer.optimizer = _optimizer(trainer, model, configuration)
@@ -223,7 +222,7 @@ def evaluate(
     *,
     device: torch.device,
     progress: Callable[[int, int], None],
-    own_head: bool = False,
+    call: ModelCall = PLAIN,
 ) -> dict[str, float]:
     """Returns TRL's evaluation metrics of a model as it stands.
 
@@ -234,9 +233,9 @@ def evaluate(
         options: What all trials share.
         device: Where to evaluate.
         progress: Told after each batch how many are done, and how many there are.
-        own_head: Whether the model's own head is in the place of TRL's.
+        call: How the model is called.
     """
-    trainer = _evaluator(model, tokenizer, dataset, options, device, own_head)
+    trainer = _evaluator(model, tokenizer, dataset, options, device, call)
     trainer.add_callback(Batches(progress))
     with quiet():
         metrics: dict[str, float] = trainer.evaluate()
@@ -250,11 +249,11 @@ def losses_of(
     options: TrainingOptions,
     *,
     device: torch.device,
-    own_head: bool = False,
+    call: ModelCall = PLAIN,
 ) -> Tensor:
     """Returns the losses of the learnt tokens of all rows, in one batch, with their graph."""
     together = options.model_copy(update={"eval_batch_size": len(dataset)})
-    trainer = _evaluator(model, tokenizer, dataset, together, device, own_head)
+    trainer = _evaluator(model, tokenizer, dataset, together, device, call)
     batch = trainer._prepare_inputs(next(iter(trainer.get_eval_dataloader())))
     with quiet(), trainer.learnt(batch) as selected:
         found = trainer.model(**selected, fused_lm_head=True)
@@ -279,11 +278,11 @@ def _evaluator(
     dataset: Dataset,
     options: TrainingOptions,
     device: torch.device,
-    own_head: bool,
+    call: ModelCall,
 ) -> Trainer:
     settings = {"output_dir": "runs", "gradient_checkpointing": False, **_shared(options, device)}
     try:
-        return _trainer(model, tokenizer, (dataset, dataset), settings, [], own_head=own_head)
+        return _trainer(model, tokenizer, (dataset, dataset), settings, [], call=call)
     except FineTuningError as error:
         if not options.extra:
             raise
@@ -297,7 +296,7 @@ def _trainer(
     settings: dict[str, Any],
     callbacks: list[TrainerCallback],
     *,
-    own_head: bool,
+    call: ModelCall,
 ) -> Trainer:
     try:
         with quiet():
@@ -312,19 +311,18 @@ def _trainer(
     except (ValueError, TypeError, ImportError) as error:
         raise FineTuningError("configuration", first_line(error)) from error
     trainer.remove_callback(PrinterCallback)
-    if own_head:
-        trainer.own_head = True
+    trainer.call = call
+    if call.own_head:
         heads.use_own(model.get_base_model() if isinstance(model, PeftModel) else model)
     return trainer
 
 
 def _shared(options: TrainingOptions, device: torch.device) -> dict[str, Any]:
     on_cpu = device.type == "cpu"
-    precision = precision_of(options, device)
     return {
         "use_cpu": on_cpu,
-        "bf16": precision == "bf16",
-        "fp16": precision == "fp16",
+        "bf16": options.precision == "bf16",
+        "fp16": options.precision == "fp16",
         "per_device_eval_batch_size": options.eval_batch_size,
         "report_to": "none",
         "save_strategy": "no",

@@ -69,7 +69,7 @@ class Shared:
         on_activity: OnActivity = unseen,
     ) -> None:
         self.data = data
-        self.training = training
+        self._training = training
         self.objective = objective
         self.target_sets = target_sets
         self.cache = cache
@@ -81,13 +81,17 @@ class Shared:
         made = prepare(
             self._model,
             self.data,
-            self.training,
+            self._training,
             self.objective,
             cache=self.cache,
             on_activity=self._on_activity,
         )
-        base = checking.checked(made.base, made.tokens, self.training, made.device, self.cache)
+        base = checking.checked(made.base, made.tokens, made.training, made.device, self.cache)
         return replace(made, base=base)
+
+    @cached_property
+    def training(self) -> TrainingOptions:
+        return self.prepared.training
 
     @cached_property
     def price(self) -> Price:
@@ -169,7 +173,7 @@ class Shared:
                 dataset,
                 self.training,
                 device=prepared.device,
-                own_head=prepared.base.own_head,
+                call=prepared.base.call,
                 progress=partial(_tell, tell, what),
             )
             return {**teacher_forced(metrics), **self.generated(model, asked, tell)}

@@ -113,7 +113,7 @@ class SideBySide:
         reason = packable.obstacle(course.wanted, course.chosen, self._probed, shared.training)
         if reason is None and shared.objective.cost_source == "measured":
             return "objective.cost_source is measured, and a pack's time is shared"
-        if reason is None and self._base.own_head:
+        if reason is None and self._base.call.own_head:
             return "its own output head may read more of the base model than a pack hands on"
         return reason
 

@@ -22,6 +22,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from optuna_lora_rl.activity import Activity
 from optuna_lora_rl.activity import OnActivity
 from optuna_lora_rl.finetuning.failure import FineTuningError
+from optuna_lora_rl.finetuning.learnt import PLAIN
 from optuna_lora_rl.finetuning.learnt import learnt_only
 from optuna_lora_rl.finetuning.merged import merged
 
@@ -38,18 +39,18 @@ class Trainer(SFTTrainer):
         stages: What the evaluation after each step reads; None for one data set always.
         evaluations: Takes the training losses.
         merges: Whether evaluations may add the updates to the base weights for their time.
-        own_head: Whether the model's own head is in the place of TRL's.
+        call: How the model is called.
     """
 
     after_backward: Callable[[], None] | None = None
     stages: Mapping[int, Dataset] | None = None
     evaluations: Evaluations | None = None
     merges = False
-    own_head = False
+    call = PLAIN
 
     def learnt(self, inputs: dict[str, Any]) -> AbstractContextManager[dict[str, Any]]:
-        """Selects what is learnt of a batch, where the head is sure to take it by positions."""
-        return nullcontext(inputs) if self.own_head else learnt_only(self.model, inputs)
+        """Selects what is learnt of a batch."""
+        return learnt_only(self.model, inputs, self.call)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         if self.stages is not None:

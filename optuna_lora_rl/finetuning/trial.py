@@ -127,6 +127,11 @@ class FineTuner:
             raise UserError(f"objective.reference: {error.message}") from None
         return checking.notes(self._prepared.base)
 
+    @property
+    def precision(self) -> str:
+        """The arithmetic of training: ``fp32``, ``bf16`` or ``fp16``."""
+        return self._prepared.training.precision
+
     @process.alone()
     def traits(self) -> dict[str, int | float]:
         """Returns what there is to learn from and with: sizes of data and model, rows left out."""
@@ -235,7 +240,8 @@ class FineTuner:
     ) -> None:
         """Trains and evaluates adapters side by side, over one forward pass of the base model.
 
-        Each run gives what it gives alone, to float tolerance (tests compare on a CPU). What
+        Each run gives what it gives alone, to float tolerance (tests compare on a CPU) and to
+        the draws of dropout, which alone may meet rows end to end and here meets padded ones. What
         cannot be packed runs alone, while the others wait; a run whose own part of a step finds
         no memory beside others runs again, alone. All functions are called in the caller's
         thread, one at a time.

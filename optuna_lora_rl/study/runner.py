@@ -42,12 +42,15 @@ from optuna_lora_rl.study.trials import Trials
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
+    from optuna_lora_rl.finetuning.options import TrainingOptions
     from optuna_lora_rl.finetuning.trial import FineTuner
     from optuna_lora_rl.finetuning.trial import Run
     from optuna_lora_rl.finetuning.trial import TrialResult
     from optuna_lora_rl.study.spec import StudySpec
 
 Ending = Literal["budget", "others", "interruption", "failures"]
+# The arithmetic of the study's trials, kept with it.
+PRECISION = "precision"
 EXIT_CODES: dict[Ending, int] = {"budget": 0, "others": 0, "failures": 1, "interruption": 130}
 
 
@@ -212,7 +215,6 @@ class _Worker:
 
     def _load(self) -> FineTuner:
         if self._tuner is None:
-            self._say_where()
             what = f"loading {self.spec.model.name} and {self.spec.data.train}"
             self.display.works_on(Activity(what))
             # Takes seconds: transformers, TRL and PEFT come with it.
@@ -221,7 +223,7 @@ class _Worker:
             self._tuner = FineTuner(
                 self.spec.model,
                 self.spec.data,
-                self.spec.training,
+                self._training(),
                 self.spec.objective,
                 target_sets=self.spec.target_sets,
                 cache=self.spec.folder / "cache",
@@ -230,6 +232,7 @@ class _Worker:
             space = self.spec.lora_space()
             targets, layers = space.values("target_modules"), space.values("layers")
             notes = self._tuner.prepare(map(str, targets), map(str, layers))
+            self._tell_where(self._tuner.precision)
             self._tell_data(self._tuner.data_facts())
             for note in notes:
                 self.display.says(note)
@@ -240,10 +243,24 @@ class _Worker:
             self.display.says(sentence)
         self.study.set_user_attr(data_report.DATA, facts)
 
-    def _say_where(self) -> None:
+    def _training(self) -> TrainingOptions:
+        """How trials train: in the arithmetic in which the study began, where this machine can."""
         from optuna_lora_rl.finetuning import device
 
-        where = device.described(self.spec.training)
+        training, begun = self.spec.training, self.study.user_attrs.get(PRECISION)
+        if training.precision != "auto" or begun is None:
+            return training
+        if device.can(begun, device.device_of(training.use_cpu)):
+            return training.model_copy(update={"precision": begun})
+        self.display.says(f"this study began in {begun}, which this machine has not")
+        return training
+
+    def _tell_where(self, precision: str) -> None:
+        from optuna_lora_rl.finetuning import device
+
+        if PRECISION not in self.study.user_attrs:
+            self.study.set_user_attr(PRECISION, precision)
+        where = device.described(precision, device.device_of(self.spec.training.use_cpu))
         self.display.says(f"training on {where}")
         known = self.study.user_attrs.get(report.DEVICES, [])
         if where not in known:

@@ -210,9 +210,10 @@ class StudySpec(BaseModel):
         description="How many trials train side by side over one pass of the frozen base model: "
         "`off` for one after the other, `auto` for as many reference configurations, eight at "
         "most, as a GPU's free memory is estimated to hold and one on a CPU, where packs save "
-        "nothing, or at most this many. A trial gives the same result to float tolerance in all "
-        "cases, so a study may go on with another value. What cannot be packed runs alone. "
-        "Not to be mixed up with `training.packing`, which puts several examples into one row.",
+        "nothing, or at most this many. A trial gives the same result in all cases, to float "
+        "tolerance and to the draws of dropout, so a study may go on with another value. "
+        "What cannot be packed runs alone. Not to be mixed up with `training.packing`, which puts "
+        "several examples into one row.",
     )
     storage: str | None = Field(
         default=None,

@@ -233,4 +233,4 @@ def test_a_base_is_checked_once(
     monkeypatch.delattr(checking, "own_losses")
     again = tuner_of("bert", cache=tmp_path)
     again.prepare()
-    assert again._prepared.base.own_head
+    assert again._prepared.base.call.own_head

@@ -10,7 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from optuna_lora_rl.finetuning import attention
+from optuna_lora_rl.finetuning import learnt
 from optuna_lora_rl.finetuning import trainer
+from optuna_lora_rl.finetuning.learnt import ModelCall
 from optuna_lora_rl.finetuning.learnt import learnt_only
 from optuna_lora_rl.finetuning.trial import FineTuner
 
@@ -31,8 +34,13 @@ def batch() -> dict[str, Any]:
 
 
 @contextmanager
-def untouched(model: Any, inputs: dict[str, Any]) -> Any:
+def untouched(model: Any, inputs: dict[str, Any], call: ModelCall) -> Any:
     yield inputs
+
+
+def laid(inputs: dict[str, Any]) -> bool:
+    """Whether a batch is one row of several."""
+    return "position_ids" in inputs and len(inputs["input_ids"]) == 1
 
 
 def test_the_loss_and_its_gradient_are_the_same(model: Any, batch: dict[str, Any]) -> None:
@@ -85,13 +93,22 @@ def test_a_batch_with_nothing_to_select_passes(
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"gradient_checkpointing": True}, {"micro_batch_size": 3}]
+    ("changes", "dropout"),
+    [
+        ({}, 0.1),
+        ({"gradient_checkpointing": True}, 0.1),
+        ({"micro_batch_size": 3}, 0.1),
+        # Rows end to end, where dropout would meet other positions.
+        ({}, 0.0),
+        ({"gradient_checkpointing": True}, 0.0),
+    ],
 )
 def test_a_run_learns_the_same_with_all_positions(
-    make_tuner: Make, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+    make_tuner: Make, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], dropout: float
 ) -> None:
+    monkeypatch.setattr(learnt, "_saves", lambda model, inputs: dropout == 0)
     tuner = make_tuner(**changes)
-    chosen = {"max_steps": 4, "learning_rate": 5e-3, "lora_dropout": 0.1}
+    chosen = {"max_steps": 4, "learning_rate": 5e-3, "lora_dropout": dropout}
     ours = tuner.run(chosen)
     monkeypatch.setattr(trainer, "learnt_only", untouched)
     theirs = tuner.run(chosen)
@@ -100,20 +117,87 @@ def test_a_run_learns_the_same_with_all_positions(
     assert ours.metrics == pytest.approx(theirs.metrics, rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.parametrize("kernel", ["sdpa", "eager", "blocks"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_end_to_end_give_what_each_gives_alone(
+    random_llama: Any, kernel: str, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_blocks, kernel = kernel == "blocks", "sdpa" if kernel == "blocks" else kernel
+    model = AutoModelForCausalLM.from_pretrained(random_llama, attn_implementation=kernel).eval()
+    if by_blocks:
+        attention.use_blocks(model)
+        assert model.config._attn_implementation == attention.BY_BLOCKS
+        # Five tokens, then the others: the blocks are of whole rows.
+        monkeypatch.setattr(attention, "_TOGETHER", 5)
+    weight = model.model.layers[0].self_attn.k_proj.weight
+    rows = [[5, 6, 7, 8, 2], [9, 2], [11, 12, 13]]
+    pad, mask = torch.zeros(3, 5, dtype=torch.long), torch.zeros(3, 5, dtype=torch.long)
+    for i, row in enumerate(rows):
+        where = slice(0, len(row)) if side == "right" else slice(5 - len(row), 5)
+        pad[i, where], mask[i, where] = torch.tensor(row), 1
+    labels = pad.masked_fill(mask == 0, -100)
+    inputs = {"input_ids": pad, "attention_mask": mask, "labels": labels}
+    alone = torch.cat([model(torch.tensor([row])).logits[0, :-1] for row in rows])
+    following = torch.tensor([token for row in rows for token in row[1:]])
+    with learnt_only(model, inputs, ModelCall(end_to_end=True)) as selected:
+        assert laid(selected) and selected["input_ids"].shape == (1, 10)
+        assert selected["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 0, 1, 2]]
+        assert selected.pop("shift_labels").tolist() == [following.tolist()]
+        assert selected.get("row_blocks") == ([(0, 5), (5, 10)] if by_blocks else None)
+        together = model(**selected).logits[0]
+    # Left-padded rows begin with a token that is nobody's next: both cases learn the same ones.
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+    losses = [torch.nn.functional.cross_entropy(logits, following) for logits in (together, alone)]
+    ours, theirs = (torch.autograd.grad(loss, weight)[0] for loss in losses)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ((50, 50, 50, 50), False),
+        # The model is 32 wide: 80 x (192 + 3 x 80) is less than 200 x (192 + 3 x 50).
+        ((50, 10, 10, 10), True),
+        # 170 x (192 + 3 x 170) is more.
+        ((50, 40, 40, 40), False),
+    ],
+)
+def test_rows_are_laid_end_to_end_where_it_is_less_work(
+    model: Any, lengths: tuple[int, ...], expected: bool
+) -> None:
+    mask = torch.tensor([[1] * n + [0] * (50 - n) for n in lengths])
+    ids = torch.full_like(mask, 7)
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    with learnt_only(model, inputs, ModelCall(end_to_end=True)) as selected:
+        assert laid(selected) is expected
+    with learnt_only(model, inputs) as selected:
+        assert not laid(selected)
+    with learnt_only(model, inputs, ModelCall(own_head=True, end_to_end=True)) as selected:
+        assert selected is inputs
+    # What belongs to positions as they stand is left as it is.
+    inputs["token_type_ids"] = ids
+    with learnt_only(model, inputs, ModelCall(end_to_end=True)) as selected:
+        assert not laid(selected)
+
+
 def test_it_is_used_in_training_and_fewer_positions_reach_the_head(
     make_tuner: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(learnt, "_saves", lambda model, inputs: True)
     tuner = make_tuner(evaluations=1)
     tuner.prepare()
     tuner.baseline()
-    seen: list[int] = []
+    seen: list[float] = []
+    end_to_end: list[bool] = []
 
     @contextmanager
-    def counted(model: Any, inputs: dict[str, Any]) -> Any:
-        with learnt_only(model, inputs) as selected:
+    def counted(model: Any, inputs: dict[str, Any], call: ModelCall) -> Any:
+        with learnt_only(model, inputs, call) as selected:
             seen.append(selected["shift_labels"].numel() / inputs["labels"].numel())
+            end_to_end.append(laid(selected))
             yield selected
 
     monkeypatch.setattr(trainer, "learnt_only", counted)
     tuner.run({"max_steps": 2})
     assert len(seen) >= 2 and all(share < 0.6 for share in seen)
+    assert all(end_to_end)

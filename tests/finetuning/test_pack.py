@@ -16,6 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from optuna_lora_rl.finetuning import learnt
 from optuna_lora_rl.finetuning.trainer import Trainer
 from optuna_lora_rl.finetuning.trial import FineTuner
 from optuna_lora_rl.finetuning.trial import FineTuningError
@@ -117,9 +118,15 @@ def test_the_options_of_training_change_nothing_about_that(
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_texts_of_different_lengths_share_a_pass(
-    make_tuner: Make, texts: str, tmp_path: Path, checkpointing: bool
+    make_tuner: Make,
+    texts: str,
+    tmp_path: Path,
+    checkpointing: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Batches of one sequence have each its own length, and dropout is drawn over it.
+    # Batches of one sequence have each its own length, and dropout is drawn over it: alone too
+    # with its padding, for the comparison.
+    monkeypatch.setattr(learnt, "_saves", lambda model, inputs: False)
     dropped = [{"batch_size": b, "lora_dropout": 0.3, "max_steps": 4} for b in (1, 1, 2, 5)]
     chosen = [{**c, "lora_rank": 2 + i} for i, c in enumerate(dropped)]
     chosen += [{"batch_size": 1}, {"init_lora_weights": "pissa", "batch_size": 2}]

@@ -98,6 +98,10 @@ class PaperTuner:
     def prepare(self, targets: Iterable[str], layers: Iterable[str]) -> list[str]:
         return []
 
+    @property
+    def precision(self) -> str:
+        return "fp32" if self.training.precision == "auto" else str(self.training.precision)
+
     def data_facts(self) -> dict[str, Any]:
         counts = dict.fromkeys(
             (*(name.name for name in fields(Counts)), "emptied", "cut", "special"), 0
