@@ -26,6 +26,11 @@ class _Row(BaseModel):
     train_loss: float | None = None
 
 
+class _Layers(BaseModel):
+    sha256: str
+    holds: list[str]
+
+
 class _OfTrial(BaseModel):
     configuration: dict[str, Any] = {}
     score: float = 0.0
@@ -36,6 +41,7 @@ class _OfTrial(BaseModel):
     seconds: float = 0.0
     trainable_parameters: int = 0
     curve: list[_Row] = []
+    layers: _Layers | None = None
     ranks: dict[str, int] = {}
     rank_changes: list[dict[str, Any]] = []
     truncation: dict[str, float] = {}

@@ -22,6 +22,7 @@ from optuna.trial import TrialState
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.study import adapters
 from optuna_lora_rl.study import charts
+from optuna_lora_rl.study import layers
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import wording
 from optuna_lora_rl.study.opening import claim
@@ -66,7 +67,7 @@ def attach(trial: optuna.Trial, result: TrialResult, spec: StudySpec) -> None:
     if find_spec("optuna_dashboard") and (before is None or result.score > before):
         from optuna_dashboard import save_note
 
-        save_note(trial, _trial_note(trial, before))
+        save_note(trial, _trial_note(trial, before, spec))
 
 
 def annotate(study: optuna.Study, spec: StudySpec) -> None:
@@ -130,16 +131,18 @@ class _Handler(WSGIRequestHandler):
         pass
 
 
-def _trial_note(trial: optuna.Trial, before: float | None) -> str:
+def _trial_note(trial: optuna.Trial, before: float | None, spec: StudySpec) -> str:
     attrs = trial.user_attrs
     gain = "" if before is None else f" (before: {before:.4f})"
     configuration = attrs["configuration"].items()
     cells = ((name, wording.code(wording.number(value))) for name, value in configuration)
     rows = "\n".join("| {} | {} |".format(name, cell.replace("|", "\\|")) for name, cell in cells)
+    of_layers = wording.code(layers.file_of(spec.folder, trial.number))
+    kept = f"Its layers: {of_layers}.\n\n" if layers.ATTRIBUTE in attrs else ""
     return (
         f"**The best when it ended: score {attrs['score']:.4f}**{gain}, "
         f"quality {attrs['quality']:.4f} at cost {attrs['cost']:.3f}.\n\n"
-        f"Why it was proposed: {wording.code(attrs.get('source', '?'))}.\n\n"
+        f"Why it was proposed: {wording.code(attrs.get('source', '?'))}.\n\n{kept}"
         f"| parameter | value |\n|---|---|\n{rows}\n"
     )
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.study import adapters
 from optuna_lora_rl.study import card
+from optuna_lora_rl.study import layers
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import output
 from optuna_lora_rl.study import report
@@ -56,7 +57,8 @@ def to_peft(study: optuna.Study, spec: StudySpec, target: Path, number: int | No
         Why the weights are not there; empty where they are.
 
     Raises:
-        UserError: If there is no such trial, or the folder is not empty.
+        UserError: If there is no such trial, the folder is not empty, or the ranks of its layers
+            are on another machine.
     """
     trial = chosen_trial(study, number)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -70,8 +72,9 @@ def to_peft(study: optuna.Study, spec: StudySpec, target: Path, number: int | No
     elif "configuration" not in trial.user_attrs:
         raise UserError(f"trial {trial.number} never got a configuration and cannot be exported")
     else:
+        text = _peft_config(spec, trial)
         target.mkdir(parents=True, exist_ok=True)
-        (target / adapters.CONFIG_FILE).write_text(_peft_config(spec, trial), encoding="utf-8")
+        (target / adapters.CONFIG_FILE).write_text(text, encoding="utf-8")
     return fault
 
 
@@ -90,7 +93,10 @@ def _peft_config(spec: StudySpec, trial: FrozenTrial) -> str:
     configuration = Configuration.of(trial.user_attrs["configuration"])
     chosen = lora.targets_of(configuration, base.architecture, spec.target_sets)
     # Of each layer the rank it ended with, as in an adapter whose weights were kept.
-    ranks = trial.user_attrs.get("ranks")
+    known = layers.read(trial, spec.folder)
+    if known.missing and "ranks" in known.held:
+        raise UserError(f"{known.missing}, and with them the ranks that the adapter needs")
+    ranks = known.ranks or None
     peft = lora.lora_config(configuration, base.architecture, chosen, ranks, base.revision)
     config = peft.to_dict()
     config["base_model_name_or_path"] = base.name

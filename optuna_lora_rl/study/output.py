@@ -123,16 +123,18 @@ def lock(output: Path) -> Iterator[None]:
 
 
 @contextmanager
-def place(target: Path) -> Iterator[Path]:
+def place(target: Path, output: Path | None = None) -> Iterator[Path]:
     """Gives the path at which to make a file or a folder; then it takes the target's place.
 
     So there is the former one or the new one, and never a half of either.
 
     Args:
-        target: What is replaced, directly in an output folder.
+        target: What is replaced, in an output folder.
+        output: That folder, where the target does not lie directly in it.
     """
-    with lock(target.parent):
-        workshop = _tidy(target.parent)
+    folder = output or target.parent
+    with lock(folder):
+        workshop = _tidy(folder)
         workshop.mkdir()
         try:
             yield workshop / target.name
@@ -141,12 +143,12 @@ def place(target: Path) -> Iterator[Path]:
                 target.rename(workshop / "former")
             (workshop / target.name).replace(target)
         finally:
-            _tidy(target.parent)
+            _tidy(folder)
 
 
-def write(file: Path, text: str) -> None:
-    """Writes a file of an output folder, all or nothing."""
-    with place(file) as fresh:
+def write(file: Path, text: str, output: Path | None = None) -> None:
+    """Writes a file of an output folder, all or nothing; as for :func:`place`."""
+    with place(file, output) as fresh:
         fresh.write_text(text, encoding="utf-8")
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from optuna_lora_rl.study import charts
+from optuna_lora_rl.study import layers
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import wording
 
@@ -20,11 +21,9 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
     from rich.console import Console
 
+    from optuna_lora_rl.study.layers import Layers
     from optuna_lora_rl.study.spec import StudySpec
 
-# Attributes of a trial about its adapter's ranks, and about what was read of its layers.
-ATTRIBUTES = ("ranks", "rank_changes", "truncation")
-MONITOR = "monitor"
 _PANEL = (400, 230)
 _HEADS = ("layer", "rank", "parameters", "update", "trend", "gradient", "trend")
 # More of them are folded away in the HTML report.
@@ -41,28 +40,28 @@ def show(console: Console, trial: FrozenTrial, spec: StudySpec) -> None:
     title = f"Trial {trial.number} ({trial.state.name.lower()}, score {score})"
     _say(console, Text(title, style="bold"))
     _say(console, Text(outcome.configuration(trial), style="dim"))
-    read = trial.user_attrs.get(MONITOR)
+    known = layers.read(trial, spec.folder)
+    read = known.monitor
     if read:
         console.print(_course(read["course"]))
         console.print(_layers(read["layers"]))
         _say(console, Text(_LEGEND, style="dim"))
     else:
-        _say(console, Text(_why_nothing(trial, spec), style="yellow"))
-        console.print(_ranks(trial.user_attrs.get("ranks", {})))
-    changes = trial.user_attrs.get("rank_changes", [])
-    if changes:
-        console.print(_changes(changes))
+        _say(console, Text(_why_nothing(trial, spec, known), style="yellow"))
+        console.print(_ranks(known.ranks))
+    if known.rank_changes:
+        console.print(_changes(known.rank_changes))
     cut = trial.user_attrs.get("truncation")
     if cut:
         _say(console, _cut(cut))
-    said = suggestions(trial, spec)
+    said = suggestions(trial, spec, known)
     if read and not said:
         _say(console, Text("Nothing to suggest: no layer stands out.", style="green"))
     for sentence in said:
         _say(console, f"- {sentence}")
 
 
-def suggestions(trial: FrozenTrial, spec: StudySpec) -> list[str]:
+def suggestions(trial: FrozenTrial, spec: StudySpec, known: Layers) -> list[str]:
     """What the run's losses and the layers' readings suggest, a sentence each."""
     from optuna_lora_rl.rank import advisor
 
@@ -74,21 +73,22 @@ def suggestions(trial: FrozenTrial, spec: StudySpec) -> list[str]:
         about = advisor.review(train, evaluated)
         found += [] if about is None else [about]
     by_text: dict[tuple[str, str], list[str]] = {}
-    for one in trial.user_attrs.get(MONITOR, {}).get("suggestions", []):
+    for one in known.monitor.get("suggestions", []):
         by_text.setdefault((one["concern"], one["text"]), []).append(one["layer"])
-    for (concern, text), layers in by_text.items():
-        more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
-        found.append(f"{concern}, {layers[0]}{more}: {text}")
+    for (concern, text), named in by_text.items():
+        more = f" and {len(named) - 1} more" if len(named) > 1 else ""
+        found.append(f"{concern}, {named[0]}{more}: {text}")
     return found
 
 
 def section(trial: FrozenTrial, spec: StudySpec) -> str:
     """The same as sections of the report."""
-    attrs = trial.user_attrs
-    parts = [_ranks_section(attrs.get("ranks", {})), _changes_section(attrs)]
-    read = attrs.get(MONITOR)
-    if read:
-        parts.append(_monitor_section(read, suggestions(trial, spec)))
+    known = layers.read(trial, spec.folder)
+    parts = [_ranks_section(known.ranks), _changes_section(known.rank_changes)]
+    if known.missing:
+        parts.append(f"<p><b>Note:</b> {html.escape(known.missing)}.</p>")
+    if known.monitor:
+        parts.append(_monitor_section(known.monitor, suggestions(trial, spec, known)))
     return "\n".join(filter(None, parts))
 
 
@@ -119,7 +119,9 @@ def truncations(trials: Iterable[FrozenTrial]) -> str:
     )
 
 
-def _why_nothing(trial: FrozenTrial, spec: StudySpec) -> str:
+def _why_nothing(trial: FrozenTrial, spec: StudySpec, known: Layers) -> str:
+    if known.missing:
+        return f"{known.missing[0].upper()}{known.missing[1:]}."
     if spec.training.monitor == 0:
         return "Nothing was read of its layers: training.monitor is 0."
     if "quality" not in trial.user_attrs or trial.state.name != "COMPLETE":
@@ -203,8 +205,8 @@ def _ranks_section(ranks: dict[str, int]) -> str:
     return f"<h2>Its ranks, layer by layer</h2><table class=wide>{rows}</table>"
 
 
-def _changes_section(attrs: dict[str, Any]) -> str:
-    rows = [_change(change) for change in attrs.get("rank_changes", [])]
+def _changes_section(changes: Sequence[dict[str, Any]]) -> str:
+    rows = [_change(change) for change in changes]
     if not rows:
         return ""
     heads = ("after step", "layer", "rank", "because")

@@ -16,6 +16,7 @@ from optuna_lora_rl.errors import masked
 from optuna_lora_rl.study import charts
 from optuna_lora_rl.study import data_report
 from optuna_lora_rl.study import front
+from optuna_lora_rl.study import layers
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import output
 from optuna_lora_rl.study import rank_report
@@ -38,8 +39,9 @@ _BOOKKEEPING = {
     OWNER,
     "configuration",
     "curve",
-    *rank_report.ATTRIBUTES,
-    rank_report.MONITOR,
+    "truncation",
+    *layers.HELD,
+    layers.ATTRIBUTE,
     "source",
     outcome.RETRY_OF,
     outcome.TURN,
@@ -66,13 +68,24 @@ def facts(study: optuna.Study, spec: StudySpec, trial: FrozenTrial) -> dict[str,
         "params": trial.params,
         "source": trial.user_attrs.get("source"),
         "metrics": {k: v for k, v in trial.user_attrs.items() if k not in _BOOKKEEPING},
-        **{k: v for k, v in trial.user_attrs.items() if k in rank_report.ATTRIBUTES},
+        **_of_layers(trial, spec),
         UNTUNED: study.user_attrs.get(UNTUNED, {}),
     }
     test = study.user_attrs.get(TEST, {})
     if test.get("trial") == trial.number and len(test) > 1:
         known[TEST] = {name: value for name, value in test.items() if name != "trial"}
     return known
+
+
+def _of_layers(trial: FrozenTrial, spec: StudySpec) -> dict[str, Any]:
+    known = layers.read(trial, spec.folder)
+    found = {
+        "ranks": known.ranks,
+        "rank_changes": known.rank_changes,
+        "truncation": trial.user_attrs.get("truncation"),
+        "note": known.missing,
+    }
+    return {name: value for name, value in found.items() if value}
 
 
 def top(trials: Iterable[FrozenTrial], number: int) -> list[FrozenTrial]:

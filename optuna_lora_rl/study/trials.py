@@ -28,6 +28,7 @@ from optuna_lora_rl.finetuning.failure import FineTuningError
 from optuna_lora_rl.finetuning.failure import MachineError
 from optuna_lora_rl.study import adapters
 from optuna_lora_rl.study import dashboard
+from optuna_lora_rl.study import layers
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import output
 from optuna_lora_rl.study import storage
@@ -264,7 +265,9 @@ class Trials:
             values = [result.quality, result.cost]
         if not all(map(math.isfinite, values)):
             raise FineTuningError("diverged", f"the result is {values}")
-        _set(trial, _attributes(result))
+        # Before what refers to it: whoever sees a trial complete finds its layers.
+        kept = layers.keep(self._spec.folder, trial.number, result)
+        _set(trial, {**_attributes(result), **kept})
         dashboard.attach(trial, result, self._spec)
         return values
 
@@ -298,10 +301,7 @@ def _attributes(result: TrialResult) -> dict[str, Any]:
         "stopped_early": result.stopped_early,
         **costs,
         "curve": result.curve,
-        **({"ranks": result.ranks} if result.ranks else {}),
-        **({"rank_changes": result.rank_changes} if result.rank_changes else {}),
         **({"truncation": result.truncation} if result.truncation else {}),
-        **({"monitor": result.monitor} if result.monitor else {}),
     }
 
 

@@ -12,9 +12,9 @@ import pytest
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.study import adapters
 from optuna_lora_rl.study import export
+from optuna_lora_rl.study import layers
 from optuna_lora_rl.study import opening
 from optuna_lora_rl.study import runner
-from optuna_lora_rl.study import trials
 from tests.study.conftest import MakeSpec
 
 
@@ -64,11 +64,13 @@ def test_ranks_by_layer_are_exported_without_the_weights_too(
 
     modules = [f"{layer}.self_attn.{side}_proj" for layer in range(4) for side in "qv"]
     ranks = {f"model.layers.{name}": rank for rank, name in enumerate(modules, 1)}
-    attributes = trials._attributes
+    keep = layers.keep
     monkeypatch.setattr(
-        trials,
-        "_attributes",
-        lambda result: attributes(dataclasses.replace(result, ranks=ranks)),
+        layers,
+        "keep",
+        lambda folder, number, result: keep(
+            folder, number, dataclasses.replace(result, ranks=ranks)
+        ),
     )
     space = {"lora_rank": [4], "target_modules": "qv", "init_lora_weights": "xavier"}
     spec = make_spec({"budget": 1, "space": {**space, "learning_rate": 1e-3}})
@@ -84,3 +86,8 @@ def test_ranks_by_layer_are_exported_without_the_weights_too(
         if hasattr(module, "lora_A")
     }
     assert found == ranks
+
+    layers.file_of(spec.folder, 0).unlink()
+    with pytest.raises(UserError, match=r"the layers of trial 0 are lost.*the ranks that the ad"):
+        export.to_peft(study, spec, tmp_path / "rankless")
+    assert not (tmp_path / "rankless").exists()

@@ -12,6 +12,7 @@ from optuna.trial import TrialState
 
 from optuna_lora_rl.rank.callback import RankChange
 from optuna_lora_rl.study import display
+from optuna_lora_rl.study import layers
 from optuna_lora_rl.study import log
 from optuna_lora_rl.study import runner
 from tests.study.conftest import MakeSpec
@@ -78,7 +79,7 @@ def test_each_change_of_rank_stands_under_its_trial_as_it_happens(
         assert lines(trial.number)
         # All were there before the trial was over.
         assert lines(trial.number) == before[trial.number]
-    assert len(lines(0)) == len(trials[0].user_attrs["rank_changes"])
+    assert len(lines(0)) == len(layers.read(trials[0], spec.folder).rank_changes)
 
 
 def test_warnings_are_shown_too(tmp_path: Path) -> None:

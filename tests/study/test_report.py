@@ -12,6 +12,7 @@ from optuna.artifacts import get_all_artifact_meta
 from optuna_lora_rl.finetuning.failure import FineTuningError
 from optuna_lora_rl.study import charts
 from optuna_lora_rl.study import dashboard
+from optuna_lora_rl.study import layers
 from optuna_lora_rl.study import report
 from optuna_lora_rl.study import runner
 from optuna_lora_rl.study import trials
@@ -71,7 +72,7 @@ def test_the_dashboard_has_names_notes_artifacts_and_a_figure(
 def test_ranks_and_cuts_are_shown(
     paper: type[PaperTuner], make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attributes = trials._attributes
+    attributes, keep = trials._attributes, layers.keep
     cut = {
         "quality_before": 0.5,
         "quality_after": 0.4375,
@@ -86,9 +87,13 @@ def test_ranks_and_cuts_are_shown(
     monkeypatch.setattr(
         trials,
         "_attributes",
-        lambda result: attributes(
-            dataclasses.replace(result, ranks=ranks, truncation=cut, rank_changes=[change])
-        ),
+        lambda result: attributes(dataclasses.replace(result, truncation=cut)),
+    )
+    known = {"ranks": ranks, "rank_changes": [change]}
+    monkeypatch.setattr(
+        layers,
+        "keep",
+        lambda folder, number, result: keep(folder, number, dataclasses.replace(result, **known)),
     )
     spec = make_spec()
     study = runner.run(spec).study
