@@ -33,6 +33,10 @@ Overrides = Annotated[
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Show no progress; errors are still told.")
 ]
+AllLayers = Annotated[
+    bool,
+    typer.Option("--all", help="Every layer on a line of its own, also where there are many."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON, and nothing else.")]
 
 

@@ -48,6 +48,12 @@ _LEGEND = (
 )
 
 
+_IN_GROUPS = (
+    " Each is the median over the layers of a row, with the lowest and the highest; --all shows "
+    "every layer, --csv FILE writes them."
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Files:
     """Files that an analysis writes besides what it prints."""
@@ -67,6 +73,7 @@ def analyze(
     dtype: str = "auto",
     exact: bool = False,
     files: Files | None = None,
+    whole: bool = False,
     as_json: bool = False,
 ) -> None:
     """Shows the spectra of a model's weights, or of an adapter's updates.
@@ -80,6 +87,7 @@ def analyze(
         dtype: As for :func:`load`.
         exact: Whether large matrices too are decomposed whole.
         files: What to write.
+        whole: Whether every layer has its row, however many there are.
         as_json: Whether it is for programs.
 
     Raises:
@@ -105,8 +113,11 @@ def analyze(
         print(wording.json_text({"title": title, "layers": _facts(found, more)}))
     else:
         console.print(Text(title, style="bold"))
-        console.print(tables.spectra(found, more, console.width))
-        _say(console, _LEGEND + _estimated(found) + _left_out(left_out))
+        many = not whole and len(found) > places.FEW
+        table = tables.spectra_in_groups if many else tables.spectra
+        console.print(table(found, more, console.width))
+        legend = _LEGEND + (_IN_GROUPS if many else "")
+        _say(console, legend + _estimated(found) + _left_out(left_out))
     _write(progress if as_json else console, title, found, more, files)
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from optuna_lora_rl.commands.given import AllLayers
 from optuna_lora_rl.commands.given import AsJson
 from optuna_lora_rl.commands.given import Quiet
 from optuna_lora_rl.commands.given import load
@@ -68,12 +69,14 @@ def analyze(
     exact: Annotated[
         bool, typer.Option("--exact", help="Decompose large weights whole; slow.")
     ] = False,
+    whole: AllLayers = False,
     json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Show the singular values of a model's weights or an adapter's updates, layer by layer.
 
-    An adapter's base is not loaded; given with --model, the updates are compared with it.
+    An adapter's base is not loaded; given with --model, the updates are compared with it. More
+    than 64 layers are summed up by kind and range of blocks.
 
     Example: [bold]optuna-lora-rl analyze --model tiny --csv spectra.csv --figure map.html[/]
     """
@@ -89,6 +92,7 @@ def analyze(
         dtype=dtype.value,
         exact=exact,
         files=layers.Files(csv=csv, figure=figure, capacity=capacity),
+        whole=whole,
         as_json=json,
     )
 

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from optuna_lora_rl.commands.given import AllLayers
 from optuna_lora_rl.commands.given import AsJson
 from optuna_lora_rl.commands.given import Overrides
 from optuna_lora_rl.commands.given import Quiet
@@ -162,10 +163,15 @@ def report(
     file: StudyFile,
     trial: TrialNumber = None,
     overrides: Overrides = [],  # noqa: B006
+    whole: AllLayers = False,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", help="Write the trial's layers, a row a layer.")
+    ] = None,
 ) -> None:
     """Show what became of a trial's layers, and write the study's report.
 
-    Ranks and how they changed, trends, a table layer by layer, and what they suggest.
+    Ranks and how they changed, trends, a table layer by layer, and what they suggest. More than
+    64 layers are summed up by kind and range of blocks.
 
     Example: [bold]optuna-lora-rl report studies/quickstart.yaml --trial 3[/]
     """
@@ -180,7 +186,10 @@ def report(
     chosen = exporting.chosen_trial(study, trial)
     opening.claim(spec)
     results.write(study, spec)
-    rank_report.show(console(), chosen, spec)
+    rank_report.show(console(), chosen, spec, whole=whole)
+    if csv is not None:
+        rank_report.write_csv(csv, chosen, spec)
+        console().print(f"wrote {csv}", highlight=False, markup=False, soft_wrap=True)
     console().print(f"wrote {spec.folder / reporting.FILE}", highlight=False, soft_wrap=True)
 
 

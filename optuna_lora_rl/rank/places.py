@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from optuna_lora_rl.errors import UserError
-from optuna_lora_rl.rank import layers
 
+# So many layers are shown one by one.
+FEW = 64
+# Into so many ranges blocks are divided where there are more layers than that.
+_RANGES = 3
 _BLOCK = re.compile(r"(?:(.*?)\.)?(\d+)\.(.+)")
 T = TypeVar("T")
 
@@ -29,6 +32,54 @@ class Place:
 
     block: int | None
     module: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers of one kind in neighbouring blocks.
+
+    Attributes:
+        module: The kind, as of a :class:`Place`.
+        blocks: The range of blocks in words, such as ``0-9``.
+        names: The layers.
+    """
+
+    module: str
+    blocks: str
+    names: tuple[str, ...]
+
+
+def groups(names: Iterable[str]) -> list[Group]:
+    """Divides layers by kind and range of blocks: the first third, the middle and the last."""
+    where = of_names(names)
+    blocks = sorted({place.block for place in where.values() if place.block is not None})
+    ranges: dict[int | None, int] = {
+        block: number * _RANGES // len(blocks) for number, block in enumerate(blocks)
+    }
+    found: dict[str, dict[int, list[str]]] = {}
+    for name in in_order(where):
+        place = where[name]
+        found.setdefault(place.module, defaultdict(list))[ranges.get(place.block, -1)].append(name)
+    return [
+        Group(module, span(where[group[0]].block, where[group[-1]].block), tuple(group))
+        for module, by_range in found.items()
+        for group in by_range.values()
+    ]
+
+
+def in_words(names: Iterable[str]) -> str:
+    """Returns layers by kind and block, such as ``q_proj of blocks 0-3 and 7, lm_head``."""
+    kinds: dict[str, list[int]] = {}
+    for place in of_names(in_order(names)).values():
+        kinds.setdefault(place.module, []).extend([] if place.block is None else [place.block])
+    return ", ".join(f"{kind}{_of_blocks(blocks)}" for kind, blocks in kinds.items())
+
+
+def span(first: int | None, last: int | None) -> str:
+    """Returns a range of blocks in words."""
+    if first is None or last is None:
+        return "none"
+    return str(first) if first == last else f"{first}-{last}"
 
 
 def of_names(names: Iterable[str]) -> dict[str, Place]:
@@ -104,8 +155,25 @@ def collapsed(values: Mapping[str, T], usual: T) -> dict[str, T]:
     return {key: value for key, value in found.items() if value != usual}
 
 
+def _of_blocks(blocks: list[int]) -> str:
+    if not blocks:
+        return ""
+    spans: list[list[int]] = []
+    for block in blocks:
+        if spans and block == spans[-1][1] + 1:
+            spans[-1][1] = block
+        else:
+            spans.append([block, block])
+    words = [span(first, last) for first, last in spans]
+    listed = " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+    return f" of block{'s' if len(blocks) > 1 else ''} {listed}"
+
+
 def _key(names: list[str]) -> str:
     """The regular expression of one kind of module in several blocks."""
+    # It takes torch, which those who only place layers need not wait for.
+    from optuna_lora_rl.rank import layers
+
     if len(names) == 1:
         return layers.exactly(names[0])
     before, _, rest = _split(names[0])

@@ -64,6 +64,51 @@ def spectra(
     for heading in _LESS_TELLING:
         if _width(columns) > width:
             del columns[heading]
+    return _of_columns(columns)
+
+
+def spectra_in_groups(
+    found: Mapping[str, Spectrum], more: Mapping[str, Mapping[str, float]], width: int
+) -> Table:
+    """One row for the layers of one kind in a range of blocks: medians, lowest and highest.
+
+    Args:
+        found: As for :func:`spectra`.
+        more: The same.
+        width: The same.
+    """
+    groups = places.groups(found)
+    shapes = [{"{}x{}".format(*found[name].shape) for name in group.names} for group in groups]
+    columns = {
+        "layers": [group.module for group in groups],
+        "blocks": [group.blocks for group in groups],
+        "number": [str(len(group.names)) for group in groups],
+        "shape": ["\n".join(sorted(alike)) for alike in shapes],
+        **{
+            heading: [spread(values[name] for name in group.names) for group in groups]
+            for heading, values in more.items()
+        },
+        **{
+            heading: [
+                spread(getattr(found[name], measure) for name in group.names) for group in groups
+            ]
+            for measure, _, heading in _MEASURES
+        },
+    }
+    for heading in (*_LESS_TELLING, "2-norm"):
+        if _width(columns) > width:
+            del columns[heading]
+    return _of_columns(columns)
+
+
+def spread(values: Iterable[float]) -> str:
+    """The median of values, and the lowest and the highest where they differ: ``8 (4…16)``."""
+    known = sorted(values)
+    low, median, high = map(_number, (known[0], known[len(known) // 2], known[-1]))
+    return median if low == high else f"{median} ({low}…{high})"
+
+
+def _of_columns(columns: Mapping[str, Sequence[str]]) -> Table:
     table = _table(*columns)
     for cells in zip(*columns.values(), strict=True):
         table.add_row(*cells)
@@ -87,16 +132,23 @@ def write_csv(
     Raises:
         UserError: When the file cannot be written.
     """
-    where = places.of_names(found)
-    rows = [
-        {
-            "layer": name,
-            "block": where[name].block,
-            "module": where[name].module,
-            **{heading: column[name] for heading, column in more.items()},
-            **one.row(),
-        }
+    columns = {
+        name: {**{heading: column[name] for heading, column in more.items()}, **one.row()}
         for name, one in found.items()
+    }
+    write_rows(file, columns)
+
+
+def write_rows(file: Path, columns: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes one row a layer: where it stands, and its columns by name.
+
+    Raises:
+        UserError: When the file cannot be written.
+    """
+    where = places.of_names(columns)
+    rows = [
+        {"layer": name, "block": where[name].block, "module": where[name].module, **cells}
+        for name, cells in columns.items()
     ]
     try:
         with _made(file).open("w", encoding="utf-8", newline="") as content:
@@ -193,7 +245,7 @@ def ranks(found: Mapping[str, int]) -> Table:
     for i, block in enumerate(blocks):
         if i + 1 < len(blocks) and rows[blocks[i + 1]] == rows[block]:
             continue
-        span = _span(blocks[first], block)
+        span = places.span(blocks[first], block)
         table.add_row(span, *(str(rows[block].get(module, "")) for module in modules))
         first = i + 1
     return table
@@ -328,12 +380,6 @@ def _described(found: Mapping[str, Spectrum], name: str | None) -> str:
 def _plain(name: str) -> str:
     # A name as text: plotly reads tags in it.
     return html.escape(name, quote=False)
-
-
-def _span(first: int | None, last: int | None) -> str:
-    if first is None or last is None:
-        return "none"
-    return str(first) if first == last else f"{first}-{last}"
 
 
 def _number(value: float) -> str:

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Collection
+from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
@@ -188,6 +189,27 @@ def _shown(path: Path) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, or its type if it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+_NUMBERS = re.compile(r"[+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+
+
+def joined(sentences: Iterable[str]) -> dict[str, list[int]]:
+    """Puts sentences that differ in their numbers alone into one: ``it fell by 1 to 3%``.
+
+    Returns:
+        By the joined sentence, in the order of the first of each, where those it says stand.
+    """
+    alike: dict[str, list[tuple[int, list[str]]]] = {}
+    for place, sentence in enumerate(sentences):
+        form = _NUMBERS.sub("{}", sentence.replace("{", "{{").replace("}", "}}"))
+        alike.setdefault(form, []).append((place, _NUMBERS.findall(sentence)))
+    found: dict[str, list[int]] = {}
+    for form, known in alike.items():
+        sorts = [sorted(same, key=float) for same in zip(*(n for _, n in known), strict=True)]
+        words = [s[0] if s[0] == s[-1] else f"{s[0]} to {s[-1]}" for s in sorts]
+        found[form.format(*words)] = [place for place, _ in known]
+    return found
 
 
 def code(text: object) -> str:

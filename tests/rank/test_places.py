@@ -71,3 +71,22 @@ def test_modules_that_agree_take_one_entry() -> None:
 def test_the_first_number_is_the_block() -> None:
     names = [f"h.{i}.experts.{j}.up" for i in (0, 1) for j in (0, 1)]
     assert places.of_names(names)["h.0.experts.1.up"] == Place(0, "experts.1.up")
+
+
+def test_layers_are_divided_by_kind_and_range_of_blocks() -> None:
+    names = [f"layers.{i}.{side}_proj" for i in range(30) for side in "qv"]
+    found = places.groups([*names, "lm_head"])
+    assert [(group.module, group.blocks, len(group.names)) for group in found] == [
+        ("lm_head", "none", 1),
+        *((f"{side}_proj", blocks, 10) for side in "qv" for blocks in ("0-9", "10-19", "20-29")),
+    ]
+    assert found[2].names[0] == "layers.10.q_proj"
+    # Every layer is in one group.
+    assert sorted(name for group in found for name in group.names) == sorted([*names, "lm_head"])
+    assert [group.blocks for group in places.groups(["h.0.a", "h.1.a"])] == ["0", "1"]
+
+
+def test_layers_are_named_by_kind_and_block() -> None:
+    names = [f"layers.{i}.q_proj" for i in (7, 0, 1, 2, 9)]
+    said = places.in_words([*names, "layers.3.v_proj", "lm_head"])
+    assert said == "lm_head, q_proj of blocks 0-2, 7 and 9, v_proj of block 3"

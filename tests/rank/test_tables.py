@@ -40,3 +40,20 @@ def test_blocks_of_equal_ranks_share_a_row() -> None:
 def test_sizes_have_units() -> None:
     said = [tables.size(count) for count in (0, 999, 1500, 2.5e6, 13.48e9)]
     assert said == ["0 bytes", "999 bytes", "1.5 kB", "2.5 MB", "13.5 GB"]
+
+
+def test_many_layers_share_rows_with_their_spread() -> None:
+    names = [f"model.layers.{i}.{side}_proj" for i in range(30) for side in "qv"]
+    many = {
+        name: spectrum.of_values(torch.tensor([4.0] * (1 + place % 3)), (4, 5))
+        for place, name in enumerate(names)
+    }
+    table = tables.spectra_in_groups(many, {"r": dict.fromkeys(names, 8)}, 200)
+    cells = {str(column.header): list(column.cells) for column in table.columns}
+    assert cells["layers"] == ["q_proj"] * 3 + ["v_proj"] * 3
+    assert cells["blocks"] == ["0-9", "10-19", "20-29"] * 2
+    assert cells["shape"] == ["4x5"] * 6 and cells["r"] == ["8"] * 6
+    # Ranks 1, 3, 2, 1, 3, 2, ... over the first ten layers of q_proj.
+    assert cells["over\n1%"][0] == "2 (1…3)"
+    narrow = tables.spectra_in_groups(many, {}, 60)
+    assert len(narrow.columns) < len(table.columns)

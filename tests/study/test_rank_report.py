@@ -14,6 +14,7 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 from optuna_lora_rl import cli
+from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.study import rank_report
 from tests.study.conftest import MakeSpec
 
@@ -109,3 +110,53 @@ def test_the_page_escapes_what_it_quotes(make_spec: MakeSpec) -> None:
     assert "too &lt;fast&gt;" in page and "How they changed in training" in page
     assert "<details open><summary>Changes: " in page
     assert page.count("<svg") == 2
+
+
+def many(layers: int = 210) -> dict[str, Any]:
+    kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    names = [f"model.layers.{i // 7}.{kinds[i % 7]}" for i in range(layers)]
+    rows = [layer(name, rank=2 + (i // 7) % 10) for i, name in enumerate(names)]
+    told = [
+        {"layer": names[7 * i], "concern": "large gradient", "text": f"it is {i + 3}.5 times"}
+        for i in (0, 1, 2, 9)
+    ]
+    return {"course": READ["course"], "layers": rows, "suggestions": told}
+
+
+def test_many_layers_are_summed_up_by_kind_and_range_of_blocks(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    read = many()
+    changes = [
+        {
+            "step": 4,
+            "layer": row["layer"],
+            "before": 4,
+            "after": 6 + place % 2,
+            "reason": f"by {place}%",
+        }
+        for place, row in enumerate(read["layers"][:70:7])
+    ]
+    trial = completed(monitor=read, rank_changes=changes)
+    said = shown(trial, make_spec)
+    assert "q_proj 0-9 7 (2…11) 1 k 1.5 +4% 0.25 -10%" in said
+    assert "down_proj 20-29 7 (2…11)" in said and "model.layers" not in said
+    assert "- large gradient, q_proj of blocks 0-2 and 9: it is 3.5 to 12.5 times" in said
+    assert "4 q_proj of blocks 0-9 4 → 7 (6…7) by 0 to 9%" in said
+    page = rank_report.section(trial, make_spec())
+    assert page.count("<tr>") < 40 and "<td>7 (2…11)</td>" in page
+    # All of them for who asks.
+    whole = io.StringIO()
+    rank_report.show(Console(file=whole, width=120), trial, make_spec(), whole=True)
+    assert whole.getvalue().count("q_proj") == 30 + 10 + 1
+    rank_report.write_csv(tmp_path / "layers.csv", trial, make_spec())
+    rows = (tmp_path / "layers.csv").read_text().splitlines()
+    assert len(rows) == 211 and rows[0].startswith("layer,block,module,rank,parameters")
+    assert rows[8].startswith("model.layers.1.q_proj,1,q_proj,3,100,1.5,0.04,0.25,-0.1")
+    # As many as people read one by one are shown as ever.
+    assert "9.q_proj 11" in shown(completed(monitor=many(64)), make_spec)
+
+
+def test_a_csv_of_nothing_says_why(make_spec: MakeSpec, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--csv: Nothing was read.*older version"):
+        rank_report.write_csv(tmp_path / "layers.csv", completed(), make_spec())
