@@ -399,9 +399,10 @@ def _left_out(others: Mapping[str, int]) -> str:
     if not others:
         return ""
     first = next(iter(others))
+    parameters = wording.count(sum(others.values()))
     return (
-        f" Left out are {len(others)} weights, of {sum(others.values()):,} parameters, that lie "
-        f"in no linear layer, such as {first}."
+        f" Left out are {len(others)} weights, of {parameters} parameters, that lie in no "
+        f"linear layer, such as {first}."
     )
 
 

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from dataclasses import dataclass
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
@@ -27,6 +26,10 @@ import torch
 from torch import Tensor
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from optuna_lora_rl.activity import Activity
+from optuna_lora_rl.activity import OnActivity
+from optuna_lora_rl.activity import counted
+from optuna_lora_rl.activity import unseen
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning import cost
 from optuna_lora_rl.finetuning import sft
@@ -111,10 +114,20 @@ class Allocator:
             rank_allocation="uniform",
             max_steps=DELTA_STEPS,
         )
-        self._probed = cache(self._probe)
+        self._probed: dict[str, dict[str, Any]] = {}
 
-    def share(self, wanted: Configuration, chosen: Sequence[LinearModule]) -> Allocated:
+    def share(
+        self,
+        wanted: Configuration,
+        chosen: Sequence[LinearModule],
+        on_activity: OnActivity = unseen,
+    ) -> Allocated:
         """Returns the ranks of a configuration's layers.
+
+        Args:
+            wanted: The configuration.
+            chosen: The modules that it adapts.
+            on_activity: Told how far the probe is, where one has to be made.
 
         Raises:
             FineTuningError: When the layers cannot take so many ranks, or the probe fails.
@@ -122,7 +135,9 @@ class Allocator:
         kind = wanted.rank_allocation
         if kind == "uniform":
             return Allocated({})
-        probed = self._probed(kind)
+        if kind not in self._probed:
+            self._probed[kind] = self._probe(kind, on_activity)
+        probed = self._probed[kind]
         budget = wanted.lora_rank * len(chosen)
         values = {module.name: probed["layers"][module.name] for module in chosen}
         if kind == "activation":
@@ -140,36 +155,43 @@ class Allocator:
             raise FineTuningError("configuration", f"rank_allocation {kind}: {error}") from None
         return Allocated(found.ranks, self._flops(kind), probed["seconds"])
 
-    def _probe(self, kind: str) -> dict[str, Any]:
+    def _probe(self, kind: str, on_activity: OnActivity) -> dict[str, Any]:
+        def tell(activity: Activity) -> None:
+            on_activity(replace(activity, what=f"probing the layers: {activity.what}"))
+
         facts = {**self._facts(), "kind": kind, "sequences": SEQUENCES, "seed": _SEED}
         if kind == "delta":
             facts["run"] = asdict(self._delta)
-        return once(self._folder, "probes", facts, lambda: self._measured(kind))
+        return once(self._folder, "probes", facts, lambda: self._measured(kind, tell))
 
-    def _measured(self, kind: str) -> dict[str, Any]:
+    def _measured(self, kind: str, tell: OnActivity) -> dict[str, Any]:
         model = self._prepared.base.model
         start = time.perf_counter()
         with quiet(), collected(), failures(lambda error: False), own_randomness(_SEED):
             if kind == "delta":
-                found: Mapping[str, Any] = importance.of_spectra(self._updates())
+                found: Mapping[str, Any] = importance.of_spectra(self._updates(tell))
             else:
                 with restored(model, {}):
-                    found = self._looked_at(kind)
+                    found = self._looked_at(kind, tell)
         return {"layers": dict(found), "seconds": time.perf_counter() - start}
 
-    def _looked_at(self, kind: str) -> Mapping[str, Any]:
+    def _looked_at(self, kind: str, tell: OnActivity) -> Mapping[str, Any]:
         prepared, model = self._prepared, self._prepared.base.model
         names = [module.name for module in prepared.base.architecture.linears]
         if kind == "weight":
             modules = layers.linear_modules(model)
             return importance.of_spectra(
-                {n: spectrum.of_matrix(layers.weight_of(modules[n], n)) for n in names}
+                {
+                    name: spectrum.of_matrix(layers.weight_of(modules[name], name))
+                    for name in counted(names, "decomposing", "weights", tell)
+                }
             )
+        batches = counted(list(self._batches()), kind, "batches", tell)
         if kind == "gradient":
-            spectra = probe.gradients(model, self._batches(), _loss, names=names, columns=_COLUMNS)
+            spectra = probe.gradients(model, batches, _loss, names=names, columns=_COLUMNS)
             return importance.of_gradients(spectra)
         spectra = probe.activations(
-            model, self._batches(), _loss, names=names, mask=lambda batch: batch["attention_mask"]
+            model, batches, _loss, names=names, mask=lambda batch: batch["attention_mask"]
         )
         # Shares of the energy, largest first: of them EVA counts the largest of all layers.
         return {
@@ -177,7 +199,7 @@ class Allocator:
             for name, one in spectra.items()
         }
 
-    def _updates(self) -> dict[str, spectrum.Spectrum]:
+    def _updates(self, tell: OnActivity) -> dict[str, spectrum.Spectrum]:
         prepared, wanted = self._prepared, self._delta
         training = self._training.model_copy(update={"report_to": ()})
         architecture = prepared.base.architecture
@@ -198,6 +220,7 @@ class Allocator:
                 folder=Path("runs"),
                 run_name=None,
                 on_evaluation=lambda step, epoch, metrics: False,
+                on_activity=tell,
                 call=prepared.base.call,
             )
             return spectrum.of_adapter(adapter.model)

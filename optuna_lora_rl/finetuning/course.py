@@ -83,7 +83,7 @@ class Course:
         self.seed = training.seed if run.seed is None else run.seed
         sft.check(self.wanted, training)
         self.chosen = targets_of(self.wanted, prepared.base.architecture, shared.target_sets)
-        self._allocated = shared.allocator.share(self.wanted, self.chosen)
+        self._allocated = shared.allocator.share(self.wanted, self.chosen, run.on_activity)
         self._ranks = dict(self._allocated.ranks)
         self._values: dict[str, float] = {}
         self._changing = rank_change.callback(

@@ -150,20 +150,21 @@ class Evaluations(Batches):
     def __init__(
         self, steps: Collection[int], on_evaluation: OnEvaluation, on_activity: OnActivity
     ) -> None:
-        super().__init__(lambda done, total: self._tells("evaluating", done, total, "batches"))
+        super().__init__(self._evaluates)
         self.raised: BaseException | None = None
         self.losses = 0.0
         self._since = 0
         self._steps = steps
         self._on_evaluation = on_evaluation
         self._on_activity = on_activity
-        self._loss = ""
+        self._evaluating = "evaluating"
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = state.global_step
         control.should_evaluate = step in self._steps
-        self._loss = f"loss {self.losses / (step - self._since):.3f}"
-        self._tells("training", step, state.max_steps, "steps")
+        self._evaluating = f"evaluating at step {step} of {state.max_steps}"
+        loss = f"loss {self.losses / (step - self._since):.3f}"
+        self._on_activity(Activity("training", step, state.max_steps, "steps", loss))
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
@@ -180,5 +181,5 @@ class Evaluations(Batches):
             self.raised, stop = error, True
         control.should_training_stop = control.should_training_stop or stop
 
-    def _tells(self, what: str, done: int, total: int, unit: str) -> None:
-        self._on_activity(Activity(what, done, total, unit, self._loss))
+    def _evaluates(self, done: int, total: int) -> None:
+        self._on_activity(Activity(self._evaluating, done, total, "batches"))

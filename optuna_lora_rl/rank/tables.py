@@ -36,7 +36,6 @@ _MEASURES = (
 )
 # Headings of those that are left out first where a terminal is narrow.
 _LESS_TELLING = ("stable", "entropy", "F-norm", "90%")
-_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 # Cells of a heat map that still have room for their number.
 _WRITTEN_CELLS = 12 * 24
 
@@ -300,10 +299,22 @@ def truncation(found: Truncation) -> Table:
 
 def size(count: float) -> str:
     """Bytes in words, such as ``1.26 GB``."""
-    for unit, name in _UNITS:
-        if count >= unit:
-            return f"{count / unit:.3g} {name}"
-    return f"{count:.0f} bytes"
+    return in_units(count, ("GB", "MB", "kB")) if count >= 1000 else f"{count:.0f} bytes"
+
+
+def in_units(count: float, units: tuple[str, str, str]) -> str:
+    """A count in words of three digits or one decimal, such as ``4.88 M`` and ``134.5 M``.
+
+    Args:
+        count: The count.
+        units: The words for 10^9, 10^6 and 10^3.
+    """
+    for limit, unit in zip((1e9, 1e6, 1e3), units, strict=True):
+        # What three digits would round up to a thousand has the next unit.
+        if count >= 0.99995 * limit:
+            scaled = count / limit
+            return f"{scaled:.3g} {unit}" if scaled < 100 else f"{scaled:.4g} {unit}"
+    return f"{count:.0f}"
 
 
 def shared_start(names: Iterable[str]) -> str:

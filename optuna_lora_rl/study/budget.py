@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from optuna_lora_rl.study import outcome
+from optuna_lora_rl.study import wording
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -49,7 +50,7 @@ class Usage:
         if budget.trials is not None and self.trials + self.running >= budget.trials:
             return f"{self.trials} of {budget.trials} trials"
         if budget.hours is not None and self.hours >= budget.hours:
-            return f"{self.hours:.3g} of {budget.hours:g} hours"
+            return wording.of_hours(self.hours, budget.hours)
         if budget.cost is not None and self.cost >= budget.cost:
             return f"cost {self.cost:.3g} of {budget.cost:g}"
         return None

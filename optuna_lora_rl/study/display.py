@@ -56,6 +56,9 @@ class Display:
         """Nothing more comes."""
 
 
+_STARTING = Activity("starting")
+
+
 @dataclass
 class RunningTrial:
     """What a display knows of a running trial.
@@ -71,7 +74,7 @@ class RunningTrial:
     configuration: Mapping[str, Any]
     scores: list[float] = field(default_factory=list)
     metrics: Mapping[str, float] = field(default_factory=dict)
-    activity: Activity | None = None
+    activity: Activity = _STARTING
     started: float = field(default_factory=time.monotonic)
 
 
@@ -96,7 +99,6 @@ class RunningTrials:
         told = [
             f"{number} " * (len(self.by_number) > 1) + wording.activity(one.activity)
             for number, one in self.by_number.items()
-            if one.activity is not None
         ]
         if not self.by_number:
             return None
@@ -135,6 +137,7 @@ class LineDisplay(Display):
 
     def trial_starts(self, number: int, configuration: Mapping[str, Any]) -> None:
         self._running.starts(number, configuration)
+        self._waiting.works_on(self._running.in_one(), first=False)
 
     def trial_works_on(self, number: int, activity: Activity) -> None:
         self._running.by_number[number].activity = activity
@@ -162,7 +165,7 @@ class LineDisplay(Display):
         best = outcome.best_of(trials)
         seconds = wording.duration(trial.user_attrs.get("seconds", 0.0))
         self.says(
-            f"trial {trial.number:>3} ({done})  {result(trial)}  {seconds:>6}  "
+            f"trial {trial.number:>3} ({done})  {result(trial)}  {seconds:>10}  "
             f"{outcome.configuration(trial)}" + (f"  [best {brief(best)}]" if best else "")
         )
 

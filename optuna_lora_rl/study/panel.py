@@ -242,7 +242,6 @@ class LiveDisplay(Display):
     def _running_scores(self, one: RunningTrial) -> Text:
         assert self._spec is not None
         total = self._spec.training.evaluations
-        doing = Activity("training") if one.activity is None else one.activity
         elapsed = wording.duration(time.monotonic() - one.started)
         parts: list[tuple[str, str]] = []
         if one.scores:
@@ -250,7 +249,7 @@ class LiveDisplay(Display):
                 (wording.sparkline(one.scores).ljust(total, "·"), "cyan"),
                 (f"  score {wording.score(one.scores[-1])}  ", ""),
             ]
-        return Text.assemble(*parts, (f"{wording.activity(doing)}, {elapsed}", "dim"))
+        return Text.assemble(*parts, (f"{wording.activity(one.activity)}, {elapsed}", "dim"))
 
     def _time(self) -> RenderableType:
         assert self._spec is not None

@@ -243,7 +243,8 @@ def _trade(trials: Sequence[FrozenTrial], *, best: bool) -> charts.Series:
 
 def _table(trials: Sequence[FrozenTrial], spec: StudySpec) -> str:
     columns = ("quality", "cost", "loss", "trainable_parameters", "seconds")
-    heads = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in ("trial", "score", *columns))
+    titles = ("trial", "score", *columns[:3], "parameters", "time")
+    heads = "".join(f"<th>{title}</th>" for title in titles)
     rows = ""
     for trial in top(trials, 20):
         attrs = trial.user_attrs
@@ -255,6 +256,8 @@ def _table(trials: Sequence[FrozenTrial], spec: StudySpec) -> str:
 
 
 def _cell(column: str, value: float) -> str:
+    if column == "seconds":
+        return wording.duration(value)
     return wording.count(value) if column == "trainable_parameters" else wording.number(value)
 
 

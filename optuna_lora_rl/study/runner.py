@@ -309,7 +309,7 @@ class _Worker:
         budget = self.spec.budget
         elapsed = (time.monotonic() - self._began) / 3600
         if budget.wall_hours is not None and elapsed >= budget.wall_hours:
-            return f"{elapsed:.3g} of {budget.wall_hours:g} hours on the clock"
+            return f"{wording.of_hours(elapsed, budget.wall_hours)} on the clock"
         trials = self._trials()
         if self._configurations is not None and outcome.tried(trials) >= self._configurations:
             return f"all {self._configurations} configurations of the space"

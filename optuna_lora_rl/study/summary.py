@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable
+from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from typing import Any
@@ -16,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.rank import tables
 from optuna_lora_rl.study import data_report
 from optuna_lora_rl.study import front
 from optuna_lora_rl.study import outcome
@@ -107,7 +109,7 @@ def progress(trials: Sequence[FrozenTrial], spec: StudySpec) -> str:
         states.append(f"{usage.running} running")
     parts = [
         f"{usage.trials} of {budget.trials} trials" if budget.trials else f"{usage.trials} trials",
-        f"{usage.hours:.2f} of {budget.hours:g} hours" if budget.hours else "",
+        wording.of_hours(usage.hours, budget.hours) if budget.hours else "",
         f"cost {usage.cost:.1f} of {budget.cost:g}" if budget.cost else "",
     ]
     return ", ".join(filter(None, parts)) + (f" ({', '.join(states)})" if states else "")
@@ -217,11 +219,27 @@ def best(console: Console, study: optuna.Study, spec: StudySpec, *, as_json: boo
         rows.add_row(name, Text(wording.number(value), style="bold" if tuned else ""))
     score = wording.score(facts["score"])
     _say(console, Text(f"Trial {facts['trial']}, score {score}", style="bold green"))
+    if taken := _taken(facts["metrics"]):
+        _say(console, Text(taken, style="dim"))
     console.print(rows, highlight=False)
     if shown:
         console.print()
         _say(console, Text(front.sentence(shown, spec), style="dim"))
         console.print(front.table(shown, spec))
+
+
+def _taken(metrics: Mapping[str, Any]) -> str:
+    """What a trial took, such as ``4.88 M parameters, 2 min 10 s, 1.26 GB of memory at most``."""
+    parts = []
+    if "trainable_parameters" in metrics:
+        parts.append(f"{wording.count(metrics['trainable_parameters'])} parameters trained")
+    if "seconds" in metrics:
+        parts.append(wording.duration(metrics["seconds"]))
+    if "peak_memory_mb" in metrics:
+        # Of 2^20 bytes, as the attribute has always been.
+        memory = tables.size(metrics["peak_memory_mb"] * (1 << 20))
+        parts.append(f"{memory} of memory at most")
+    return ", ".join(parts)
 
 
 def _table(trials: Sequence[FrozenTrial], width: int) -> Table:

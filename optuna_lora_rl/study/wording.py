@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from optuna_lora_rl.activity import Activity
+from optuna_lora_rl.rank import tables
 from optuna_lora_rl.vocabulary import DEFAULTS
 
 _SHORT = {
@@ -116,18 +117,7 @@ def score(value: float | None) -> str:
 
 def count(value: float) -> str:
     """A number of parameters, such as ``1.2 M``."""
-    for limit, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if value >= limit:
-            return f"{value / limit:.3g}{unit}"
-    return f"{value:.0f}"
-
-
-def size(count: float) -> str:
-    """A number of bytes, such as ``93 MB``."""
-    for limit, unit in ((1e9, " GB"), (1e6, " MB"), (1e3, " kB")):
-        if count >= limit:
-            return f"{count / limit:.3g}{unit}"
-    return f"{count:.0f} B"
+    return tables.in_units(value, ("G", "M", "k"))
 
 
 def json_text(value: Any) -> str:
@@ -153,21 +143,28 @@ def activity(one: Activity) -> str:
 def amount(one: Activity) -> str:
     """How far an activity is, such as ``12 of 40 steps``; nothing where it is not counted."""
     if one.unit == "B":
-        return size(one.done) + (f" of {size(one.total)}" if one.total else "")
+        return tables.size(one.done) + (f" of {tables.size(one.total)}" if one.total else "")
     if one.total is None:
         return f"{one.done:.0f} {one.unit}".rstrip() if one.done else ""
     return f"{one.done:.0f} of {one.total:.0f} {one.unit}".rstrip()
 
 
 def duration(seconds: float) -> str:
-    """A time, such as ``4.2 s``, ``1:05`` (minutes) or ``2:10:00`` (hours)."""
-    if seconds < 10:
+    """A time, such as ``4.2 s``, ``2 min 10 s``, ``30 min`` or ``3 h 5 min``."""
+    if seconds < 9.95:
         return f"{seconds:.1f} s"
-    if seconds < 60:
-        return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    if minutes < 60:
+        parts = (f"{minutes} min" if minutes else "", f"{rest} s" if rest else "")
+    else:
+        hours, minutes = divmod(round(seconds / 60), 60)
+        parts = (f"{hours} h", f"{minutes} min" if minutes else "")
+    return " ".join(filter(None, parts))
+
+
+def of_hours(used: float, limit: float) -> str:
+    """Of a budget in hours what is used, such as ``12 min of 1 h``."""
+    return f"{duration(3600 * used)} of {duration(3600 * limit)}"
 
 
 def program() -> str:

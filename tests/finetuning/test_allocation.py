@@ -10,6 +10,9 @@ from peft import PeftModel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from optuna_lora_rl.activity import Activity
+from optuna_lora_rl.activity import OnActivity
+from optuna_lora_rl.activity import unseen
 from optuna_lora_rl.finetuning import allocation
 from optuna_lora_rl.finetuning import cost
 from optuna_lora_rl.finetuning import shared
@@ -29,9 +32,9 @@ def probes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
     own = Allocator._measured
 
-    def measured(self: Allocator, kind: str) -> dict[str, Any]:
+    def measured(self: Allocator, kind: str, tell: OnActivity) -> dict[str, Any]:
         made.append(kind)
-        return own(self, kind)
+        return own(self, kind, tell)
 
     monkeypatch.setattr(Allocator, "_measured", measured)
     return made
@@ -132,7 +135,7 @@ def test_a_look_takes_the_flops_that_are_counted(tuner: FineTuner, kind: str) ->
     own = tuner._shared.allocator
     batches = list(own._batches())
     with FlopCounterMode(display=False) as counter, torch.enable_grad():
-        own._looked_at(kind)
+        own._looked_at(kind, unseen)
     measured = counter.get_total_flops()
     expected = sum(
         len(batch["input_ids"])
@@ -168,3 +171,20 @@ def test_ranks_that_the_layers_cannot_take_are_refused(tuner: FineTuner) -> None
         tuner.run({"lora_rank": 64, "rank_allocation": "weight"})
     with pytest.raises(FineTuningError, match="orthogonal needs even ranks"):
         tuner.run({"init_lora_weights": "orthogonal", "rank_allocation": "delta"})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_tells_how_far_its_probe_is(make_tuner: Make, kind: str) -> None:
+    told: list[Activity] = []
+    make_tuner().run({**SMALL, "rank_allocation": kind}, on_activity=told.append)
+    of = {"weight": ("decomposing", 14), "delta": ("training", 20)}.get(kind, (kind, 4))
+    probed = [one for one in told if one.what == f"probing the layers: {of[0]}"]
+    assert probed and {one.total for one in probed} == {of[1]}
+    # Then what every run tells.
+    training = [one for one in told if one.what == "training"]
+    assert [(one.done, one.total, one.unit) for one in training] == [
+        (1, 2, "steps"),
+        (2, 2, "steps"),
+    ]
+    evaluating = [one for one in told if one.what == "evaluating at step 2 of 2"]
+    assert evaluating[-1].done == evaluating[-1].total and evaluating[-1].unit == "batches"

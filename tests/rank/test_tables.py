@@ -38,8 +38,8 @@ def test_blocks_of_equal_ranks_share_a_row() -> None:
 
 
 def test_sizes_have_units() -> None:
-    said = [tables.size(count) for count in (0, 999, 1500, 2.5e6, 13.48e9)]
-    assert said == ["0 bytes", "999 bytes", "1.5 kB", "2.5 MB", "13.5 GB"]
+    said = [tables.size(count) for count in (0, 999, 1500, 2.5e6, 537.9e6, 13.48e9)]
+    assert said == ["0 bytes", "999 bytes", "1.5 kB", "2.5 MB", "537.9 MB", "13.5 GB"]
 
 
 def test_many_layers_share_rows_with_their_spread() -> None:

@@ -7,11 +7,13 @@ import os
 import pty
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
+from optuna_lora_rl.activity import Activity
 from optuna_lora_rl.finetuning.failure import FineTuningError
 from optuna_lora_rl.study import display
 from optuna_lora_rl.study import runner
@@ -88,8 +90,26 @@ def test_numbers_are_written_as_people_write_them() -> None:
     assert wording.number(0.0) == "0" and wording.number(2.5e-17) == "0"
     assert wording.number(16) == "16" and wording.number(1234567) == "1.23e6"
     assert wording.number(True) == "True" and wording.number("qv") == "qv"
-    assert wording.duration(4.21) == "4.2 s" and wording.duration(3725) == "1:02:05"
+    times = (0.04, 4.21, 9.96, 59.6, 130, 1800, 3599.7, 3725, 7200, 90_000)
+    said = "0.0 s, 4.2 s, 10 s, 1 min, 2 min 10 s, 30 min, 1 h, 1 h 2 min, 2 h, 25 h"
+    assert ", ".join(map(wording.duration, times)) == said
+    counts = (999, 999.96e3, 4_884_480, 134_515_008, 7.24e9)
+    assert ", ".join(map(wording.count, counts)) == "999, 1 M, 4.88 M, 134.5 M, 7.24 G"
     assert wording.sparkline([0.0, None, 1.0]) == "▁·█"
     configuration = {"lora_rank": 16, "lora_alpha": 32.0, "use_dora": True, "max_steps": 40}
     tuned = ["lora_rank", "lora_alpha_ratio", "use_dora"]
     assert wording.compact(configuration, tuned) == "r 16 · α 32 · DoRA"
+
+
+def test_lines_name_the_trial_from_its_first_moment(make_spec: MakeSpec) -> None:
+    written = io.StringIO()
+    lines = display.LineDisplay(Console(file=written, width=120), every=0.05)
+    lines.opens(make_spec(), [])
+    lines.works_on(Activity("proposing"))
+    lines.trial_starts(3, {})
+    # A wait is worth a line from two seconds on.
+    deadline = time.monotonic() + 20
+    while "trial 3" not in written.getvalue() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    lines.closes()
+    assert "trial 3: starting (2" in written.getvalue() and "proposing" not in written.getvalue()

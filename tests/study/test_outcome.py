@@ -114,6 +114,6 @@ def test_other_workers_trials_count_as_long_as_they_run() -> None:
     assert usage == Usage(trials=1, running=1, hours=0.5, cost=2.0)
     assert usage.exhausted(Budget(trials=2)) == "1 of 2 trials"
     assert usage.exhausted(Budget(trials=3)) is None
-    assert usage.exhausted(Budget(trials=None, hours=0.4)) == "0.5 of 0.4 hours"
+    assert usage.exhausted(Budget(trials=None, hours=0.4)) == "30 min of 24 min"
     assert usage.exhausted(Budget(trials=None, cost=2.0)) == "cost 2 of 2"
     assert usage.share(Budget(trials=4, hours=1)) == 0.5
