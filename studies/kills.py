@@ -31,6 +31,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
+import measuring
 from optuna.trial import TrialState
 from safetensors import safe_open
 
@@ -276,7 +277,9 @@ def main() -> None:
     parser.add_argument("--storage", help="database of the studies of two workers")
     parser.add_argument("--output", type=Path, help="Markdown file to write")
     arguments = parser.parse_args()
-    draw = random.Random(arguments.seed)
+    draw, revision = random.Random(arguments.seed), measuring.revision()
+    # Of one worker's studies each has a file of its own.
+    kinds = [kind for kind in KINDS if KINDS[kind][0] > 1 or not arguments.storage]
     # What every child needs is imported once.
     import optuna_lora_rl.finetuning.trial
     import optuna_lora_rl.study.explaining  # noqa: F401
@@ -284,14 +287,15 @@ def main() -> None:
     attempts: list[Attempt] = []
     for i in range(arguments.points):
         point, when, where = POINTS[i % len(POINTS)]
-        kind = list(KINDS)[i // len(POINTS) % len(KINDS)]
-        # Trials are many, endings few.
-        call = draw.randint(1, 3) if "Trials" in point or "Heartbeat" in point else 1
+        kind = kinds[i // len(POINTS) % len(kinds)]
+        # Trials are many, endings few; of two workers each may have one trial.
+        several = KINDS[kind][0] == 1 and ("Trials" in point or "Heartbeat" in point)
+        call = draw.randint(1, 3) if several else 1
         kill = dies_at(point, when, call)
         attempts.append(attempt(kind, where, arguments.storage, kill=kill))
     lasted: dict[str, float] = {}
     for i in range(arguments.random):
-        kind = list(KINDS)[i % len(KINDS)]
+        kind = kinds[i % len(kinds)]
         if kind not in lasted:
             began = time.monotonic()
             attempt(kind, "never", arguments.storage)
@@ -305,7 +309,8 @@ def main() -> None:
     if arguments.output:
         command = f"python studies/kills.py --random {arguments.random} --points "
         command += f"{arguments.points}" + (" --storage URL" if arguments.storage else "")
-        arguments.output.write_text(f"{INTRODUCTION}\n    {command}\n\n{text}\n")
+        said = f"    {command}\n\n(Revision {revision}.)"
+        arguments.output.write_text(f"{INTRODUCTION}\n{said}\n\n{text}\n")
     sys.exit(1 if wrong else 0)
 
 

@@ -260,7 +260,7 @@ class Records:
 
     def add(self, key: Mapping[str, Any], result: Result) -> None:
         """Write a measurement down."""
-        written = {"key": key, "revision": _revision(), "result": result}
+        written = {"key": key, "revision": revision(), "result": result}
         entry = json.loads(json.dumps(written))
         self._known.append(entry)
         self.revisions.add(entry["revision"])
@@ -281,7 +281,7 @@ def _parsed(line: str) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) else None
 
 
-def _revision() -> str:
+def revision() -> str:
     """The code's commit; of code that is not as committed this ends in ``-dirty``."""
     asked = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     found = subprocess.run(asked, cwd=FOLDER, capture_output=True, text=True, check=False)
@@ -363,7 +363,7 @@ def circumstances(
         "command": command(file, arguments),
         "versions": versions(),
         "machine": machine(),
-        "revisions": [_revision()] if revisions is None else sorted(revisions),
+        "revisions": [revision()] if revisions is None else sorted(revisions),
     }
 
 
