@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,8 @@ import pytest
 from optuna.trial import FrozenTrial
 from optuna.trial import TrialState
 from rich.console import Console
+from sqlalchemy import event
+from sqlalchemy.orm import Session
 
 from optuna_lora_rl import tune
 from optuna_lora_rl.errors import UserError
@@ -24,6 +27,7 @@ from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import runner
 from optuna_lora_rl.study import summary
 from optuna_lora_rl.study import trials as trials_module
+from optuna_lora_rl.study.budget import Usage
 from optuna_lora_rl.study.panel import LiveDisplay
 from tests.study.conftest import MakeSpec
 from tests.study.conftest import PaperTuner
@@ -265,6 +269,31 @@ def test_a_trial_that_another_worker_gave_up_costs_nothing_else(
     study = runner.run(spec, display=display.create(console)).study
     assert "another worker gave trial 0 up" in console.file.getvalue()
     assert sum(trial.state == TrialState.COMPLETE for trial in study.trials) == 4
+
+
+def test_another_worker_may_look_at_a_pack_at_any_moment(
+    paper: type[PaperTuner], make_spec: MakeSpec
+) -> None:
+    spec = make_spec({"budget": 4, "packing": 2})
+    study, seen, here = opening.open_study(spec), [], threading.current_thread()
+
+    def look(_: Session) -> None:
+        if threading.current_thread() is here and seen[-1:] != [None]:
+            # Its own reading is nothing to look at.
+            seen.append(None)
+            other = opening.load_study(spec)
+            running = Usage.of(other.get_trials(deepcopy=False)).running
+            # Nothing of a trial that runs is given up, however little of it is written down.
+            assert outcome.recover(other) == []
+            seen[-1] = running
+
+    event.listen(Session, "after_commit", look)
+    try:
+        runner.run(spec)
+    finally:
+        event.remove(Session, "after_commit", look)
+    assert set(seen) == {0, 1, 2} and len(seen) > 40
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 4
 
 
 def test_trackers_see_one_trial_at_a_time(paper: type[PaperTuner], make_spec: MakeSpec) -> None:
