@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from optuna_lora_rl.activity import Activity
+from optuna_lora_rl.activity import OnActivity
 from optuna_lora_rl.errors import masked
 from optuna_lora_rl.terminal import console
 
@@ -48,13 +49,18 @@ def load(file: Path, overrides: Sequence[str]) -> StudySpec:
 
 
 @contextmanager
-def loading(quiet: bool) -> Iterator[None]:
-    """Shows that libraries are loaded: torch, transformers and PEFT take seconds."""
+def working(what: str = "loading libraries", *, quiet: bool = False) -> Iterator[OnActivity]:
+    """Shows on standard error what a command does: torch, transformers and PEFT take seconds.
+
+    Args:
+        what: What it does first, in words.
+        quiet: Nothing is shown.
+    """
     from optuna_lora_rl.study.waiting import waiting
 
     with waiting(console(stderr=True, quiet=quiet)) as on_activity:
-        on_activity(Activity("loading libraries"))
-        yield
+        on_activity(Activity(what))
+        yield on_activity
 
 
 def split(words: str | None) -> list[str] | None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Annotated
@@ -12,12 +9,12 @@ from typing import Annotated
 import typer
 
 from optuna_lora_rl.commands.given import Overrides
+from optuna_lora_rl.commands.given import Quiet
 from optuna_lora_rl.commands.given import split
+from optuna_lora_rl.commands.given import working
 from optuna_lora_rl.terminal import console
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from optuna_lora_rl.learning.fine_tuning import Learnt
 
 app = typer.Typer()
@@ -54,7 +51,8 @@ def compare(
     Example: [bold]optuna-lora-rl compare study.yaml --samplers rl,tpe --seeds 5 -o results[/], or
     [bold]optuna-lora-rl compare studies/sampler_comparison.yaml --workers 2[/]
     """
-    from optuna_lora_rl.study import comparison
+    with working():
+        from optuna_lora_rl.study import comparison
 
     try:
         comparison.compare(
@@ -83,6 +81,7 @@ def train_policy(
     minutes: Annotated[
         float | None, typer.Option(min=0, help="Stop after so long; the run can go on later.")
     ] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Train a policy for RLSampler, to be used as its weights.
 
@@ -92,15 +91,17 @@ def train_policy(
     Example: [bold]optuna-lora-rl train-policy studies/policy.yaml -o policy[/], then
     sampler: {name: rl, weights: policy/weights.safetensors} in a study's file.
     """
-    from optuna_lora_rl.learning import training
-    from optuna_lora_rl.learning.settings import TrainingSettings
-    from optuna_lora_rl.study import reading
+    with working(quiet=quiet) as on_activity:
+        from optuna_lora_rl.learning import training
+        from optuna_lora_rl.learning.settings import TrainingSettings
+        from optuna_lora_rl.study import reading
 
-    content = reading.read_yaml(file)
-    reading.override(content, overrides, {})
-    settings = reading.validate(TrainingSettings, content, str(file))
-    with _progress(console(), settings.updates) as report:
-        weights = training.train(output, settings, minutes=minutes, report=report)
+        content = reading.read_yaml(file)
+        reading.override(content, overrides, {})
+        settings = reading.validate(TrainingSettings, content, str(file))
+        weights = training.train(
+            output, settings, minutes=minutes, report=_say, on_activity=on_activity
+        )
     # Paths are not broken into lines: they are there to be copied.
     console().print(f"the weights are in {weights}, the figure beside them", soft_wrap=True)
 
@@ -131,6 +132,7 @@ def learn(
     weights: Annotated[
         Path | None, typer.Option(help="Weights to start from; by default the shipped ones.")
     ] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Fine-tune RLSampler's policy on surrogates of your own finished studies.
 
@@ -140,26 +142,21 @@ def learn(
     Example: [bold]optuna-lora-rl learn --storage runs/first -o weights.safetensors[/], then
     sampler: {name: rl, weights: weights.safetensors} in a study's file.
     """
-    from optuna_lora_rl.learning import fine_tuning
-    from optuna_lora_rl.study import earlier
-    from optuna_lora_rl.study import opening
+    with working(quiet=quiet) as on_activity:
+        from optuna_lora_rl.learning import fine_tuning
+        from optuna_lora_rl.study import earlier
+        from optuna_lora_rl.study import opening
 
-    terminal = console()
-    with opening.quiet():
-        found = earlier.load_several(storage, study)
-        sources, left_out = fine_tuning.read(found, all_wanted=bool(study))
-    for name in left_out:
-        terminal.print(f"{name} is left out: it has too few trials with a result", soft_wrap=True)
-    settings = fine_tuning.LearningSettings(seed=seed, updates=updates)
-    with _bar(terminal, "learning", updates) as advance:
+        with opening.quiet():
+            found = earlier.load_several(storage, study)
+            sources, left_out = fine_tuning.read(found, all_wanted=bool(study))
+        for name in left_out:
+            print(f"{name} is left out: it has too few trials with a result")
+        settings = fine_tuning.LearningSettings(seed=seed, updates=updates)
         result = fine_tuning.learn(
-            sources,
-            output,
-            settings,
-            start=weights,
-            report=lambda metrics: advance(metrics["update"]),
+            sources, output, settings, start=weights, on_activity=on_activity
         )
-    terminal.print(_learnt(result), highlight=False, soft_wrap=True)
+    console().print(_learnt(result), soft_wrap=True)
 
 
 def _learnt(result: Learnt) -> str:
@@ -173,53 +170,21 @@ def _learnt(result: Learnt) -> str:
     )
 
 
-@contextmanager
-def _bar(console: Console, what: str, total: int) -> Iterator[Callable[[float], None]]:
-    """A bar on a terminal."""
-    from rich.progress import Progress
-
-    with Progress(console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task(what, total=total)
-        yield lambda done: progress.update(bar, completed=done)
-
-
-@contextmanager
-def _progress(console: Console, updates: int) -> Iterator[Callable[[dict[str, float]], None]]:
-    """A bar on a terminal, and one line for each validation."""
-    from rich.progress import BarColumn
-    from rich.progress import MofNCompleteColumn
-    from rich.progress import Progress
-    from rich.progress import TextColumn
-    from rich.progress import TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("preparing tasks", total=updates)
-
-        def report(metrics: dict[str, float]) -> None:
-            phase = "imitation" if "imitation_loss" in metrics else "ppo"
-            progress.update(bar, completed=metrics["update"], description=phase)
-            if "validation_gain" in metrics:
-                console.print(_line(phase, metrics), soft_wrap=True, highlight=False)
-
-        yield report
-
-
-def _line(phase: str, metrics: dict[str, float]) -> str:
-    """What a validation found, on one line."""
+def _say(metrics: dict[str, float]) -> None:
+    """Prints what a validation found, on one line."""
+    if "validation_gain" not in metrics:
+        return
+    phase = "imitation" if "imitation_loss" in metrics else "ppo"
     leads = [
         f"{name.removeprefix('lead_')} {value:+.3f}"
         for name, value in metrics.items()
         if name.startswith("lead_")
     ]
-    return (
+    # rich would write it into the bar.
+    print(
         f"update {metrics['update']:.0f} ({phase}): log10 regret better than the start's by"
         f" {metrics['validation_gain']:+.3f}"
         f" ({metrics['gain_low']:+.3f} to {metrics['gain_high']:+.3f});"
-        f" lead over the best opponent: {', '.join(leads)}"
+        f" lead over the best opponent: {', '.join(leads)}",
+        flush=True,
     )

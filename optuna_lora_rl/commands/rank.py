@@ -13,8 +13,8 @@ from optuna_lora_rl.commands.given import AllLayers
 from optuna_lora_rl.commands.given import AsJson
 from optuna_lora_rl.commands.given import Quiet
 from optuna_lora_rl.commands.given import load
-from optuna_lora_rl.commands.given import loading
 from optuna_lora_rl.commands.given import split
+from optuna_lora_rl.commands.given import working
 from optuna_lora_rl.terminal import console
 
 app = typer.Typer()
@@ -80,7 +80,7 @@ def analyze(
 
     Example: [bold]optuna-lora-rl analyze --model tiny --csv spectra.csv --figure map.html[/]
     """
-    with loading(quiet):
+    with working(quiet=quiet):
         from optuna_lora_rl.commands import layers
 
     layers.analyze(
@@ -131,7 +131,7 @@ def advise(
 
     Example: [bold]optuna-lora-rl advise --model tiny --task-complexity medium --memory-gb 8[/]
     """
-    with loading(quiet):
+    with working(quiet=quiet):
         from optuna_lora_rl.commands import layers
         from optuna_lora_rl.rank import advisor
 
@@ -172,7 +172,7 @@ def truncate(
 
     Example: [bold]optuna-lora-rl truncate my-adapter --energy 0.95 --output smaller[/]
     """
-    with loading(quiet):
+    with working(quiet=quiet):
         from optuna_lora_rl.commands import layers
 
     qualities = None
@@ -208,7 +208,7 @@ def merge(
 
     Example: [bold]optuna-lora-rl merge my-adapter --output merged[/]
     """
-    with loading(quiet):
+    with working(quiet=quiet):
         from optuna_lora_rl.commands import layers
 
     layers.merge(console(), console(stderr=True, quiet=quiet), adapter, model, output)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shlex
 import sys
+from contextlib import closing
 from enum import StrEnum
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from optuna_lora_rl.activity import Activity
 from optuna_lora_rl.commands.given import AllLayers
 from optuna_lora_rl.commands.given import AsJson
 from optuna_lora_rl.commands.given import Overrides
@@ -17,6 +20,7 @@ from optuna_lora_rl.commands.given import Quiet
 from optuna_lora_rl.commands.given import StudyFile
 from optuna_lora_rl.commands.given import again
 from optuna_lora_rl.commands.given import load
+from optuna_lora_rl.commands.given import working
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.errors import masked
 from optuna_lora_rl.terminal import console
@@ -72,12 +76,14 @@ def validate(
 
     Example: [bold]optuna-lora-rl validate studies/quickstart.yaml[/]
     """
-    from optuna_lora_rl.study import checks
-    from optuna_lora_rl.study import summary
+    with working("checking"):
+        from optuna_lora_rl.study import checks
+        from optuna_lora_rl.study import summary
 
-    spec = load(file, overrides)
-    checks.require(spec)
-    summary.description(console(), spec, checks.notes(spec), as_json=json)
+        spec = load(file, overrides)
+        checks.require(spec)
+        notes = checks.notes(spec)
+    summary.description(console(), spec, notes, as_json=json)
 
 
 @app.command()
@@ -125,13 +131,14 @@ def status(
 
     Example: [bold]optuna-lora-rl status studies/quickstart.yaml[/]
     """
-    from optuna_lora_rl.study import opening
-    from optuna_lora_rl.study import results
-    from optuna_lora_rl.study import summary
+    with working("reading the study"):
+        from optuna_lora_rl.study import opening
+        from optuna_lora_rl.study import results
+        from optuna_lora_rl.study import summary
 
-    spec = load(file, overrides)
-    study = opening.load_study(spec)
-    results.restore(study, spec)
+        spec = load(file, overrides)
+        study = opening.load_study(spec)
+        results.restore(study, spec)
     if json:
         print(summary.standing_as_json(study, spec))
         return
@@ -148,13 +155,14 @@ def best(
 
     Example: [bold]optuna-lora-rl best studies/quickstart.yaml --json[/]
     """
-    from optuna_lora_rl.study import opening
-    from optuna_lora_rl.study import results
-    from optuna_lora_rl.study import summary
+    with working("reading the study"):
+        from optuna_lora_rl.study import opening
+        from optuna_lora_rl.study import results
+        from optuna_lora_rl.study import summary
 
-    spec = load(file, overrides)
-    study = opening.load_study(spec)
-    results.restore(study, spec)
+        spec = load(file, overrides)
+        study = opening.load_study(spec)
+        results.restore(study, spec)
     summary.best(console(), study, spec, as_json=json)
 
 
@@ -175,17 +183,19 @@ def report(
 
     Example: [bold]optuna-lora-rl report studies/quickstart.yaml --trial 3[/]
     """
-    from optuna_lora_rl.study import export as exporting
-    from optuna_lora_rl.study import opening
-    from optuna_lora_rl.study import rank_report
-    from optuna_lora_rl.study import report as reporting
-    from optuna_lora_rl.study import results
+    with working("reading the study") as on_activity:
+        from optuna_lora_rl.study import export as exporting
+        from optuna_lora_rl.study import opening
+        from optuna_lora_rl.study import rank_report
+        from optuna_lora_rl.study import report as reporting
+        from optuna_lora_rl.study import results
 
-    spec = load(file, overrides)
-    study = opening.load_study(spec)
-    chosen = exporting.chosen_trial(study, trial)
-    opening.claim(spec)
-    results.write(study, spec)
+        spec = load(file, overrides)
+        study = opening.load_study(spec)
+        chosen = exporting.chosen_trial(study, trial)
+        opening.claim(spec)
+        on_activity(Activity("writing the report"))
+        results.write(study, spec)
     rank_report.show(console(), chosen, spec, whole=whole)
     if csv is not None:
         rank_report.write_csv(csv, chosen, spec)
@@ -204,10 +214,15 @@ def ask(
     Example: [bold]optuna-lora-rl ask study.yaml[/] prints one JSON object a line:
     trial, params (what is tuned) and configuration (every parameter).
     """
-    from optuna_lora_rl.study import asking
+    with working("proposing"):
+        from optuna_lora_rl.study import asking
 
-    for line in asking.ask(load(file, overrides), count):
-        print(line)
+        asked = asking.ask(load(file, overrides), count)
+        # Most of the time goes by before it.
+        first = next(asked)
+    with closing(asked):
+        for line in chain([first], asked):
+            print(line)
 
 
 @app.command()
@@ -223,10 +238,12 @@ def tell(
     Example: [bold]optuna-lora-rl tell study.yaml '{"trial": 3, "value": 0.42}'[/].
     Several objectives: "values": [...]. No result: "state": "fail", with an optional "reason".
     """
-    from optuna_lora_rl.study import asking
-
     said = sys.stdin.read() if result == "-" else result
-    print(asking.tell(load(file, overrides), said))
+    with working("reading the study"):
+        from optuna_lora_rl.study import asking
+
+        told = asking.tell(load(file, overrides), said)
+    print(told)
 
 
 @app.command()
@@ -241,11 +258,12 @@ def export(
 
     Example: [bold]optuna-lora-rl export study.yaml --to peft --output my-adapter[/]
     """
-    from optuna_lora_rl.study import export as exporting
-    from optuna_lora_rl.study import opening
+    with working("writing the adapter"):
+        from optuna_lora_rl.study import export as exporting
+        from optuna_lora_rl.study import opening
 
-    spec = load(file, overrides)
-    fault = exporting.to_peft(opening.load_study(spec), spec, output, trial)
+        spec = load(file, overrides)
+        fault = exporting.to_peft(opening.load_study(spec), spec, output, trial)
     what = f"adapter_config.json ({fault})" if fault else "adapter"
     console().print(f"wrote the {what} to {output}", highlight=False, markup=False)
 
@@ -265,14 +283,20 @@ def explain(
 
     Example: [bold]optuna-lora-rl explain studies/quickstart.yaml --trial 7[/]
     """
-    from optuna_lora_rl.study import explaining
-    from optuna_lora_rl.study import opening
+    with working("reading the study") as on_activity:
+        from optuna_lora_rl.samplers.explanation import explain as explained
+        from optuna_lora_rl.study import explaining
+        from optuna_lora_rl.study import opening
 
-    spec = load(file, overrides)
+        spec = load(file, overrides)
+        study = opening.load_study(spec)
+        on_activity(Activity("explaining its trials"))
+        said = explaining.as_json(study, trial) if json else ""
+        found = None if json or trial is not None else explained(study)
     if json:
-        print(explaining.as_json(opening.load_study(spec), trial))
+        print(said)
         return
-    figure = explaining.show(console(), opening.load_study(spec), spec, trial)
+    figure = explaining.show(console(), study, spec, trial, found=found)
     if figure is not None:
         console().print(f"the figure is in {figure}", highlight=False)
 
@@ -288,6 +312,8 @@ def dashboard(
 
     Example: [bold]optuna-lora-rl dashboard studies/quickstart.yaml --port 8081[/]
     """
-    from optuna_lora_rl.study import dashboard as showing
+    with working("reading the study"):
+        from optuna_lora_rl.study import dashboard as showing
 
-    raise typer.Exit(showing.serve(load(file, overrides), host=host, port=port))
+        server = showing.listening(load(file, overrides), host=host, port=port)
+    showing.serve(server)

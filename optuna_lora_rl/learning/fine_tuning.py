@@ -20,6 +20,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from optuna_lora_rl.activity import Activity
+from optuna_lora_rl.activity import OnActivity
+from optuna_lora_rl.activity import counted
+from optuna_lora_rl.activity import unseen
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.learning.environment import rollout_regret
 from optuna_lora_rl.learning.own_studies import MIN_TRIALS
@@ -120,6 +124,7 @@ def learn(
     *,
     start: Path | None = None,
     report: Callable[[dict[str, float]], None] | None = None,
+    on_activity: OnActivity = unseen,
 ) -> Learnt:
     """Fine-tune a policy on studies and write its weights.
 
@@ -129,6 +134,7 @@ def learn(
         settings: of the run; the same studies and settings give the same weights.
         start: weights to start from; by default those shipped with the package.
         report: called with the metrics of every update.
+        on_activity: told what takes its time, and how far it is.
 
     Raises:
         UserError: a study has too few trials or does not look like LoRA, or the start cannot be
@@ -147,9 +153,13 @@ def learn(
     network = weights.load(start)
     surfaces = [
         surface
-        for number, study in enumerate(studies)
+        for number, study in enumerate(
+            counted(studies, "fitting surrogates", "studies", on_activity)
+        )
         for surface in surfaces_of(study, _SURFACES, settings.seed + number)
     ]
+
+    on_activity(Activity("drawing tasks"))
 
     def tasks(share: float, part: int) -> Tasks:
         count = max(round(share * settings.tasks), 8)
@@ -158,9 +168,11 @@ def learn(
     run = _Run(network, tasks(1.0, 0), settings)
     # Only tasks of the user's own count: what is to be gained is there.
     validation, fresh = (_measured(tasks(n, p)) for n, p in ((_VALIDATION, 1), (_REPORT, 2)))
+    on_activity(Activity("running the policy that it starts from"))
     baseline = _log_regret(validation, network, settings)
     best, kept, chosen = 0.0, 0, network
     for update in range(1, settings.updates + 1):
+        on_activity(Activity("learning", update - 1, settings.updates, "updates"))
         metrics = run.step()
         if update % _VALIDATE_EVERY == 0 or update == settings.updates:
             mine = _log_regret(validation, run.network, settings)
@@ -170,6 +182,7 @@ def learn(
                 best, kept, chosen = gain, update, copy.deepcopy(run.network)
         if report is not None:
             report({"update": float(update), **metrics})
+    on_activity(Activity("measuring what was gained"))
     gains = _log_regret(fresh, network, settings) - _log_regret(fresh, chosen, settings)
     mean, low, high = bootstrap_interval(gains.mean(1).numpy(), settings.seed)
     notes = {

@@ -20,6 +20,9 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from optuna_lora_rl.activity import Activity
+from optuna_lora_rl.activity import OnActivity
+from optuna_lora_rl.activity import unseen
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.learning import table_surfaces
 from optuna_lora_rl.learning import training_log
@@ -54,10 +57,13 @@ class Trainer:
     Args:
         settings: of the run.
         output: folder of checkpoint, log and weights.
+        on_activity: told what takes its time.
     """
 
-    def __init__(self, settings: TrainingSettings, output: Path) -> None:
-        self.settings, self.output = settings, output
+    def __init__(
+        self, settings: TrainingSettings, output: Path, on_activity: OnActivity = unseen
+    ) -> None:
+        self.settings, self.output, self._on_activity = settings, output, on_activity
         self._ppo = settings.ppo.settings()
         self.update = 0
         self.best: dict[str, Any] = {}
@@ -72,6 +78,7 @@ class Trainer:
         # update moves what the policy does more than it improves it (Polyak & Juditsky 1992).
         self.average = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(_DECAY))
         self.generator = torch.Generator().manual_seed(settings.seed)
+        on_activity(Activity("drawing tasks"))
         self.pool = draw_tasks(
             settings.tasks,
             2 * settings.seed + 1,
@@ -79,7 +86,11 @@ class Trainer:
             settings.measured_share,
         )
         self.stages = _stages(self.pool)
-        self.validation = Validation(self._fresh(_VALIDATION_SEED), _VALIDATED, settings.seed)
+        self.validation = self._validation(_VALIDATION_SEED, _VALIDATED)
+
+    def _validation(self, seed: int, length: int) -> Validation:
+        self._on_activity(Activity("drawing tasks"))
+        return Validation(self._fresh(seed), length, self.settings.seed, self._on_activity)
 
     def _fresh(self, seed: int) -> Tasks:
         """Tasks apart from the training tasks, of the validation families where measured."""
@@ -89,9 +100,15 @@ class Trainer:
             draw_tasks(2 * count, seed + 2 * self.settings.seed, surfaces, share), count
         )
 
+    def _tell(self, detail: str) -> None:
+        done, of = self.update, self.settings.updates
+        self._on_activity(Activity("training", done, of, "updates", detail))
+
     def step(self) -> dict[str, float]:
         """One rollout and the update from it."""
         settings, generator = self.settings, self.generator
+        imitating = self.update < settings.imitation_updates
+        self._tell("imitation" if imitating else "PPO")
         first = self.update < settings.curriculum_updates
         stage = "first" if first else self._draw_stage()
         length = settings.lengths[
@@ -105,7 +122,6 @@ class Trainer:
         rollout = collect(
             self.pool[rows], length, self.network, self.critic, generator, plain=first
         )
-        imitating = self.update < settings.imitation_updates
         metrics = self._imitate(rollout) if imitating else self._reinforce(rollout)
         self.update += 1
         self.average.update_parameters(self.network)
@@ -172,6 +188,7 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """Judge the mean network on the validation tasks, and keep the best of each phase."""
+        self._tell("validating")
         network = self.average.module
         assert isinstance(network, Scorer)
         metrics = self.validation.compare(network)
@@ -190,6 +207,7 @@ class Trainer:
         better than either (Izmailov et al. 2018). Where nothing beat the start, the start is what
         is written.
         """
+        self._on_activity(Activity("choosing the weights"))
         found = {
             phase: (best["score"], best["network"], f"best at update {best['update']}")
             for phase, best in self.best.items()
@@ -218,7 +236,8 @@ class Trainer:
             for name in ("weights", "ppo", "imitation")
             if (self.output / f"{name}.safetensors").is_file()
         }
-        fresh = Validation(self._fresh(_REPORT_SEED), _REPORTED, self.settings.seed)
+        fresh = self._validation(_REPORT_SEED, _REPORTED)
+        self._on_activity(Activity("measuring for the report"))
         text = fresh.table(networks)
         (self.output / "report.md").write_text(text)
         return text
@@ -295,6 +314,7 @@ def train(
     *,
     minutes: float | None = None,
     report: Callable[[dict[str, float]], None] | None = None,
+    on_activity: OnActivity = unseen,
 ) -> Path:
     """Train a policy and return the file of its weights.
 
@@ -306,6 +326,7 @@ def train(
         settings: of the run.
         minutes: stop after so long, at the next update; the run can be continued.
         report: called with the metrics of every update.
+        on_activity: told what takes its time, and how far it is.
 
     Raises:
         UserError: the folder holds a run with other settings.
@@ -314,7 +335,7 @@ def train(
     settings = settings or TrainingSettings()
     state = _checkpoint(output, settings)
     started = time.monotonic()
-    trainer = Trainer(settings, output)
+    trainer = Trainer(settings, output, on_activity)
     if state is not None:
         trainer.restore(state)
     log = TrainingLog(output, trainer.update)

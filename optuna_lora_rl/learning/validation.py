@@ -21,6 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from optuna_lora_rl.activity import OnActivity
+from optuna_lora_rl.activity import counted
+from optuna_lora_rl.activity import unseen
 from optuna_lora_rl.learning.environment import OPENINGS
 from optuna_lora_rl.learning.environment import rollout_regret
 from optuna_lora_rl.learning.tasks import GROUPS
@@ -64,20 +67,23 @@ class Validation:
         tasks: the problems.
         length: trials a study.
         seed: of candidates and noise, the same for all policies.
+        on_activity: told how many opponents have run.
         opponents: log10 regret at the checkpoints by opponent, each of shape (B, K).
     """
 
     tasks: Tasks
     length: int
     seed: int
+    on_activity: OnActivity = unseen
     opponents: dict[str, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
+        names = counted(OPENINGS, "running the opponents", "", self.on_activity)
         self.opponents = {
             name: log_regret(
-                rollout_regret(self.tasks, self.length, None, self.seed, opening=opening)
+                rollout_regret(self.tasks, self.length, None, self.seed, opening=OPENINGS[name])
             )
-            for name, opening in OPENINGS.items()
+            for name in names
         }
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING
 from typing import Any
 
@@ -28,7 +28,7 @@ _KEYS = {"trial", "value", "values", "state", "reason"}
 TOLD = "told"
 
 
-def ask(spec: StudySpec, count: int) -> Iterator[str]:
+def ask(spec: StudySpec, count: int) -> Generator[str, None, None]:
     """Yields ``count`` new configurations, each a line of JSON.
 
     Raises:

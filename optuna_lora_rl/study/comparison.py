@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from optuna.trial import TrialState
 
+from optuna_lora_rl.activity import counted
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.errors import masked
 from optuna_lora_rl.finetuning import process
@@ -40,6 +41,7 @@ from optuna_lora_rl.study import reading
 from optuna_lora_rl.study.budget import Usage
 from optuna_lora_rl.study.spec import StudySpec
 from optuna_lora_rl.study.spec import load
+from optuna_lora_rl.study.waiting import waiting
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -163,10 +165,12 @@ def _compare_on_study(
     contestants = [
         _contestant(spec, name, seed, overrides) for name in samplers for seed in range(seeds)
     ]
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers) as pool, waiting(console) as on_activity:
         runs = {pool.submit(_run, file, one): one for one in contestants}
+        ended = as_completed(runs)
         try:
-            for run in as_completed(runs):
+            for _ in counted(contestants, "running", "studies", on_activity):
+                run = next(ended)
                 one, best = runs[run], run.result()[-1]
                 console.print(f"{one.sampler:>8}  seed {one.seed}  best {best:.4f}")
         except BaseException:

@@ -6,6 +6,7 @@ optuna-dashboard is an optional package: without it the study goes on, and artif
 from __future__ import annotations
 
 import tempfile
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from socketserver import ThreadingMixIn
@@ -80,8 +81,8 @@ def annotate(study: optuna.Study, spec: StudySpec) -> None:
     _save_figure(study)
 
 
-def serve(spec: StudySpec, *, host: str, port: int) -> int:
-    """Serves optuna-dashboard on the study's storage until Ctrl-C; returns its exit status.
+def listening(spec: StudySpec, *, host: str, port: int) -> WSGIServer:
+    """Returns optuna-dashboard on the study's storage, listening and not yet answering.
 
     It runs in this process, so that no argument shows the storage's URL and its password to who
     lists processes.
@@ -109,13 +110,15 @@ def serve(spec: StudySpec, *, host: str, port: int) -> int:
             f"the dashboard cannot listen on {host}, port {port} ({reason}); give another with "
             "--host and --port"
         ) from None
-    print(f"listening on http://{host}:{server.server_port}/ until Ctrl-C", flush=True)
-    with server:
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            return 0
-    return 0
+    return server
+
+
+def serve(server: WSGIServer) -> None:
+    """Answers until Ctrl-C."""
+    host, port, *_ = server.server_address
+    print(f"listening on http://{host!s}:{port}/ until Ctrl-C", flush=True)
+    with server, suppress(KeyboardInterrupt):
+        server.serve_forever()
 
 
 class _Server(ThreadingMixIn, WSGIServer):

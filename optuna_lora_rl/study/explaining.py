@@ -53,7 +53,12 @@ _MEANINGS = {
 
 
 def show(
-    console: Console, study: optuna.Study, spec: StudySpec, number: int | None = None
+    console: Console,
+    study: optuna.Study,
+    spec: StudySpec,
+    number: int | None = None,
+    *,
+    found: Explanation | None = None,
 ) -> Path | None:
     """Prints where each trial came from and what it taught, and writes the figure.
 
@@ -62,6 +67,7 @@ def show(
         study: whose trials.
         spec: of the study.
         number: of the one trial to explain, or None for all.
+        found: the study's explanation, where there is one already.
 
     Returns:
         The figure's file; None for one trial, or with fewer than three results.
@@ -69,12 +75,12 @@ def show(
     Raises:
         UserError: there is no such trial.
     """
-    found = explain(study)
     trials = study.get_trials(deepcopy=False)
     if number is not None:
         trial = _numbered(trials, number)
         _one(console, trial, _origin(trial))
         return None
+    found = found or explain(study)
     console.print(_origins(trials))
     if not found.parameters:
         console.print("Three results or more are needed to say what they taught.")

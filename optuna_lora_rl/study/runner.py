@@ -277,6 +277,7 @@ class _Worker:
 
     def _finish(self, ended_by: Ending, reason: str) -> RunResult:
         outcome.recover(self.study)
+        self.display.works_on(Activity("writing the report"))
         best = results.write(self.study, self.spec)
         return RunResult(self.study, ended_by, reason, best.folder, lost=best.lost)
 

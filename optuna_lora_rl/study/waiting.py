@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -64,7 +65,7 @@ class WaitingLines:
         self._activity: Activity | None = None
         self._shown = False
         self._began = self._written = time.monotonic()
-        self._ticker = Ticker(min(first, every) / 4, self._tick)
+        self._ticker = Ticker(min(first, every, _FIRST) / 4, self._tick)
 
     def start(self) -> None:
         self._ticker.start()
@@ -104,7 +105,9 @@ class WaitingLines:
 
 @contextmanager
 def waiting(console: Console) -> Iterator[OnActivity]:
-    """Shows what a command is doing: one line that moves on a terminal, lines elsewhere.
+    """Shows what a command is doing: one line that moves on a terminal.
+
+    Elsewhere there is a line every half minute: a log of a command that takes seconds has none.
 
     Args:
         console: Standard error, so that standard output holds the command's result alone.
@@ -113,7 +116,7 @@ def waiting(console: Console) -> Iterator[OnActivity]:
         with _bar(console) as show:
             yield show
         return
-    lines = WaitingLines(lambda line: console.print(line, soft_wrap=True))
+    lines = WaitingLines(lambda line: console.print(line, soft_wrap=True), first=_EVERY)
     lines.start()
     try:
         yield lines.works_on
@@ -126,16 +129,33 @@ def _bar(console: Console) -> Iterator[OnActivity]:
     from rich.progress import BarColumn
     from rich.progress import Progress
     from rich.progress import SpinnerColumn
+    from rich.progress import Task
     from rich.progress import TextColumn
     from rich.progress import TimeElapsedColumn
+    from rich.progress import TimeRemainingColumn
+    from rich.table import Column
+    from rich.text import Text
+
+    class TimeLeft(TimeRemainingColumn):
+        def render(self, task: Task) -> Text:
+            left = super().render(task)
+            return Text.assemble(left, " left") if task.time_remaining else Text()
 
     columns = (
         SpinnerColumn("dots" if console.encoding.startswith("utf") else "line"),
         TextColumn("{task.fields[said]}", markup=False),
         BarColumn(bar_width=20),
         TimeElapsedColumn(),
+        TimeLeft(table_column=Column(no_wrap=True)),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    # What a terminal shows is written above the bar; what goes to a file goes there.
+    with Progress(
+        *columns,
+        console=console,
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),
+        redirect_stderr=sys.stderr.isatty(),
+    ) as progress:
         # Shown from the first activity on.
         task = progress.add_task("", total=None, visible=False, said="")
         last = ""

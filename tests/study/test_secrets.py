@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from optuna_lora_rl import cli
 from optuna_lora_rl import errors
@@ -240,7 +241,7 @@ def test_runs_of_a_comparison_show_no_password_in_the_list_of_processes(
             workers=1,
             output=None,
             overrides=[f"storage=postgresql+psycopg://me:{SECRET}@127.0.0.1:1/x", "budget=2"],
-            console=None,  # type: ignore[arg-type]
+            console=Console(quiet=True),
         )
     assert SECRET not in str(raised.value)
     assert started and SECRET not in str(started) and "budget=2" in started[0]
