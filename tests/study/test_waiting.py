@@ -81,7 +81,8 @@ def test_a_piped_study_has_a_line_after_two_seconds_and_then_every_thirty(
     shown.works_on(Activity("tokenising", 50, 96, "rows"))
     assert passes(29.5) == []
     assert passes(0.5) == ["tokenising: 50 of 96 rows (32 s)"]
-    assert passes(60) == ["tokenising: 50 of 96 rows (1:02)", "tokenising: 50 of 96 rows (1:32)"]
+    assert passes(30) == ["tokenising: 50 of 96 rows (1 min 2 s)"]
+    assert passes(30) == ["tokenising: 50 of 96 rows (1 min 32 s)"]
     shown.closes()
 
 
@@ -117,7 +118,7 @@ def test_a_piped_command_has_a_line_every_thirty_seconds(log: Console, passes: P
         assert passes(29.5) == []
         assert passes(0.5) == ["decomposing: 3 of 12 layers (30 s)"]
         on_activity(Activity("decomposing", 4, 12, "layers"))
-        assert passes(30) == ["decomposing: 4 of 12 layers (1:00)"]
+        assert passes(30) == ["decomposing: 4 of 12 layers (1 min)"]
     assert passes(60) == []
 
 
