@@ -224,6 +224,7 @@ def truncate(
     energy: float | None = None,
     rank: int | None = None,
     qualities: Callable[[OnActivity], Sequence[float]] | None = None,
+    whole: bool = False,
 ) -> None:
     """Cuts a saved adapter down, or shows what that would give where neither bound is given.
 
@@ -235,6 +236,7 @@ def truncate(
         energy: As for :func:`truncation.truncate`.
         rank: The same.
         qualities: Evaluates what each of :func:`truncation.sizes` would leave.
+        whole: Whether every layer has its row, however many there are.
 
     Raises:
         UserError: As :func:`truncation.truncate`, or when there is no output for what is cut.
@@ -260,7 +262,8 @@ def truncate(
         found = truncation.truncate(
             adapter, output, energy=energy, rank=rank, on_activity=on_activity
         )
-    console.print(tables.truncation(found))
+    many = not whole and len(found.before) > places.FEW
+    console.print((tables.truncation_in_groups if many else tables.truncation)(found))
     words = (
         f"{found.parameters_after:,} of {found.parameters_before:,} parameters are kept "
         f"({found.kept:.1%}); {tables.size(truncation.bytes_of(adapter))} before, "

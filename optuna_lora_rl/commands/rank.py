@@ -164,6 +164,7 @@ def truncate(
         typer.Option(help="A study's file: show on its validation set what each would leave."),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
+    whole: AllLayers = False,
     quiet: Quiet = False,
 ) -> None:
     """Cut a trained adapter to the rank that its updates need, without loading its base.
@@ -192,6 +193,7 @@ def truncate(
         energy=energy,
         rank=rank,
         qualities=qualities,
+        whole=whole,
     )
 
 

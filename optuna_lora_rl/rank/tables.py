@@ -297,6 +297,18 @@ def truncation(found: Truncation) -> Table:
     return table
 
 
+def truncation_in_groups(found: Truncation) -> Table:
+    """The same, one row for the layers of one kind in a range of blocks."""
+    table = _table("layers")
+    for heading in ("blocks", "rank\nbefore", "rank\nnow", "lost of\nthe update, %"):
+        table.add_column(heading, justify="right")
+    for group in places.groups(found.before):
+        columns = (found.before, found.after, {n: 100 * e for n, e in found.errors.items()})
+        spreads = (spread(column[name] for name in group.names) for column in columns)
+        table.add_row(group.module, group.blocks, *spreads)
+    return table
+
+
 def size(count: float) -> str:
     """Bytes in words, such as ``1.26 GB``."""
     return in_units(count, ("GB", "MB", "kB")) if count >= 1000 else f"{count:.0f} bytes"

@@ -249,7 +249,7 @@ class LiveDisplay(Display):
                 (wording.sparkline(one.scores).ljust(total, "·"), "cyan"),
                 (f"  score {wording.score(one.scores[-1])}  ", ""),
             ]
-        return Text.assemble(*parts, (f"{wording.activity(one.activity)}, {elapsed}", "dim"))
+        return Text.assemble(*parts, (f"{elapsed}  {wording.activity(one.activity)}", "dim"))
 
     def _time(self) -> RenderableType:
         assert self._spec is not None

@@ -72,7 +72,8 @@ def show(console: Console, trial: FrozenTrial, spec: StudySpec, *, whole: bool =
         _say(console, Text(_LEGEND + (_IN_GROUPS if many else ""), style="dim"))
     else:
         _say(console, Text(_why_nothing(trial, spec, known), style="yellow"))
-        console.print(_ranks_in_groups(known.ranks) if many else _ranks(known.ranks))
+        if known.ranks:
+            console.print(_ranks_in_groups(known.ranks) if many else _ranks(known.ranks))
     if known.rank_changes:
         rows = _changes_in_groups(known.rank_changes) if many else known.rank_changes
         console.print(_changes(rows))

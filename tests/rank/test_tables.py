@@ -4,6 +4,7 @@ import torch
 
 from optuna_lora_rl.rank import spectrum
 from optuna_lora_rl.rank import tables
+from optuna_lora_rl.rank.truncation import Truncation
 
 ORDER = [
     f"model.layers.{i}.{module}"
@@ -55,5 +56,16 @@ def test_many_layers_share_rows_with_their_spread() -> None:
     assert cells["shape"] == ["4x5"] * 6 and cells["r"] == ["8"] * 6
     # Ranks 1, 3, 2, 1, 3, 2, ... over the first ten layers of q_proj.
     assert cells["over\n1%"][0] == "2 (1…3)"
+    cut = Truncation(
+        before=dict.fromkeys(names, 8),
+        after={name: 4 + place % 2 for place, name in enumerate(names)},
+        errors=dict.fromkeys(names, 0.125),
+        parameters_before=2,
+        parameters_after=1,
+    )
+    rows = list(
+        zip(*(column.cells for column in tables.truncation_in_groups(cut).columns), strict=True)
+    )
+    assert rows[0] == ("q_proj", "0-9", "8", "4", "12.5") and len(rows) == 6
     narrow = tables.spectra_in_groups(many, {}, 60)
     assert len(narrow.columns) < len(table.columns)
