@@ -50,6 +50,13 @@ class Range:
             return IntDistribution(int(self.low), int(self.high), log=self.log, step=step)
         return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
 
+    def middle(self) -> Value:
+        """The value in its middle, on its own scale."""
+        at = math.sqrt(self.low * self.high) if self.log else (self.low + self.high) / 2
+        if self.step is not None:
+            at = self.low + round((at - self.low) / self.step) * self.step
+        return round(at) if self.whole else at
+
     def values(self) -> Sequence[Value] | None:
         """All its values, or None for a range of which there is no end of them."""
         if self.whole:
@@ -70,6 +77,13 @@ class Choice:
         from optuna.distributions import CategoricalDistribution
 
         return CategoricalDistribution(self.options)
+
+    def middle(self) -> Value:
+        """The middle of its numbers; the first of what is not ordered."""
+        numbers = [value for value in self.options if isinstance(value, int | float)]
+        if len(numbers) < len(self.options):
+            return self.options[0]
+        return sorted(numbers)[(len(numbers) - 1) // 2]
 
     def values(self) -> Sequence[Value] | None:
         """All its values."""

@@ -107,6 +107,10 @@ class LoraSpace:
 
         return self._walk(given)
 
+    def middle(self) -> Configuration:
+        """The whole configuration in the middle of the space."""
+        return self._walk(lambda name, domain: domain.middle())
+
     def distributions(self) -> dict[str, BaseDistribution]:
         """The tuned parameters and their Optuna distributions, conditional ones included."""
         tuned = (entry.tuned() for entry in self._entries)

@@ -273,9 +273,9 @@ class Course:
         return rank_change.spells({**start, **self._allocated.ranks}, changes, self._steps)
 
     def _evaluated(self, adapter: Adapter) -> dict[str, float]:
-        prepared, tell = self._shared.prepared, self._run.on_activity
-        validation, asked = prepared.tokens.validation, prepared.asked
-        return self._shared.evaluate(adapter.model, validation, asked, on_activity=tell)
+        shared, tell = self._shared, self._run.on_activity
+        asked = shared.prepared.asked
+        return shared.evaluate(adapter.model, shared.validation, asked, on_activity=tell)
 
     def _generated(self, step: int) -> dict[str, float]:
         model = None if self._adapter is None else self._adapter.model

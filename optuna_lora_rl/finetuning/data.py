@@ -20,6 +20,7 @@ from optuna_lora_rl.finetuning.examples import Form
 from optuna_lora_rl.finetuning.examples import Kind
 from optuna_lora_rl.finetuning.files import Row
 from optuna_lora_rl.finetuning.options import GENERATED_METRICS
+from optuna_lora_rl.finetuning.options import MOST_VALIDATED
 from optuna_lora_rl.finetuning.options import DataOptions
 from optuna_lora_rl.finetuning.options import ObjectiveOptions
 
@@ -114,7 +115,9 @@ def load(options: DataOptions) -> Splits:
         known["train"] = replace(counts, overlapping=whole - len(train))
     drawn = {"train": train, "validation": validation, **({} if test is None else {"test": test})}
     for name, all_rows in drawn.items():
-        drawn[name] = draw(all_rows, getattr(options, f"max_{name}_samples"), options.seed)
+        most = getattr(options, f"max_{name}_samples")
+        most = MOST_VALIDATED if most == "auto" else most
+        drawn[name] = draw(all_rows, most, options.seed)
         known[name] = _used(known[name], all_rows, drawn[name])
     splits = Splits(
         kind=form.kind,

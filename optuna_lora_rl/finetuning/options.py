@@ -7,6 +7,7 @@ documentation: the docs page and ``optuna-lora-rl init`` are generated from them
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 from typing import Any
 from typing import Literal
 
@@ -26,6 +27,8 @@ from optuna_lora_rl.finetuning.section import Section
 COLUMN_ROLES = ("text", "prompt", "completion", "messages", "input", "system", "tools")
 GENERATED_METRICS = ("exact_match", "accuracy", "f1")
 Precision = Literal["fp32", "bf16", "fp16"]
+# What ``max_validation_samples: auto`` takes at most.
+MOST_VALIDATED = 256
 FLASH_ATTENTION = ("flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2")
 
 
@@ -172,10 +175,11 @@ class DataOptions(Section):
         description="Use at most so many training examples, drawn by `seed`.",
         examples=[1000],
     )
-    max_validation_samples: PositiveInt | None = Field(
-        default=256,
-        description="Validate on at most so many examples, drawn by `seed`: every evaluation "
-        "during training reads them all.",
+    max_validation_samples: PositiveInt | Literal["auto"] | None = Field(
+        default="auto",
+        description="Validate on at most so many examples, drawn by `seed`; the last evaluation "
+        f"of a trial reads them all. `auto` takes at most {MOST_VALIDATED}, and no more than a "
+        "tenth of a trial's work goes through, but 32; `null` takes all there are.",
         examples=[256],
     )
     max_test_samples: PositiveInt | None = Field(
@@ -226,13 +230,13 @@ class TrainingOptions(Section):
         "and early stopping see these.",
         examples=[4],
     )
-    first_evaluation: float = Field(
-        default=1.0,
-        gt=0,
-        le=1,
+    first_evaluation: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = Field(
+        default="auto",
         description="Share of the validation set that the first evaluation reads; the next ones "
         "read more in equal steps, the last one all of it. Early evaluations then cost less, and "
-        "say less. Quality is always the gain over the untuned model on the same examples. A run "
+        "say less. `auto` makes the early ones so small that all evaluations together are at "
+        "most 15% of the work of a trial in the middle of the space, where eight examples each "
+        "allow it. Quality is always the gain over the untuned model on the same examples. A run "
         "that is stopped early is evaluated once more, on everything.",
         examples=[1.0, 0.25],
     )

@@ -74,6 +74,7 @@ class Progress:
         score = quality - self._charge
         self.values = values
         row = {"step": step, "epoch": epoch, **values, "quality": quality, "score": score}
+        row["untuned_loss"] = self._baselines[step].loss
         if "train_loss" in metrics:
             row["train_loss"] = float(metrics["train_loss"])
         self.curve.append(row)
@@ -102,6 +103,7 @@ class Progress:
         quality = evaluation.quality(self._metric, values, baseline)
         self.values = values
         row.update(values, quality=quality, score=quality - self._charge)
+        row["untuned_loss"] = baseline.loss
 
     def is_callers(self, error: BaseException) -> bool:
         """Whether the caller's function raised this error."""

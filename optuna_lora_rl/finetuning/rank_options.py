@@ -17,7 +17,7 @@ class LossRankOptions(Section):
     source: Literal["train", "eval"] = Field(
         default="train",
         description="Which loss: that of training, or that of the evaluations, which compare "
-        "only with `first_evaluation: 1`.",
+        "only with `training.first_evaluation: 1`, and with `auto` are made to.",
         examples=["train"],
     )
     every: PositiveInt = Field(

@@ -27,8 +27,9 @@ class TrialResult:
             has the relative ``time``, ``memory`` and ``parameters`` and their weighted ``total``.
         metrics: The last evaluation, by name.
         curve: Every evaluation: step, epoch, metrics, quality, the score as reported, which
-            charges the counted cost of the whole run, and ``train_loss``, the mean training loss
-            since the evaluation before.
+            charges the counted cost of the whole run, ``train_loss``, the mean training loss
+            since the evaluation before, and ``untuned_loss``, the untuned model's on what this
+            one read.
         steps: Optimizer steps done.
         seconds: Wall time of the run.
         peak_memory_bytes: Measured peak: CUDA's allocation, or the process's resident memory.

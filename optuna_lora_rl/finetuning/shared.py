@@ -41,6 +41,10 @@ from optuna_lora_rl.finetuning.price import Price
 from optuna_lora_rl.finetuning.quiet import quiet
 from optuna_lora_rl.finetuning.stages import Stage
 from optuna_lora_rl.finetuning.stages import Stages
+from optuna_lora_rl.finetuning.stages import Work
+from optuna_lora_rl.finetuning.stages import drawn
+from optuna_lora_rl.finetuning.stages import rows_read
+from optuna_lora_rl.vocabulary import Value
 
 
 class Shared:
@@ -54,6 +58,7 @@ class Shared:
         training: How every run trains.
         objective: What is maximised.
         target_sets: The user's own lists of module names, by name.
+        typical: Parameters of a typical run, where they differ from the reference's.
         cache: Folder for what is made or measured once; None for nowhere.
         on_activity: Told what takes its time.
     """
@@ -65,6 +70,7 @@ class Shared:
         training: TrainingOptions,
         objective: ObjectiveOptions,
         target_sets: Mapping[str, Sequence[str]],
+        typical: Mapping[str, Value],
         cache: Path | None,
         on_activity: OnActivity = unseen,
     ) -> None:
@@ -73,6 +79,7 @@ class Shared:
         self.objective = objective
         self.target_sets = target_sets
         self.cache = cache
+        self._typical = {**objective.reference, **typical}
         self._model = model
         self._on_activity = on_activity
 
@@ -123,13 +130,42 @@ class Shared:
     @cached_property
     def baseline(self) -> Evaluation:
         """The untuned model's evaluation on the whole validation set."""
-        return self.untuned(self.prepared.tokens.validation, self.prepared.asked)
+        return self.untuned(self.validation, self.prepared.asked)
+
+    @cached_property
+    def validation(self) -> Dataset:
+        """What the last evaluation of a run reads."""
+        return drawn(self.prepared.tokens.validation, self.rows_read[-1])
+
+    @cached_property
+    def work(self) -> Work:
+        """What a typical run computes."""
+        lengths = self.prepared.lengths
+        wanted = Configuration.of(self._typical)
+        plan = sft.Plan.of(wanted, self.training, len(lengths))
+        read = [len(ids) for ids in self.prepared.tokens.validation["input_ids"]]
+        trained = plan.steps * wanted.batch_size * sum(lengths) / len(lengths)
+        return Work(trained, sum(read) / len(read))
+
+    @cached_property
+    def rows_read(self) -> list[int]:
+        """How many examples each evaluation of a run reads."""
+        first = self.training.first_evaluation
+        if first == "auto" and self.training.rank_change.loss.source == "eval":
+            # Their losses decide about ranks, and have to compare.
+            first = 1.0
+        return rows_read(
+            self.training.evaluations,
+            len(self.prepared.tokens.validation),
+            self.work,
+            first=first,
+            reads_all=self.data.max_validation_samples != "auto",
+        )
 
     @cached_property
     def stages(self) -> Stages:
-        tokens, asked = self.prepared.tokens, self.prepared.asked
-        whole = Stage(tokens.validation, asked, self.baseline)
-        return Stages(whole, self.training.first_evaluation, self.untuned)
+        whole = Stage(self.validation, self.prepared.asked, self.baseline)
+        return Stages(whole, self.rows_read, self.untuned)
 
     def untuned(self, dataset: Dataset, asked: Questions | None) -> Evaluation:
         """Returns the untuned model's evaluation, measured once."""

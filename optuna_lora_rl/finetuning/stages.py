@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 from datasets import Dataset
@@ -20,6 +22,12 @@ from optuna_lora_rl.finetuning.evaluation import Evaluation
 from optuna_lora_rl.finetuning.evaluation import Questions
 
 _SEED = 0
+# Share of all evaluations in the work of a trial.
+_SHARE = 0.15
+# A step is a pass forward and one back, in which the frozen weights get no gradient.
+_PASSES = 2
+# Fewer examples tell nothing apart, at the end and on the way.
+_LEAST, _LEAST_EARLY = 32, 8
 
 
 @dataclass(frozen=True)
@@ -42,47 +50,100 @@ class Stages:
 
     Args:
         whole: All there is; the last stage of every run.
-        first: Share of it that the first evaluation reads.
+        rows: How many of its examples the evaluation of each number reads, the last one all.
         measure: Evaluates the untuned model.
     """
 
     def __init__(
         self,
         whole: Stage,
-        first: float,
+        rows: Sequence[int],
         measure: Callable[[Dataset, Questions | None], Evaluation],
     ) -> None:
         self._whole = whole
-        self._first = first
+        self._rows = rows
         self._measure = measure
-        self._known = {1.0: whole}
+        self._known = {len(whole.dataset): whole}
 
     def of(self, evaluated: Mapping[int, int]) -> dict[int, Stage]:
         """Returns the stage of each step after which a run is evaluated.
 
         Args:
-            evaluated: The number of each step's evaluation; the last one reads everything.
+            evaluated: The number of each step's evaluation, from 1.
         """
-        last = max(evaluated.values())
-        shares = np.linspace(self._first, 1.0, last) if last > 1 else [1.0]
-        return {step: self._stage(float(shares[n - 1])) for step, n in evaluated.items()}
+        return {step: self._stage(self._rows[number - 1]) for step, number in evaluated.items()}
 
-    def _stage(self, share: float) -> Stage:
-        if share not in self._known:
+    def _stage(self, rows: int) -> Stage:
+        if rows not in self._known:
             dataset, asked = self._whole.dataset, self._whole.asked
-            chosen = dataset.select(_drawn(len(dataset), share))
+            chosen = drawn(dataset, rows)
             if asked is not None:
-                numbers = _drawn(len(asked.prompts), share)
+                share = rows / len(dataset) * len(asked.prompts)
+                numbers = _drawn(len(asked.prompts), max(1, round(share)))
                 asked = replace(
                     asked,
                     prompts=tuple(asked.prompts[i] for i in numbers),
                     answers=tuple(asked.answers[i] for i in numbers),
                 )
-            self._known[share] = Stage(chosen, asked, self._measure(chosen, asked))
-        return self._known[share]
+            self._known[rows] = Stage(chosen, asked, self._measure(chosen, asked))
+        return self._known[rows]
 
 
-def _drawn(count: int, share: float) -> list[int]:
-    """Numbers of the examples that are in a share, among them those of any smaller share."""
+@dataclass(frozen=True)
+class Work:
+    """What a typical trial computes, in tokens.
+
+    Attributes:
+        trained: Tokens of all its steps.
+        example: Tokens of a validation example.
+    """
+
+    trained: float
+    example: float
+
+    def share(self, rows: Sequence[int]) -> float:
+        """The share of evaluations of so many examples in all of a trial's work."""
+        read = sum(rows) * self.example
+        return read / (read + _PASSES * self.trained)
+
+
+def rows_read(
+    evaluations: int,
+    available: int,
+    work: Work,
+    *,
+    first: float | Literal["auto"],
+    reads_all: bool,
+) -> list[int]:
+    """Decides how many examples each evaluation of a run reads.
+
+    Args:
+        evaluations: How many evaluations there are.
+        available: How many examples there are.
+        work: What a typical trial computes.
+        first: Share of the last one's that the first reads, or ``auto`` for what work allows.
+        reads_all: Whether the last one reads all; otherwise what work allows.
+    """
+    allowed = _SHARE / (1 - _SHARE) * _PASSES * work.trained / work.example
+    # Two thirds of it for the last, by which trials are compared in the end.
+    last = available if reads_all else min(available, max(_LEAST, round(allowed * 2 / 3)))
+    if first != "auto":
+        return [max(1, round(share * last)) for share in _even(first, evaluations)]
+    rest, early = max(0.0, allowed - last), evaluations - 1
+    # More from one to the next, and the rest in all.
+    parts = [2 * rest * k / (early * (early + 1)) for k in range(1, evaluations)]
+    return [*(min(last, max(_LEAST_EARLY, round(part))) for part in parts), last]
+
+
+def _even(first: float, evaluations: int) -> list[float]:
+    return np.linspace(first, 1.0, evaluations).tolist() if evaluations > 1 else [1.0]
+
+
+def drawn(dataset: Dataset, rows: int) -> Dataset:
+    """Returns so many examples of a data set, among them those of any smaller number."""
+    return dataset if rows >= len(dataset) else dataset.select(_drawn(len(dataset), rows))
+
+
+def _drawn(count: int, rows: int) -> list[int]:
     order = np.random.default_rng(_SEED).permutation(count)
-    return sorted(order[: max(1, round(share * count))].tolist())
+    return sorted(order[:rows].tolist())

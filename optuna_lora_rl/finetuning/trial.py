@@ -62,6 +62,8 @@ class FineTuner:
         training: How every run trains.
         objective: What is maximised.
         target_sets: The user's own lists of module names, by name.
+        typical: Parameters of a typical run, where they differ from the reference's: what decides
+            how much evaluations may read.
         cache: Folder for what is made once (tokens, the untuned model's evaluation, the reference
             run); without it, it is made once in each process.
         on_activity: Told what takes its time beside the runs: loading, tokenising, measuring.
@@ -84,6 +86,7 @@ class FineTuner:
         objective: ObjectiveOptions,
         *,
         target_sets: Mapping[str, Sequence[str]] | None = None,
+        typical: Mapping[str, Value] | None = None,
         cache: Path | None = None,
         on_activity: OnActivity = unseen,
     ) -> None:
@@ -92,6 +95,7 @@ class FineTuner:
         self.training = training
         self.objective = objective
         self.target_sets = dict(target_sets or {})
+        self.typical = dict(typical or {})
         self.cache = cache
         self._on_activity = on_activity
 
@@ -160,6 +164,7 @@ class FineTuner:
         ``answered`` (how many examples a generated metric reads, or None) and ``splits``: by name,
         the fields of ``data.Counts``, with ``used`` as it is after tokenising, ``emptied``
         (nothing left to learn), ``cut`` and ``special`` (holds the text of a special token).
+        ``evaluations`` are the examples that each reads, ``evaluated`` their share of the work.
         """
         prepared = self._prepared
         splits, tokens = prepared.splits, prepared.tokens
@@ -180,6 +185,8 @@ class FineTuner:
             "max_length": tokens.max_length,
             "answered": None if prepared.asked is None else len(prepared.asked.answers),
             "splits": known,
+            "evaluations": self._shared.rows_read,
+            "evaluated": self._shared.work.share(self._shared.rows_read),
         }
 
     @process.alone()
@@ -344,7 +351,7 @@ class FineTuner:
                 if resizing.resize(adapted, size.ranks) or not found:
                     # Of the sizes, and not of the batches, it is told how many are done.
                     values = shared.evaluate(
-                        adapted, prepared.tokens.validation, prepared.asked, on_activity=unseen
+                        adapted, shared.validation, prepared.asked, on_activity=unseen
                     )
                     now = quality(self.objective.metric, values, baseline)
                 found.append(now)
@@ -365,6 +372,7 @@ class FineTuner:
             self.training,
             self.objective,
             self.target_sets,
+            self.typical,
             self.cache,
             self._on_activity,
         )
@@ -378,7 +386,7 @@ class FineTuner:
         shared, tokens = self._shared, self._prepared.tokens
         configuration = asdict(shared.price.reference_configuration)
         facts = {
-            **shared.facts(tokens.validation, self._prepared.asked),
+            **shared.facts(shared.validation, self._prepared.asked),
             "configuration": configuration,
             "train": content_of(tokens.train),
             "machine": [platform.node(), platform.processor()],

@@ -51,10 +51,25 @@ def line(facts: Mapping[str, Any]) -> str:
     return f"data: {'; '.join(said)}"
 
 
+def evaluations(facts: Mapping[str, Any]) -> str:
+    """How many rows evaluations read, and what that costs; empty where it was not recorded."""
+    rows = facts.get("evaluations")
+    if not rows:
+        return ""
+    *early, last = map(str, rows)
+    counts = f"{', '.join(early)} and then {last}" if early else last
+    if len(set(rows)) == 1:
+        counts = f"{last} each time" if early else last
+    used = facts["splits"]["validation"]["used"]
+    share = f"{facts['evaluated']:.0%}"
+    return f"evaluations read {counts} of {used} validation rows, about {share} of a trial's work"
+
+
 def warnings(facts: Mapping[str, Any]) -> list[str]:
     """What makes the study's results less worth than they look."""
     said = []
     used: int = facts["splits"]["validation"]["used"]
+    used = facts.get("evaluations", [used])[-1]
     count: int = used if facts["answered"] is None else facts["answered"]
     if count == 1:
         said.append(
@@ -89,12 +104,17 @@ def section(facts: Mapping[str, Any]) -> str:
     notes = [
         f"{_FORMS[facts['kind']].capitalize()}, learnt in {facts['learns']}; at most "
         f"{facts['max_length']} tokens each.",
-        *(f"{warning[0].upper()}{warning[1:]}." for warning in warnings(facts)),
+        *filter(None, [_sentence(evaluations(facts))]),
+        *map(_sentence, warnings(facts)),
     ]
     if facts["unread"]:
         notes.append(f"Columns that no example holds: {', '.join(map(repr, facts['unread']))}.")
     words = "".join(f"<p class=quiet>{html.escape(note)}</p>" for note in notes)
     return f"<h2>The data</h2><table><tr><th></th>{heads}</tr>{body}</table>{words}"
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}." if text else ""
 
 
 def _split(counts: Mapping[str, int]) -> str:

@@ -93,9 +93,15 @@ def suggestions(trial: FrozenTrial, spec: StudySpec, known: Layers) -> list[str]
 
     found = []
     curve = [row for row in trial.user_attrs.get("curve", []) if "train_loss" in row]
-    # Losses on growing parts of the validation set do not compare.
-    if curve and spec.training.first_evaluation == 1:
-        train, evaluated = ([row[key] for row in curve] for key in ("train_loss", "loss"))
+    if curve and (spec.training.first_evaluation == 1 or "untuned_loss" in curve[-1]):
+        train = [row["train_loss"] for row in curve]
+        # Evaluations may read different parts of the validation set: what is left of the untuned
+        # model's loss compares.
+        whole = curve[-1].get("untuned_loss")
+        evaluated = [
+            row["loss"] if whole is None else row["loss"] / row["untuned_loss"] * whole
+            for row in curve
+        ]
         about = advisor.review(train, evaluated)
         found += [] if about is None else [about]
     told = known.monitor.get("suggestions", [])

@@ -220,16 +220,17 @@ class _Worker:
             # Takes seconds: transformers, TRL and PEFT come with it.
             from optuna_lora_rl.finetuning.trial import FineTuner
 
+            space = self.spec.lora_space()
             self._tuner = FineTuner(
                 self.spec.model,
                 self.spec.data,
                 self._training(),
                 self.spec.objective,
                 target_sets=self.spec.target_sets,
+                typical=space.middle(),
                 cache=self.spec.folder / "cache",
                 on_activity=self.display.works_on,
             )
-            space = self.spec.lora_space()
             targets, layers = space.values("target_modules"), space.values("layers")
             notes = self._tuner.prepare(map(str, targets), map(str, layers))
             self._tell_where(self._tuner.precision)
@@ -239,7 +240,8 @@ class _Worker:
         return self._tuner
 
     def _tell_data(self, facts: dict[str, Any]) -> None:
-        for sentence in (data_report.line(facts), *data_report.warnings(facts)):
+        said = (data_report.line(facts), data_report.evaluations(facts))
+        for sentence in filter(None, (*said, *data_report.warnings(facts))):
             self.display.says(sentence)
         self.study.set_user_attr(data_report.DATA, facts)
 

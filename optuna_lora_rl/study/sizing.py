@@ -36,6 +36,7 @@ def qualities(spec: StudySpec, adapter: Path, on_activity: OnActivity = unseen) 
         spec.training,
         spec.objective,
         target_sets=spec.target_sets,
+        typical=spec.lora_space().middle(),
         cache=spec.folder / "cache",
         on_activity=on_activity,
     )

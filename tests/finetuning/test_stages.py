@@ -13,6 +13,8 @@ from optuna_lora_rl.finetuning.evaluation import Evaluation
 from optuna_lora_rl.finetuning.evaluation import Questions
 from optuna_lora_rl.finetuning.stages import Stage
 from optuna_lora_rl.finetuning.stages import Stages
+from optuna_lora_rl.finetuning.stages import Work
+from optuna_lora_rl.finetuning.stages import rows_read
 from optuna_lora_rl.finetuning.trial import FineTuner
 from optuna_lora_rl.finetuning.trial import Run
 from tests.finetuning.runs import loss_of_saved
@@ -20,7 +22,7 @@ from tests.finetuning.runs import loss_of_saved
 Make = Callable[..., FineTuner]
 
 
-def stages(first: float, measured: list[int]) -> Stages:
+def stages(rows: list[int], measured: list[int]) -> Stages:
     dataset = Dataset.from_dict({"input_ids": [[i] for i in range(100)]})
     # In order, as a file sorted by class has them.
     asked = Questions(prompts=tuple((i,) for i in range(40)), answers=("a",) * 20 + ("b",) * 20)
@@ -29,12 +31,12 @@ def stages(first: float, measured: list[int]) -> Stages:
         measured.append(len(part))
         return Evaluation(loss=float(len(part)), token_accuracy=0.0)
 
-    return Stages(Stage(dataset, asked, Evaluation(loss=100.0, token_accuracy=0)), first, measure)
+    return Stages(Stage(dataset, asked, Evaluation(loss=100.0, token_accuracy=0)), rows, measure)
 
 
 def test_each_evaluation_reads_what_the_one_before_read_and_more() -> None:
     measured: list[int] = []
-    made = stages(0.25, measured)
+    made = stages([25, 50, 75, 100], measured)
     course = made.of({10: 1, 20: 2, 30: 3, 40: 4})
     read = [{row[0] for row in course[step].dataset["input_ids"]} for step in (10, 20, 30, 40)]
     assert [len(part) for part in read] == [25, 50, 75, 100]
@@ -50,7 +52,7 @@ def test_each_evaluation_reads_what_the_one_before_read_and_more() -> None:
 
 
 def test_questions_are_drawn_by_lot_in_the_same_way() -> None:
-    course = stages(0.25, []).of({10: 1, 20: 2, 30: 3, 40: 4})
+    course = stages([25, 50, 75, 100], []).of({10: 1, 20: 2, 30: 3, 40: 4})
     asked = [course[step].asked for step in (10, 20, 30, 40)]
     read = [set() if part is None else set(part.prompts) for part in asked]
     assert [len(part) for part in read] == [10, 20, 30, 40]
@@ -60,13 +62,48 @@ def test_questions_are_drawn_by_lot_in_the_same_way() -> None:
 
 def test_all_is_read_each_time_unless_asked_otherwise() -> None:
     measured: list[int] = []
-    course = stages(1.0, measured).of({1: 1, 2: 2})
+    course = stages([100, 100], measured).of({1: 1, 2: 2})
     assert course[1] is course[2]
     assert measured == []
 
 
-def test_a_single_evaluation_reads_all() -> None:
-    assert len(stages(0.1, []).of({9: 4})[9].dataset) == 100
+# A trial of 24 steps of 8 rows of 50 tokens, and validation rows that are as long.
+WORK = Work(trained=24 * 8 * 50, example=50)
+
+
+def test_evaluations_are_at_most_15_percent_of_a_trial() -> None:
+    rows = rows_read(4, 256, WORK, first="auto", reads_all=False)
+    # 192 rows go forward and back: 68 more may go forward, two thirds of them at the end.
+    assert rows == [8, 8, 11, 45]
+    assert WORK.share(rows) == pytest.approx(72 / (72 + 2 * 192))
+    long = Work(trained=400 * 8 * 50, example=50)
+    rows = rows_read(4, 256, long, first="auto", reads_all=False)
+    assert rows == [146, 256, 256, 256] and long.share(rows) <= 0.15
+
+
+def test_what_was_asked_for_is_read() -> None:
+    assert rows_read(4, 100, WORK, first=0.25, reads_all=True) == [25, 50, 75, 100]
+    assert rows_read(4, 100, WORK, first=1.0, reads_all=True) == [100] * 4
+    assert rows_read(1, 100, WORK, first=0.1, reads_all=True) == [100]
+    # The last reads all that was asked for; the first ones need not.
+    assert rows_read(3, 100, WORK, first="auto", reads_all=True) == [8, 8, 100]
+
+
+def test_few_examples_are_all_read() -> None:
+    short = Work(trained=50, example=50)
+    assert rows_read(3, 256, short, first="auto", reads_all=False) == [8, 8, 32]
+    assert rows_read(3, 5, short, first="auto", reads_all=False) == [5, 5, 5]
+
+
+@pytest.mark.parametrize("source", ["train", "eval"])
+def test_losses_that_decide_about_ranks_compare(make_tuner: Make, source: str) -> None:
+    tuner = make_tuner(
+        rank_change={"loss": {"source": source}},
+        validation_fraction=0.5,
+        max_validation_samples=20,
+    )
+    rows = tuner.data_facts()["evaluations"]
+    assert rows == ([20, 20] if source == "eval" else [8, 20])
 
 
 @pytest.mark.parametrize("packed", [False, True])

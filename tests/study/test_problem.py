@@ -92,7 +92,7 @@ def test_a_study_begun_before_a_key_existed_goes_on_while_the_key_has_its_defaul
     [
         (
             {"training.first_evaluation": 0.5},
-            "training.first_evaluation was 1.0 and is now 0.5",
+            "training.first_evaluation was 'auto' and is now 0.5",
         ),
         ({"space.truncate_energy": 0.9}, "space.truncate_energy was 1.0 and is now 0.9"),
         (

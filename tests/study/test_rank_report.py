@@ -69,11 +69,19 @@ def test_layers_changes_and_suggestions_are_told(make_spec: MakeSpec) -> None:
 
 
 def test_losses_that_part_are_overfitting(make_spec: MakeSpec) -> None:
-    trial = completed(monitor=READ, curve=curve([1, 0.9, 0.8, 0.7], [1, 1, 1.1, 1.2]))
-    assert "- overfitting: the training loss fell by 30.0%" in shown(trial, make_spec)
-    # Of growing validation sets the losses do not compare.
-    said = shown(trial, make_spec, {"training.first_evaluation": 0.5})
-    assert "overfitting" not in said
+    rows = curve([1, 0.9, 0.8, 0.7], [1, 1, 1.1, 1.2])
+    trial = completed(monitor=READ, curve=rows)
+    full = {"training.first_evaluation": 1.0}
+    assert "- overfitting: the training loss fell by 30.0%" in shown(trial, make_spec, full)
+    # Of growing validation sets the losses do not compare, as older versions recorded them.
+    assert "overfitting" not in shown(trial, make_spec)
+    # What is left of the untuned model's loss does: here the last examples are the harder ones.
+    for row, untuned in zip(rows, [2, 2, 2.2, 2.4], strict=True):
+        row["untuned_loss"] = untuned
+    assert "overfitting" not in shown(completed(monitor=READ, curve=rows), make_spec)
+    for row in rows:
+        row["untuned_loss"] = 2.0
+    assert "- overfitting" in shown(completed(monitor=READ, curve=rows), make_spec)
 
 
 def test_where_nothing_was_read_it_says_why(make_spec: MakeSpec) -> None:
