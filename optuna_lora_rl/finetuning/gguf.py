@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from optuna_lora_rl import user_cache
 from optuna_lora_rl.errors import UserError
 
 _WEIGHTS = "model.safetensors"
@@ -77,14 +77,15 @@ def dequantised(file: Path) -> Path:
         raise UserError(f"model.gguf_file: {file.name} needs the package gguf; pip install gguf")
     try:
         digest = _hash(file)
-        folder = _cache() / digest[:16]
+        folder = user_cache.folder("gguf") / digest[:16]
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
             if not _is_whole(folder):
                 _make(file, folder)
     except OSError as error:
+        cache = user_cache.folder("gguf")
         raise UserError(
-            f"model.name: {file.name} cannot be dequantised into {_cache()}: {error}"
+            f"model.name: {file.name} cannot be dequantised into {cache}: {error}"
         ) from None
     return folder
 
@@ -129,8 +130,3 @@ def _is_whole(folder: Path) -> bool:
 def _hash(file: Path) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _cache() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(root).expanduser() / "optuna_lora_rl" / "gguf"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ from optuna_lora_rl.study.trials import Trials
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
+    from optuna_lora_rl.finetuning.cores import Cores
     from optuna_lora_rl.finetuning.options import TrainingOptions
     from optuna_lora_rl.finetuning.trial import FineTuner
     from optuna_lora_rl.finetuning.trial import Run
@@ -103,11 +105,11 @@ def run(spec: StudySpec, *, display: Display | None = None) -> RunResult:
         process.turn(lambda: display.says("another study runs in this process; this one waits")),
         database_errors(spec.storage_url),
         quiet(),
-        _threads(spec),
+        _cores(spec, display) as cores,
         log.kept(spec.folder, display.says),
         Interruption() as interruption,
     ):
-        worker = _Worker(spec, display, interruption)
+        worker = _Worker(spec, display, interruption, cores.settle)
         try:
             return worker.run()
         finally:
@@ -117,11 +119,18 @@ def run(spec: StudySpec, *, display: Display | None = None) -> RunResult:
 class _Worker:
     """One process at work on a study."""
 
-    def __init__(self, spec: StudySpec, display: Display, interruption: Interruption) -> None:
+    def __init__(
+        self,
+        spec: StudySpec,
+        display: Display,
+        interruption: Interruption,
+        settle: Callable[[], None],
+    ) -> None:
         self._began = time.monotonic()
         self.spec = spec
         self.display = display
         self.interruption = interruption
+        self._settle = settle
         self.study = open_study(spec)
         self.owner = Owner(spec.folder)
         self._tuner: FineTuner | None = None
@@ -175,6 +184,7 @@ class _Worker:
                 packed=self._is_packed(),
                 may_begin=self._may_begin,
                 ended=self._after_trial,
+                settle=self._settle,
             )
             try:
                 self._train(tuner, trials)
@@ -343,21 +353,13 @@ def _own_tensorboard_folder(spec: StudySpec, number: int) -> Iterator[None]:
             os.environ[TENSORBOARD_FOLDER] = before
 
 
-@contextmanager
-def _threads(spec: StudySpec) -> Iterator[None]:
-    """One thread for a built-in model.
+def _cores(spec: StudySpec, display: Display) -> Cores:
+    """The run's share of the cores: of one for a built-in model.
 
     It is too small for more: they would wait for each other, for ages on a busy machine, and
     sums in another order would make results depend on the number of cores.
     """
-    import torch
-
     from optuna_lora_rl import tiny
+    from optuna_lora_rl.finetuning.cores import Cores
 
-    before = torch.get_num_threads()
-    if spec.model.name in tiny.MODELS:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return Cores(1 if spec.model.name in tiny.MODELS else None, display.says)

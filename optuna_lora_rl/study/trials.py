@@ -38,6 +38,7 @@ from optuna_lora_rl.study.opening import propose
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
+    from optuna_lora_rl.activity import Activity
     from optuna_lora_rl.finetuning.trial import Report
     from optuna_lora_rl.finetuning.trial import Run
     from optuna_lora_rl.finetuning.trial import TrialResult
@@ -82,6 +83,7 @@ class Trials:
         packed: Whether trials run side by side.
         may_begin: Whether another trial may begin now.
         ended: Called with every trial that has ended.
+        settle: Called at every step, to take this run's share of the machine.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Trials:
         packed: bool,
         may_begin: Callable[[], bool],
         ended: Callable[[FrozenTrial], None],
+        settle: Callable[[], None],
     ) -> None:
         self._study = study
         self._spec = spec
@@ -106,6 +109,7 @@ class Trials:
         self._packed = packed
         self._may_begin = may_begin
         self._ended = ended
+        self._settle = settle
         self._running: dict[int, _Running] = {}
         self._shared_out = time.monotonic()
 
@@ -134,8 +138,12 @@ class Trials:
                 report=self._report(running),
                 folder=adapters.folder_of(self._spec.folder, trial.number),
                 trackers_name=f"{self._spec.name}-trial-{trial.number:04d}",
-                on_activity=partial(self._display.trial_works_on, trial.number),
+                on_activity=partial(self._works_on, trial.number),
             )
+
+    def _works_on(self, number: int, activity: Activity) -> None:
+        self._settle()
+        self._display.trial_works_on(number, activity)
 
     def done(self, run: Run, result: TrialResult | Exception) -> None:
         """Writes down how a trial ended.
