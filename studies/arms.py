@@ -87,9 +87,10 @@ class Bench:
     def __init__(self, task: str, steps: int, training: TrainingOptions, scale: float) -> None:
         self.shared = Shared(
             ModelOptions(),
-            DataOptions(train=f"tiny:{task}"),
+            DataOptions(train=f"tiny:{task}", max_validation_samples=256),
             training,
             ObjectiveOptions(reference={"max_steps": steps}),
+            {},
             {},
             None,
         )

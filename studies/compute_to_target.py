@@ -151,7 +151,7 @@ def _tuner(job: measuring.Job) -> FineTuner:
 
     return FineTuner(
         ModelOptions(name=job["model"]),
-        DataOptions(train=job["data"]),
+        DataOptions(train=job["data"], max_validation_samples=256),
         measuring.training_options(job),
         ObjectiveOptions(reference={"max_steps": job["steps"]}),
     )

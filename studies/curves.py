@@ -130,8 +130,8 @@ def tuner(task: str) -> FineTuner:
 
     return FineTuner(
         ModelOptions(),
-        DataOptions(train=f"tiny:{task}"),
-        TrainingOptions(evaluations=EVALUATIONS, use_cpu=True),
+        DataOptions(train=f"tiny:{task}", max_validation_samples=256),
+        TrainingOptions(evaluations=EVALUATIONS, first_evaluation=1.0, use_cpu=True),
         ObjectiveOptions(reference={"max_steps": STEPS}),
     )
 

@@ -180,7 +180,8 @@ def training_options(job: Job) -> TrainingOptions:
         evaluations=job["evaluations"],
         use_cpu=not on_gpu(job["device"]),
         seed=job.get("seed", 0),
-        **job.get("training", {}),
+        # As the naive arm evaluates, unless the job says otherwise.
+        **{"first_evaluation": 1.0, **job.get("training", {})},
     )
 
 

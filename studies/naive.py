@@ -51,6 +51,7 @@ class Setup:
         eval_batch_size: Sequences in one evaluation pass.
         folder: Where the trainer may write; it writes nothing.
         defaults: Whether gradient checkpointing and the evaluation batch are TRL's own.
+        bf16: Whether to train in mixed bfloat16 on a CPU too.
     """
 
     model: str
@@ -61,6 +62,7 @@ class Setup:
     eval_batch_size: int = 32
     folder: str = "runs"
     defaults: bool = False
+    bf16: bool = False
 
 
 def read(train: Path, validation: Path, cache: Path) -> DatasetDict:
@@ -139,7 +141,7 @@ def _arguments(configuration: Mapping[str, Any], setup: Setup) -> SFTConfig:
         **({} if setup.defaults else careful),
         output_dir=setup.folder,
         use_cpu=not setup.on_gpu,
-        bf16=setup.on_gpu,
+        bf16=setup.on_gpu or setup.bf16,
         max_steps=configuration["max_steps"],
         per_device_train_batch_size=configuration["batch_size"],
         learning_rate=configuration["learning_rate"],

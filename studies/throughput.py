@@ -2,6 +2,7 @@
 
     python studies/throughput.py --model tiny
     python studies/throughput.py --model 30m
+    python studies/throughput.py --model smollm2
     python studies/throughput.py --model Qwen/Qwen2.5-0.5B --device auto --trials 32
 
 Every arm trains the same fixed list of configurations, with the same data, steps, batch size and
@@ -16,8 +17,14 @@ its runner takes (one for the built-in model, torch's own for others), or ``--th
 this matters shows in ``naive, 1 thread``. ``naive, TRL's defaults`` leaves gradient checkpointing
 on and the evaluation batch at eight, as one does who does not know of them. ``shared base, growing
 evaluations`` has the same training and the same last evaluation, but the evaluations before read a
-quarter, a half and three quarters of the validation set (``training.first_evaluation``). Arms "x2"
-are two worker processes that share the list, each with half of the cores.
+quarter, a half and three quarters of the validation set (``training.first_evaluation``); all other
+arms of the package read all of it each time, but on smollm2. Arms "x2" are two worker processes
+that share the list, each with half of the cores.
+
+On ``smollm2`` the naive arm evaluates once, at the end, as TRL's guide has it, in float32 and in
+mixed bfloat16, and the package as it does by default: four times, the last time on all of the same
+examples. Each of its parts is also left out alone: bfloat16, rows end to end, small early
+evaluations, and the one base for all trials.
 
 Model ``30m`` is a Llama of 31.5 million parameters with random weights, made on the spot: time
 does not depend on what the weights are. What the records hold is not measured again, so remove
@@ -33,6 +40,7 @@ from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -54,7 +62,16 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "pairs": [4, 8],
     },
     "30m": {"trials": 16, "steps": 16, "validation": 64, "sets": ["mixed"], "pairs": []},
+    "smollm2": {
+        "trials": 1,
+        "steps": 24,
+        "validation": 70,
+        "sets": ["mixed"],
+        "pairs": [],
+        "data": "real:extraction",
+    },
 }
+PARTS = ("bfloat16", "rows end to end", "small evaluations", "the shared base")
 BATCH = 8
 
 
@@ -69,6 +86,8 @@ class Arm:
         one_thread: Whether each process shall have one thread, whatever its usual number.
         defaults: Whether the naive arm keeps TRL's defaults (``naive.Setup``).
         growing: Whether early evaluations read a part of the validation set.
+        bf16: Whether the naive arm trains in mixed bfloat16.
+        without: The part of the package that is left out.
     """
 
     kind: str
@@ -77,6 +96,8 @@ class Arm:
     one_thread: bool = False
     defaults: bool = False
     growing: bool = False
+    bf16: bool = False
+    without: str = ""
 
     @property
     def name(self) -> str:
@@ -84,16 +105,22 @@ class Arm:
         name += ", 1 thread" if self.one_thread else ""
         name += ", TRL's defaults" if self.defaults else ""
         name += ", growing evaluations" if self.growing else ""
+        name += ", bf16" if self.bf16 else ""
+        name += f", without {self.without}" if self.without else ""
         return name + (f" x{self.processes}" if self.processes > 1 else "")
 
 
-def arms(sizes: Sequence[int], pairs: Sequence[int]) -> list[Arm]:
+def arms(model: str, sizes: Sequence[int], pairs: Sequence[int]) -> list[Arm]:
     """Return the arms.
 
     Args:
+        model: Which is trained.
         sizes: Of packs in one process.
         pairs: Of packs in two processes; with any, the other arms run in two processes as well.
     """
+    if model == "smollm2":
+        naive = [Arm("naive"), Arm("naive", bf16=True)]
+        return [*naive, Arm("shared"), *(Arm("shared", without=part) for part in PARTS)]
     chosen = [Arm("naive"), Arm("naive", one_thread=True), Arm("naive", defaults=True)]
     chosen += [Arm("shared"), Arm("shared", growing=True)]
     chosen += [Arm("packed", size) for size in sizes]
@@ -156,11 +183,12 @@ def _naive(job: measuring.Job, chosen: list[dict[str, Any]]) -> Callable[[], mea
     data = naive.read(*measuring.rows(_data(job), Path(folder.name)), Path(folder.name, "cache"))
     setup = naive.Setup(
         model=path_of(ModelOptions(name=job["model"])),
-        evaluations=job["evaluations"],
+        evaluations=1 if job["model"] == "smollm2" else job["evaluations"],
         seed=0,
         on_gpu=measuring.on_gpu(job["device"]),
         folder=folder.name,
         defaults=job["defaults"],
+        bf16=job["bf16"],
     )
     naive.train(chosen[0] | {"max_steps": 1}, setup, data, lambda step, loss: None)
 
@@ -177,12 +205,19 @@ def _package(job: measuring.Job, chosen: list[dict[str, Any]]) -> Callable[[], m
     from optuna_lora_rl.finetuning.options import ObjectiveOptions
     from optuna_lora_rl.finetuning.trial import FineTuner
 
-    tuner = FineTuner(
-        ModelOptions(name=job["model"]),
-        _data(job),
-        measuring.training_options(job),
-        ObjectiveOptions(reference={"max_steps": job["steps"]}),
-    )
+    def made() -> FineTuner:
+        return FineTuner(
+            ModelOptions(name=job["model"]),
+            _data(job),
+            measuring.training_options(job),
+            ObjectiveOptions(reference={"max_steps": job["steps"]}),
+        )
+
+    tuner = made()
+    if job["without"] == "rows end to end":
+        from optuna_lora_rl.finetuning import learnt
+
+        learnt._saves = lambda model, inputs: False
 
     def once() -> measuring.Result:
         tuner.prepare()
@@ -194,7 +229,12 @@ def _package(job: measuring.Job, chosen: list[dict[str, Any]]) -> Callable[[], m
     run(tuner, [chosen[0] | {"max_steps": 1}], job["size"])
 
     def trials() -> measuring.Result:
-        return run(tuner, chosen, job["size"]) | {"once_seconds": once_seconds}
+        if job["without"] == "the shared base":
+            results = [run(made(), [one], job["size"]) for one in chosen]
+            found = {name: [*chain(*(r[name] for r in results))] for name in results[0]}
+        else:
+            found = run(tuner, chosen, job["size"])
+        return found | {"once_seconds": once_seconds}
 
     return lambda: measuring.timed(trials)
 
@@ -262,7 +302,7 @@ def make_model(folder: Path) -> measuring.Result:
 
 def measure(given: argparse.Namespace, records: measuring.Records) -> dict[str, Any]:
     """Measure what the records lack, and return all measurements: [set][arm][repeat]."""
-    chosen = arms(given.sizes, given.pairs)
+    chosen = arms(given.model, given.sizes, given.pairs)
     found: dict[str, Any] = {kind: {arm.name: [] for arm in chosen} for kind in given.sets}
     for repeat in range(given.repeats):
         # Forth and back, so that no arm always runs after the same one.
@@ -296,12 +336,24 @@ def _jobs(given: argparse.Namespace, kind: str, arm: Arm) -> list[measuring.Job]
         "kind": arm.kind,
         "size": arm.size,
         "defaults": arm.defaults,
-        "training": {"first_evaluation": 0.25} if arm.growing else {},
+        "training": _training(given.model, arm),
+        "bf16": arm.bf16,
+        "without": arm.without,
         "set": kind,
         "threads": 1 if arm.one_thread else threads,
     }
     numbers = range(given.trials)
     return [shared | {"numbers": list(numbers[i :: arm.processes])} for i in range(arm.processes)]
+
+
+def _training(model: str, arm: Arm) -> dict[str, Any]:
+    """What the package's arm is told beside the work."""
+    training: dict[str, Any] = {"first_evaluation": 0.25} if arm.growing else {}
+    if model == "smollm2" and arm.without != "small evaluations":
+        training["first_evaluation"] = "auto"
+    if arm.without == "bfloat16":
+        training["precision"] = "fp32"
+    return training
 
 
 def _joined(results: Sequence[measuring.Result]) -> measuring.Result:
@@ -349,7 +401,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure trials an hour at equal work.")
     parser.add_argument("--model", default="tiny", help="tiny, 30m, a folder, or a hub name")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu"))
-    parser.add_argument("--data", default="tiny:dates-small", help="as data.train of a study")
+    parser.add_argument("--data", help="as data.train of a study; tiny:dates-small by default")
     parser.add_argument("--sets", type=lambda text: text.split(","), help="uniform, mixed or both")
     parser.add_argument("--trials", type=int, help="configurations of a set")
     parser.add_argument("--steps", type=int, help="optimizer steps of a trial")
@@ -363,7 +415,8 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--records", type=Path, default=ROOT / "logs" / "throughput.jsonl")
     parser.add_argument("--output", type=Path, default=measuring.RESULTS)
     given = parser.parse_args(arguments)
-    for name, value in DEFAULTS.get(given.model, DEFAULTS["tiny"]).items():
+    usual = {"data": "tiny:dates-small", **DEFAULTS.get(given.model, DEFAULTS["tiny"])}
+    for name, value in usual.items():
         if getattr(given, name) is None:
             setattr(given, name, value)
     if given.steps % given.evaluations:

@@ -167,7 +167,7 @@ def measure_task(task: str, plan: Plan, records: Path) -> str:
     torch.set_num_threads(1)
     tuner = FineTuner(
         model=ModelOptions(name="tiny"),
-        data=DataOptions(train=f"tiny:{task}"),
+        data=DataOptions(train=f"tiny:{task}", max_validation_samples=256),
         training=TrainingOptions(evaluations=1, use_cpu=True),
         objective=ObjectiveOptions(metric="loss"),
     )
