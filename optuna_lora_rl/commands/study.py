@@ -67,12 +67,18 @@ def init(
 def validate(
     file: StudyFile,
     overrides: Overrides = [],  # noqa: B006
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Load model and data too, and time two steps.")
+    ] = False,
     json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Check a study's file, and that its model, data, machine and storage can be used.
 
     Nothing is trained, fetched or created, and of the data only the first rows are read. What
-    passes here, run begins with. Exit status: 0, or 2 with a sentence for each obstacle.
+    passes here, run begins with. With --measure the model and the data are loaded and two steps
+    of a typical trial are timed, to say what a trial will take. Exit status: 0, or 2 with a
+    sentence for each obstacle.
 
     Example: [bold]optuna-lora-rl validate studies/quickstart.yaml[/]
     """
@@ -82,7 +88,13 @@ def validate(
 
         spec = load(file, overrides)
         checks.require(spec)
-        notes = checks.notes(spec)
+        notes = list(checks.notes(spec))
+    if measure:
+        from optuna_lora_rl.study import fine_tuner
+        from optuna_lora_rl.study.waiting import waiting
+
+        with waiting(console(stderr=True, quiet=quiet)) as on_activity:
+            notes += fine_tuner.measured(spec, on_activity)
     summary.description(console(), spec, notes, as_json=json)
 
 

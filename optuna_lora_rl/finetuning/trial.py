@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from optuna_lora_rl.finetuning.cost import Estimate
+    from optuna_lora_rl.finetuning.forecast import Forecast
     from optuna_lora_rl.finetuning.preparation import Prepared
     from optuna_lora_rl.finetuning.price import Measured
     from optuna_lora_rl.finetuning.shared import Shared
@@ -193,6 +194,18 @@ class FineTuner:
     def baseline(self) -> Evaluation:
         """Returns the untuned model's evaluation on the validation set, measured once."""
         return self._shared.baseline
+
+    @process.alone()
+    def forecast(self) -> Forecast:
+        """Measures two steps of a typical run, and returns what a whole one will take.
+
+        Raises:
+            FineTuningError: When such a run fails.
+        """
+        from optuna_lora_rl.finetuning import forecast
+
+        typical = {**self.objective.reference, **self.typical}
+        return forecast.measure(self._shared, typical, self._on_activity)
 
     @process.alone()
     def estimate(self, configuration: Mapping[str, Value]) -> tuple[Estimate, dict[str, float]]:

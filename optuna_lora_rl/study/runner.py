@@ -19,10 +19,12 @@ import optuna
 from optuna_lora_rl.activity import Activity
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning import process
+from optuna_lora_rl.finetuning.failure import FineTuningError
 from optuna_lora_rl.finetuning.trackers import TENSORBOARD_FOLDER
 from optuna_lora_rl.study import adapters
 from optuna_lora_rl.study import checks
 from optuna_lora_rl.study import data_report
+from optuna_lora_rl.study import fine_tuner
 from optuna_lora_rl.study import log
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import report
@@ -170,6 +172,8 @@ class _Worker:
                 reason = wording.first_line(error)
                 raise UserError(f"the untuned model cannot be evaluated: {reason}") from error
         self.study.set_user_attr(report.UNTUNED, untuned.metrics())
+        if not any(outcome.counts(trial) for trial in self._trials()):
+            self._tell_forecast(tuner)
         if self.spec.packing != "off" and not self._is_packed():
             self.display.says("trials run one after the other: trackers follow one at a time")
         self.display.works_on(Activity("proposing"))
@@ -227,22 +231,13 @@ class _Worker:
         if self._tuner is None:
             what = f"loading {self.spec.model.name} and {self.spec.data.train}"
             self.display.works_on(Activity(what))
-            # Takes seconds: transformers, TRL and PEFT come with it.
-            from optuna_lora_rl.finetuning.trial import FineTuner
-
-            space = self.spec.lora_space()
-            self._tuner = FineTuner(
-                self.spec.model,
-                self.spec.data,
-                self._training(),
-                self.spec.objective,
-                target_sets=self.spec.target_sets,
-                typical=space.middle(),
+            self._tuner = fine_tuner.make(
+                self.spec,
+                training=self._training(),
                 cache=self.spec.folder / "cache",
                 on_activity=self.display.works_on,
             )
-            targets, layers = space.values("target_modules"), space.values("layers")
-            notes = self._tuner.prepare(map(str, targets), map(str, layers))
+            notes = fine_tuner.prepare(self._tuner, self.spec)
             self._tell_where(self._tuner.precision)
             self._tell_data(self._tuner.data_facts())
             for note in notes:
@@ -277,6 +272,17 @@ class _Worker:
         known = self.study.user_attrs.get(report.DEVICES, [])
         if where not in known:
             self.study.set_user_attr(report.DEVICES, [*known, where])
+
+    def _tell_forecast(self, tuner: FineTuner) -> None:
+        with self.interruption.window():
+            try:
+                found = tuner.forecast()
+            except FineTuningError as error:
+                # The trials may be others, and tell their own failures.
+                reason = wording.first_line(error)
+                self.display.says(f"a typical trial could not be measured: {reason}")
+                return
+        self.display.says(fine_tuner.forecast(found, self.spec.budget))
 
     def _may_begin(self) -> bool:
         # Failures may stop looking hopeless: a trial that ran beside them succeeds.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from optuna_lora_rl.activity import OnActivity
 from optuna_lora_rl.activity import unseen
+from optuna_lora_rl.study import fine_tuner
 from optuna_lora_rl.study import opening
 
 if TYPE_CHECKING:
@@ -27,17 +28,6 @@ def qualities(spec: StudySpec, adapter: Path, on_activity: OnActivity = unseen) 
     Raises:
         UserError: When model, data or adapter cannot be had, or do not go together.
     """
-    from optuna_lora_rl.finetuning.trial import FineTuner
-
     opening.claim(spec)
-    tuner = FineTuner(
-        spec.model,
-        spec.data,
-        spec.training,
-        spec.objective,
-        target_sets=spec.target_sets,
-        typical=spec.lora_space().middle(),
-        cache=spec.folder / "cache",
-        on_activity=on_activity,
-    )
+    tuner = fine_tuner.make(spec, cache=spec.folder / "cache", on_activity=on_activity)
     return tuner.cut(adapter)

@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from optuna_lora_rl.finetuning import trial as trial_module
 from optuna_lora_rl.finetuning.data import Counts
 from optuna_lora_rl.finetuning.evaluation import Evaluation
+from optuna_lora_rl.finetuning.forecast import Forecast
 from optuna_lora_rl.finetuning.trial import Run
 from optuna_lora_rl.finetuning.trial import TrialResult
 from optuna_lora_rl.study import spec as study_spec
@@ -119,6 +120,9 @@ class PaperTuner:
 
     def baseline(self) -> Evaluation:
         return Evaluation(loss=2.0, token_accuracy=0.25)
+
+    def forecast(self) -> Forecast:
+        return Forecast(seconds=90.0, evaluating=9.0, peak_bytes=2_100_000_000)
 
     def run(self, configuration: Any, **rest: Any) -> TrialResult:
         *_, result = self._course(Run(configuration=configuration, **{"number": 0, **rest}))
