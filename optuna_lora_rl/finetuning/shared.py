@@ -105,7 +105,8 @@ class Shared:
         return Price(
             self.prepared,
             self._model.dtype,
-            self.training,
+            # Its arithmetic as it was asked for: what is counted is the same on every machine.
+            self._training,
             self.objective,
             self.target_sets,
             self.allocator,
