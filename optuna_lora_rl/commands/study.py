@@ -82,18 +82,15 @@ def validate(
 
     Example: [bold]optuna-lora-rl validate studies/quickstart.yaml[/]
     """
-    with working("checking"):
+    with working("checking", quiet=quiet) as on_activity:
         from optuna_lora_rl.study import checks
+        from optuna_lora_rl.study import fine_tuner
         from optuna_lora_rl.study import summary
 
         spec = load(file, overrides)
         checks.require(spec)
         notes = list(checks.notes(spec))
-    if measure:
-        from optuna_lora_rl.study import fine_tuner
-        from optuna_lora_rl.study.waiting import waiting
-
-        with waiting(console(stderr=True, quiet=quiet)) as on_activity:
+        if measure:
             notes += fine_tuner.measured(spec, on_activity)
     summary.description(console(), spec, notes, as_json=json)
 

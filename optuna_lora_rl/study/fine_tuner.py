@@ -10,6 +10,7 @@ from optuna_lora_rl.activity import OnActivity
 from optuna_lora_rl.activity import unseen
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning.failure import FineTuningError
+from optuna_lora_rl.rank import tables
 from optuna_lora_rl.study import data_report
 from optuna_lora_rl.study import wording
 
@@ -83,13 +84,14 @@ def forecast(found: Forecast, budget: Budget) -> str:
     share = found.evaluating / found.seconds
     said = (
         f"a trial will take about {wording.duration(found.seconds)}, {share:.0%} of it "
-        f"evaluations, and {wording.size(found.peak_bytes)} of memory"
+        f"evaluations, and {tables.size(found.peak_bytes)} of memory"
     )
     whole = math.inf if budget.trials is None else budget.trials * found.seconds
     hours = min(filter(None, (budget.hours, budget.wall_hours)), default=math.inf)
     if hours * 3600 < whole:
         count = hours * 3600 / found.seconds
-        return f"{said}; {hours:g} hours are about {count:.0f} trials where none is pruned"
+        limit = wording.duration(hours * 3600)
+        return f"{said}; {limit} are about {count:.0f} trials where none is pruned"
     if budget.trials is None:
         return said
     return f"{said}; {budget.trials} trials {wording.duration(whole)} where none is pruned"

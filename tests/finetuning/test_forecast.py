@@ -69,15 +69,15 @@ def test_a_real_trial_is_measured_and_leaves_the_base_as_it_was(
 @pytest.mark.parametrize(
     ("budget", "end"),
     [
-        ({"trials": 12}, "; 12 trials 18:00 where none is pruned"),
-        ({"trials": 200, "hours": 2}, "; 2 hours are about 80 trials where none is pruned"),
-        ({"trials": 12, "hours": 2}, "; 12 trials 18:00 where none is pruned"),
+        ({"trials": 12}, "; 12 trials 18 min where none is pruned"),
+        ({"trials": 200, "hours": 2}, "; 2 h are about 80 trials where none is pruned"),
+        ({"trials": 12, "hours": 2}, "; 12 trials 18 min where none is pruned"),
         ({"trials": None, "cost": 3}, ""),
     ],
 )
 def test_it_is_said_when_the_budget_will_be_spent(budget: dict[str, Any], end: str) -> None:
     said = fine_tuner.forecast(Forecast(90.0, 9.0, 2_100_000_000), Budget(**budget))
-    start = "a trial will take about 1:30, 10% of it evaluations, and 2.1 GB of memory"
+    start = "a trial will take about 1 min 30 s, 10% of it evaluations, and 2.1 GB of memory"
     assert said == start + end
 
 
@@ -90,7 +90,7 @@ def test_run_says_it_before_the_first_trial_alone(
         with pytest.raises(SystemExit):
             cli.main(["run", str(study_file({"budget": budget}))])
         said = capsys.readouterr().out
-        assert ("a trial will take about 1:30" in said) is (budget == 1)
+        assert ("a trial will take about 1 min 30 s" in said) is (budget == 1)
 
 
 def test_validate_measures_and_leaves_nothing(
