@@ -49,6 +49,8 @@ def test_they_are_kept_beside_the_adapters_and_outlive_them(make_spec: MakeSpec)
         # The database holds the file's hash alone.
         assert not trial.user_attrs.keys() & set(layers.HELD)
         assert len(json.dumps(trial.user_attrs[layers.ATTRIBUTE])) < 200
+    notes = study._storage.get_study_system_attrs(study._study_id).values()
+    assert any("layers/trial-0000.json" in str(note) for note in notes)
     assert [file.name for file in sorted((spec.folder / "layers").iterdir())] == [
         f"trial-{number:04d}.json" for number in range(3)
     ]
