@@ -55,7 +55,8 @@ def chart(
         x: Of the horizontal axis.
         y: Of the vertical axis.
         size: Width and height in pixels; text keeps its size.
-        ticks: Places on the horizontal axis and what stands there; round values by default.
+        ticks: Places on the horizontal axis and what stands there; by default round values, and
+            whole ones where all of ``series`` are whole.
     """
     known = [point for one in series for point in one.points if _finite(point)]
     known += [(px, end) for one in series for px, *ends in one.band for end in ends]
@@ -64,8 +65,10 @@ def chart(
     width, height = size
     across = _Scale.over((p[0] for p in known), _LEFT, width - _RIGHT)
     up = _Scale.over((p[1] for p in known), height - _BOTTOM, _TOP)
-    below = [(tick, f"{tick:.4g}") for tick in across.ticks()] if ticks is None else ticks
-    body = [*_axes(across, up, x, y, below)]
+    if ticks is None:
+        whole = all(float(p[0]).is_integer() for p in known)
+        ticks = [(tick, f"{tick:.4g}") for tick in across.ticks(1.0 if whole else 0.0)]
+    body = [*_axes(across, up, x, y, ticks)]
     for one in series:
         body += _draw(one, across, up)
     return (
@@ -91,11 +94,11 @@ class _Scale:
     def __call__(self, value: float) -> float:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
-    def ticks(self) -> list[float]:
-        """About five round values."""
+    def ticks(self, finest: float = 0.0) -> list[float]:
+        """About five round values, at least ``finest`` apart."""
         rough = (self.high - self.low) / 5
         power = 10.0 ** math.floor(math.log10(rough))
-        step = min((m * power for m in (1, 2, 5, 10)), key=lambda s: abs(s - rough))
+        step = max(finest, min((m * power for m in (1, 2, 5, 10)), key=lambda s: abs(s - rough)))
         first = math.ceil(self.low / step)
         return [n * step for n in range(first, math.floor(self.high / step) + 1)]
 

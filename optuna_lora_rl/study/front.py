@@ -47,7 +47,7 @@ def sentence(trials: Sequence[FrozenTrial], spec: StudySpec) -> str:
     first, second = spec.objective.objectives
     one = len(trials) == 1
     return (
-        f"Pareto front: {len(trials)} trial{'' if one else 's'} that no other beats in both "
+        f"{len(trials)} trial{'' if one else 's'} that no other beats in both "
         f"{first} and {second}. Trial {taken.number} counts as the best, by the score "
         f"{first} - {spec.objective.cost_weight:g} * {second}; objective.cost_weight weighs them."
     )
@@ -61,6 +61,7 @@ def table(trials: Sequence[FrozenTrial], spec: StudySpec) -> Table:
     shown.add_column("configuration", overflow="fold")
     for cells in _rows(trials):
         shown.add_row(*cells)
+    shown.caption, shown.caption_justify = _shared(trials), "left"
     return shown
 
 
@@ -77,16 +78,37 @@ def section(study: optuna.Study, spec: StudySpec) -> str:
     return (
         f"<h2>Pareto front</h2><p class=quiet>{html.escape(sentence(trials, spec))}</p>"
         f"<table class=wide><tr>{head}{body}</table>"
+        f"<p class=quiet>{html.escape(_shared(trials))}</p>"
     )
 
 
+def _differing(trials: Sequence[FrozenTrial]) -> set[str]:
+    """The parameters in which the trials differ; all that are tuned where there is one trial."""
+    names = {name for trial in trials for name in trial.params}
+    if len(trials) == 1:
+        return names
+    return {n for n in names if len({repr(trial.params.get(n)) for trial in trials}) > 1}
+
+
+def _written(trial: FrozenTrial, names: set[str]) -> str:
+    return wording.compact(trial.user_attrs.get("configuration", trial.params), names)
+
+
+def _shared(trials: Sequence[FrozenTrial]) -> str:
+    """What is tuned and the same in all of them; empty where there is none."""
+    names = {name for trial in trials for name in trial.params} - _differing(trials)
+    shared = _written(trials[0], names)
+    return f"All of them: {shared}." if shared else ""
+
+
 def _rows(trials: Sequence[FrozenTrial]) -> list[list[str]]:
+    names = _differing(trials)
     return [
         [
             str(trial.number),
             *(f"{value:.3f}" for value in trial.values),
             wording.score(outcome.final_score(trial)),
-            outcome.configuration(trial),
+            _written(trial, names),
         ]
         for trial in trials
     ]

@@ -115,9 +115,9 @@ def write(study: optuna.Study, spec: StudySpec, *, lost: str = "") -> Path:
         parts += [
             _cards(facts),
             _best(facts, spec, lost),
+            front.section(study, spec),
             examples,
             rank_report.section(best, spec),
-            front.section(study, spec),
             _figures(trials, facts["trial"], spec),
             explaining.section(study, spec),
             _table(trials, spec),

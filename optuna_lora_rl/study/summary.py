@@ -67,7 +67,7 @@ def standing(
     console.print()
     console.print(_table(best, console.width))
     if shown := front.front(study):
-        _say(console, Text(front.sentence(shown, spec), style="dim"))
+        _say(console, Text(f"Pareto front: {front.sentence(shown, spec)}", style="dim"))
         console.print(front.table(shown, spec))
     gain = _gain(study, best[0])
     if gain.row_count:
@@ -224,7 +224,7 @@ def best(console: Console, study: optuna.Study, spec: StudySpec, *, as_json: boo
     console.print(rows, highlight=False)
     if shown:
         console.print()
-        _say(console, Text(front.sentence(shown, spec), style="dim"))
+        _say(console, Text(f"Pareto front: {front.sentence(shown, spec)}", style="dim"))
         console.print(front.table(shown, spec))
 
 

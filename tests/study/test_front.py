@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import optuna
 import pytest
+from rich.console import Console
 
 from optuna_lora_rl import cli
 from optuna_lora_rl.study import front
 from optuna_lora_rl.study import opening
 from optuna_lora_rl.study import spec as study_spec
+from tests.study.conftest import MakeSpec
 from tests.study.conftest import PaperTuner
 
 TWO = {"objective.objectives": ["quality", "cost"], "budget": 8, "sampler": "nsgaii"}
@@ -51,6 +55,31 @@ def test_status_best_and_the_report_show_the_front(
     page = (spec.folder / "report.html").read_text(encoding="utf-8")
     section = page.partition("<h2>Pareto front</h2>")[2].partition("</table>")[0]
     assert all(f"<tr><td>{number}<td>" in section for number in numbers)
+    assert f"<p class=quiet>{said}" in section
+    heads = re.findall("<h2>(.*?)</h2>", page)
+    assert heads[:2] == ["The best configuration", "Pareto front"]
+
+
+def test_a_front_shows_what_differs_and_says_the_rest_once(make_spec: MakeSpec) -> None:
+    study = optuna.create_study(directions=["maximize", "minimize"])
+    space = {
+        "lora_rank": optuna.distributions.IntDistribution(1, 64),
+        "batch_size": optuna.distributions.CategoricalDistribution([4, 8]),
+    }
+    for rank, values in ((4, (0.5, 0.1)), (16, (0.9, 0.4))):
+        study.add_trial(
+            optuna.create_trial(
+                params={"lora_rank": rank, "batch_size": 8}, distributions=space, values=values
+            )
+        )
+    spec = make_spec({"objective.objectives": ["quality", "cost"]})
+    section = front.section(study, spec)
+    cells = re.findall("<td>([^<]*)", section)
+    assert cells[4::5] == ["r 16", "r 4"]
+    assert section.endswith("<p class=quiet>All of them: batch 8.</p>")
+    shown = Console(file=io.StringIO(), width=80)
+    shown.print(front.table(front.front(study), spec))
+    assert "All of them: batch 8." in shown.file.getvalue()
 
 
 def test_one_objective_has_no_front() -> None:

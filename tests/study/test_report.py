@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from xml.etree import ElementTree
 
 import pytest
@@ -47,6 +48,17 @@ def test_a_chart_is_valid_svg() -> None:
     assert len(root.findall("{*}circle")) == 2
     assert charts.chart([charts.Series([])], x="x", y="y") == ""
     assert "path" in charts.chart([charts.Series([(1, 5.0)])], x="x", y="y")
+
+
+def test_whole_numbers_have_whole_ticks() -> None:
+    def ticks(*across: float) -> list[str]:
+        picture = charts.chart([charts.Series([(x, 0.3) for x in across])], x="trial", y="score")
+        return re.findall(r'text-anchor="middle" fill="#334155">([-.\d]+)</text>', picture)
+
+    assert ticks(0, 1, 2) == ["0", "1", "2"]
+    assert ticks(0) == ["0"]
+    assert ticks(0, 19) == ["0", "5", "10", "15"]
+    assert ticks(0, 0.4) == ["0", "0.1", "0.2", "0.3", "0.4"]
 
 
 def test_the_dashboard_has_names_notes_artifacts_and_a_figure(
