@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from transformers import PreTrainedModel
 
 from optuna_lora_rl.finetuning.options import FLASH_ATTENTION
 from optuna_lora_rl.finetuning.options import ModelOptions
 from optuna_lora_rl.finetuning.options import Precision
 from optuna_lora_rl.finetuning.options import TrainingOptions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Narrower models are no faster in bfloat16: studies/precision.py measured it, and wrote
 # studies/results/precision.md.
