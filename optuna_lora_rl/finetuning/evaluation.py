@@ -118,7 +118,7 @@ def questions(
     answers: list[str] = []
     end: int | None = None
     for row in draw(rows, count, seed):
-        asked, answer = _asked(row)
+        asked, answer = question_and_answer(row)
         if answer is None or asked == []:
             continue
         if isinstance(asked, str):
@@ -215,7 +215,7 @@ def compare(given: Sequence[str], expected: Sequence[str]) -> dict[str, float]:
     """Returns exact match, accuracy and macro F1 of given answers against the expected ones."""
     from sklearn.metrics import f1_score
 
-    exact = [a.strip() == b.strip() for a, b in zip(given, expected, strict=True)]
+    exact = list(map(is_exact, given, expected))
     guesses = [_label(answer) for answer in given]
     labels = [_label(answer) for answer in expected]
     f1 = f1_score(labels, guesses, labels=sorted(set(labels)), average="macro", zero_division=0.0)
@@ -224,6 +224,11 @@ def compare(given: Sequence[str], expected: Sequence[str]) -> dict[str, float]:
         "accuracy": sum(a == b for a, b in zip(guesses, labels, strict=True)) / len(labels),
         "f1": float(f1),
     }
+
+
+def is_exact(given: str, expected: str) -> bool:
+    """Whether an answer is the expected one but for outer spaces."""
+    return given.strip() == expected.strip()
 
 
 def _label(answer: str) -> str:
@@ -269,7 +274,8 @@ def _ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase, asked: Questions
     return sorted({token for token in ends if token is not None})
 
 
-def _asked(row: Row) -> tuple[Any, str | None]:
+def question_and_answer(row: Row) -> tuple[Any, str | None]:
+    """What a row asks, a text or turns, and the answer; None where nothing is said in words."""
     if "prompt" in row:
         completion = row["completion"]
         return row["prompt"], completion if isinstance(completion, str) else _said(completion)

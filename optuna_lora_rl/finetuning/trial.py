@@ -25,6 +25,7 @@ from optuna_lora_rl.finetuning.evaluation import quality
 from optuna_lora_rl.finetuning.failure import FineTuningError
 from optuna_lora_rl.finetuning.hub import first_line
 from optuna_lora_rl.finetuning.once import once
+from optuna_lora_rl.finetuning.options import GENERATED_METRICS
 from optuna_lora_rl.finetuning.options import DataOptions
 from optuna_lora_rl.finetuning.options import ModelOptions
 from optuna_lora_rl.finetuning.options import ObjectiveOptions
@@ -39,6 +40,7 @@ from optuna_lora_rl.vocabulary import Value
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from optuna_lora_rl.finetuning.answering import Answers
     from optuna_lora_rl.finetuning.cost import Estimate
     from optuna_lora_rl.finetuning.forecast import Forecast
     from optuna_lora_rl.finetuning.preparation import Prepared
@@ -326,6 +328,35 @@ class FineTuner:
             after = Evaluation(**self._shared.evaluate(adapted, dataset, asked, what))
         gained = quality(self.objective.metric, after.metrics(), before)
         return replace(after, quality=gained)
+
+    @process.alone()
+    def answers(self, adapter: Path | None, count: int) -> Answers | None:
+        """Answers held-out questions: of the test split, or of validation where there is none.
+
+        Args:
+            adapter: A saved adapter's folder; None for the untuned model.
+            count: How many questions, the same for every adapter. With a metric that compares
+                answers it is ``objective.generation_samples``, as in the evaluation.
+
+        Returns:
+            None where the data ask nothing.
+
+        Raises:
+            UserError: When the adapter cannot be loaded.
+        """
+        from optuna_lora_rl.finetuning import answering
+        from optuna_lora_rl.finetuning.lora import loaded
+        from optuna_lora_rl.finetuning.lora import restored
+        from optuna_lora_rl.finetuning.quiet import quiet
+
+        base, shared, tell = self._prepared.base.model, self._shared, self._on_activity
+        if self.objective.metric in GENERATED_METRICS:
+            count = self.objective.generation_samples
+        if adapter is None:
+            with restored(base, {}):
+                return answering.answers(shared, base, count, on_activity=tell)
+        with quiet(), loaded(base, adapter) as adapted:
+            return answering.answers(shared, adapted, count, on_activity=tell)
 
     @process.alone()
     def cut(self, adapter: Path) -> list[float]:

@@ -84,13 +84,17 @@ def fault_of(folder: Path) -> str:
 
 
 def drop_others(study: optuna.Study, output: Path) -> None:
-    """Deletes the adapters of finished trials but the best one's and the Pareto front's."""
+    """Deletes the adapters of finished trials but those that are shown at the end.
+
+    They are the best one's, the Pareto front's, and that of the guides' configuration.
+    """
     # Another worker may be copying one of them.
     with output_folder.lock(output):
         # Read once: a trial that another worker ends meanwhile, perhaps the best, is judged later.
         trials = study.get_trials(deepcopy=False)
         best = (outcome.best_of(trials), best_there(trials, output).trial)
-        kept = {trial.number for trial in (*best, *front.front(study)) if trial}
+        shown = (*best, outcome.guides_of(trials), *front.front(study))
+        kept = {trial.number for trial in shown if trial}
         for trial in trials:
             if trial.state.is_finished() and trial.number not in kept:
                 shutil.rmtree(folder_of(output, trial.number), ignore_errors=True)

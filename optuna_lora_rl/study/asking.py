@@ -36,6 +36,7 @@ def ask(spec: StudySpec, count: int) -> Generator[str, None, None]:
     """
     with database_errors(spec.storage_url), opening.quiet():
         study = opening.open_study(spec, heartbeat=False)
+        opening.enqueue_guides(study, spec)
         for _ in range(count):
             trial = study.ask()
             if OWNER in trial.user_attrs:

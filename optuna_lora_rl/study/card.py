@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from optuna_lora_rl import tiny
+from optuna_lora_rl.study import answers
 from optuna_lora_rl.study import wording
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ tokenizer = AutoTokenizer.from_pretrained("this-folder")
 The score is {wording.score(facts["score"])}: quality (what {quality} gained over the untuned
 model on the validation split) less {spec.objective.cost_weight:g} times the cost of training. The
 configuration was chosen on that split.
-
+{_answers(facts.get(answers.ANSWERS))}
 ## Configuration
 
 {_table(("parameter", "value"), facts["configuration"])}
@@ -101,6 +102,18 @@ def _results(facts: Mapping[str, Any]) -> str:
             cells = [f"{column[name]:.4f}" if name in column else "" for column in columns]
             rows[name.replace("_", " ")] = cells
     return _table(heads, rows)
+
+
+def _answers(known: Mapping[str, Any] | None) -> str:
+    """Some answers before and after; empty where nothing was asked."""
+    if not known:
+        return ""
+    rows = {}
+    for number, question in enumerate(known["questions"]):
+        given = [one["given"][number] for one in known["of"].values()]
+        rows[question] = [known["expected"][number], *given]
+    heads = ("question", "expected", *(answers.WORDS[name] for name in known["of"]))
+    return f"\n{answers.counted(known)}\n\n{_table(heads, rows)}\n"
 
 
 def _table(heads: Sequence[str], rows: Mapping[str, Any]) -> str:

@@ -156,6 +156,19 @@ def create_pruner(spec: StudySpec) -> optuna.pruners.BasePruner:
     )
 
 
+def enqueue_guides(study: optuna.Study, spec: StudySpec) -> None:
+    """Sees to it that the guides' configuration comes next, once, where the file asks for it."""
+    if spec.first_trial != "guides":
+        return
+    from optuna_lora_rl.learning.comparison import openings
+
+    with output.lock(spec.folder):
+        if any(outcome.GUIDES in t.user_attrs for t in study.get_trials(deepcopy=False)):
+            return
+        params = openings.defaults(spec.lora_space().distributions())
+        study.enqueue_trial(params, user_attrs={outcome.GUIDES: True})
+
+
 def propose(spec: StudySpec, trial: optuna.Trial) -> Configuration:
     """Asks the sampler for the trial's configuration, and writes down who proposed it."""
     if spec.sampler.name in _FORGETFUL:
@@ -165,7 +178,9 @@ def propose(spec: StudySpec, trial: optuna.Trial) -> Configuration:
     frozen = trial.study._storage.get_trial(trial._trial_id)
     proposal = samplers.proposal(frozen) or {}
     source = "retry" if outcome.RETRY_OF in trial.user_attrs else spec.sampler.name
-    trial.set_user_attr("source", str(proposal.get("source", source)))
+    said = str(proposal.get("source", source))
+    is_guides = outcome.GUIDES in trial.user_attrs
+    trial.set_user_attr("source", outcome.GUIDES if is_guides else said)
     trial.set_user_attr("configuration", configuration)
     return configuration
 

@@ -36,6 +36,8 @@ TURN = "turn"
 # Whether the trial ran in a pack, and if not, why.
 PACKED = "packed"
 ALONE = "alone"
+# Marks the trial of the guides' configuration.
+GUIDES = "guides"
 
 
 def fail(trial: optuna.Trial, reason: str, message: str) -> None:
@@ -101,6 +103,11 @@ def ranked(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
     return sorted(complete, key=lambda trial: final_score(trial) or 0.0, reverse=True)
 
 
+def guides_of(trials: Iterable[FrozenTrial]) -> FrozenTrial | None:
+    """The completed trial of the guides' configuration; None where there is none."""
+    return next((t for t in ranked(trials) if GUIDES in t.user_attrs), None)
+
+
 def configuration(trial: FrozenTrial) -> str:
     """What the trial tried, in one line."""
     return wording.compact(trial.user_attrs.get("configuration", trial.params), trial.params)
@@ -162,7 +169,8 @@ def recover(study: optuna.Study) -> list[int]:
 def run_again(study: optuna.Study, trial: FrozenTrial | optuna.Trial) -> None:
     """Enqueues the parameters of a trial that was cut short."""
     if trial.params:
-        study.enqueue_trial(trial.params, user_attrs={RETRY_OF: trial.number})
+        kept = {GUIDES: True} if GUIDES in trial.user_attrs else {}
+        study.enqueue_trial(trial.params, user_attrs={RETRY_OF: trial.number, **kept})
 
 
 def hopeless(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable
+from collections.abc import Mapping
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ import optuna
 from optuna.trial import TrialState
 
 from optuna_lora_rl.errors import masked
+from optuna_lora_rl.study import answers
 from optuna_lora_rl.study import charts
 from optuna_lora_rl.study import data_report
 from optuna_lora_rl.study import front
@@ -47,6 +49,7 @@ _BOOKKEEPING = {
     outcome.TURN,
     outcome.PACKED,
     outcome.ALONE,
+    outcome.GUIDES,
 }
 
 
@@ -74,6 +77,9 @@ def facts(study: optuna.Study, spec: StudySpec, trial: FrozenTrial) -> dict[str,
     test = study.user_attrs.get(TEST, {})
     if test.get("trial") == trial.number and len(test) > 1:
         known[TEST] = {name: value for name, value in test.items() if name != "trial"}
+    answered = answers.of(study, trial)
+    if answered:
+        known[answers.ANSWERS] = {k: v for k, v in answered.items() if k != "wanted"}
     return known
 
 
@@ -86,6 +92,28 @@ def _of_layers(trial: FrozenTrial, spec: StudySpec) -> dict[str, Any]:
         "note": known.missing,
     }
     return {name: value for name, value in found.items() if value}
+
+
+def side_by_side(study: optuna.Study, best: FrozenTrial) -> dict[str, Mapping[str, Any]]:
+    """What is known of the untuned model, of the guides' configuration and of the best adapter.
+
+    By the words of a column's head; that of the test split last, where there is one.
+    """
+    columns: dict[str, Mapping[str, Any]] = {"untuned": study.user_attrs.get(UNTUNED, {})}
+    guides = outcome.guides_of(study.get_trials(deepcopy=False))
+    is_guides = guides is not None and guides.number == best.number
+    if guides is not None and not is_guides:
+        columns[f"guides (trial {guides.number})"] = guides.user_attrs
+    columns["best adapter (the guides')" if is_guides else "best adapter"] = best.user_attrs
+    test = study.user_attrs.get(TEST, {})
+    has_test = test.get("trial") == best.number and len(test) > 1
+    return columns | ({"on the test split": test} if has_test else {})
+
+
+def measured(study: optuna.Study, best: FrozenTrial) -> list[str]:
+    """The metrics that both the untuned model and the best adapter have."""
+    untuned = study.user_attrs.get(UNTUNED, {})
+    return [name for name in untuned if name in best.user_attrs and name != "quality"]
 
 
 def top(trials: Iterable[FrozenTrial], number: int) -> list[FrozenTrial]:
@@ -114,6 +142,8 @@ def write(study: optuna.Study, spec: StudySpec, *, lost: str = "") -> Path:
     else:
         parts += [
             _cards(facts),
+            _compared(study, best),
+            answers.section(study, best),
             _best(facts, spec, lost),
             front.section(study, spec),
             examples,
@@ -178,6 +208,19 @@ def _best(facts: dict[str, Any], spec: StudySpec, lost: str) -> str:
     if lost:
         adapter = f"<p><b>Note:</b> {html.escape(lost)}.</p>"
     return f"<h2>The best configuration</h2><table>{rows}</table>{adapter}"
+
+
+def _compared(study: optuna.Study, best: FrozenTrial) -> str:
+    columns, metrics = side_by_side(study, best), measured(study, best)
+    heads = "".join(f"<th>{html.escape(name)}</th>" for name in ("validation", *columns))
+    rows = ""
+    for metric in metrics:
+        cells = "".join(
+            f"<td>{known[metric]:.3f}</td>" if metric in known else "<td></td>"
+            for known in columns.values()
+        )
+        rows += f"<tr><td>{html.escape(metric.replace('_', ' '))}</td>{cells}</tr>"
+    return f"<h2>Before and after</h2><table><tr>{heads}</tr>{rows}</table>" if rows else ""
 
 
 def _figures(trials: Sequence[FrozenTrial], best: int, spec: StudySpec) -> str:
@@ -286,6 +329,8 @@ table {{ border-collapse: collapse; }} table.wide {{ width: 100%; }}
 td, th {{ text-align: left; padding: 3px 14px 3px 0; border-bottom: 1px solid #e2e8f0;
   font-variant-numeric: tabular-nums; }}
 pre {{ background: #f1f5f9; border-radius: 8px; padding: 12px 18px; overflow-x: auto; }}
+table.answers td {{ white-space: pre-wrap; overflow-wrap: anywhere; vertical-align: top; }}
+td.right {{ color: #0f766e; font-weight: 600; }}
 .panels {{ display: grid; grid-template-columns: 1fr 1fr; gap: 16px 24px; margin-top: 12px; }}
 .bar {{ background: #0f766e; height: 10px; border-radius: 3px; min-width: 1px; }}
 </style></head><body>

@@ -22,6 +22,7 @@ from optuna_lora_rl.finetuning import process
 from optuna_lora_rl.finetuning.failure import FineTuningError
 from optuna_lora_rl.finetuning.trackers import TENSORBOARD_FOLDER
 from optuna_lora_rl.study import adapters
+from optuna_lora_rl.study import answering
 from optuna_lora_rl.study import checks
 from optuna_lora_rl.study import data_report
 from optuna_lora_rl.study import fine_tuner
@@ -36,6 +37,7 @@ from optuna_lora_rl.study.budget import Usage
 from optuna_lora_rl.study.display import Display
 from optuna_lora_rl.study.heartbeat import Heartbeat
 from optuna_lora_rl.study.interruption import Interruption
+from optuna_lora_rl.study.opening import enqueue_guides
 from optuna_lora_rl.study.opening import open_study
 from optuna_lora_rl.study.opening import quiet
 from optuna_lora_rl.study.owner import Owner
@@ -157,6 +159,7 @@ class _Worker:
             if usage.running:
                 return self._finish("others", usage.shared_out(self.spec.budget))
             self._test()
+            self._ask()
             result = self._finish("budget", self._exhausted() or "the budget is used up")
             return replace(result, shortfall=verdict.shortfall(self.study))
         except KeyboardInterrupt:
@@ -176,6 +179,7 @@ class _Worker:
             self._tell_forecast(tuner)
         if self.spec.packing != "off" and not self._is_packed():
             self.display.says("trials run one after the other: trackers follow one at a time")
+        enqueue_guides(self.study, self.spec)
         self.display.works_on(Activity("proposing"))
         with self.owner, Heartbeat(self.study) as heartbeat:
             trials = Trials(
@@ -320,6 +324,19 @@ class _Worker:
                 return
         metrics = {} if evaluation is None else evaluation.metrics()
         self.study.set_user_attr(report.TEST, {"trial": there.trial.number, **metrics})
+
+    def _ask(self) -> None:
+        """Lets the untuned model, the guides' configuration and the best answer questions."""
+        who = answering.wanted(self.study, self.spec)
+        if not who:
+            return
+        with self.interruption.window():
+            try:
+                answering.ask(self.study, self.spec, self._load(), who)
+            except (RuntimeError, MemoryError, UserError) as error:
+                # Nor to this.
+                reason = wording.first_line(error)
+                self.display.says(f"held-out questions could not be answered: {reason}")
 
     def _trials(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False)

@@ -198,12 +198,29 @@ class StudySpec(BaseModel):
         "name, storage: URL or folder}`. Other models, data, parameters, ranges and metrics are "
         "fine; one that misleads is dropped within a few trials.",
     )
+    first_trial: Literal["sampler", "guides"] = Field(
+        default="sampler",
+        description="What is tried first: what the sampler proposes (`sampler`), or what guides "
+        "to LoRA recommend (`guides`): rank 16, alpha 32, learning rate 2e-4, all linear layers, "
+        "no dropout, batch 16, each at the nearest value that `space` allows, and the middle of "
+        "what else is tuned. That is one of the budget's trials, no pruner stops it, its adapter "
+        "is kept, and it stands beside the best when the study ends.",
+    )
     pruner: PrunerChoice = Field(
         default_factory=PrunerChoice,
         description="Who stops trials early; `pruner: median` is short.",
     )
     budget: Budget = Field(
         default_factory=Budget, description="When it ends; `budget: 20` is short for trials."
+    )
+    answers: Annotated[int, Field(ge=0)] = Field(
+        default=16,
+        description="How many held-out questions are answered when the study ends, by the "
+        "untuned model, the best adapter and the guides' trial (`first_trial: guides`). They are "
+        "of the test split, or of validation where there is none. Exact matches are counted over "
+        "all of them; the first three are shown. Each takes at most `objective.max_new_tokens` "
+        "tokens. A metric that compares answers asks `objective.generation_samples` instead; data "
+        "of plain text ask nothing, nor does 0.",
     )
     packing: Literal["off", "auto"] | Count = Field(
         default="off",

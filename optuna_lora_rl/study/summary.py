@@ -18,6 +18,7 @@ from rich.text import Text
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.rank import tables
+from optuna_lora_rl.study import answers
 from optuna_lora_rl.study import data_report
 from optuna_lora_rl.study import front
 from optuna_lora_rl.study import outcome
@@ -72,6 +73,10 @@ def standing(
     gain = _gain(study, best[0])
     if gain.row_count:
         console.print(gain)
+    if answered := answers.of(study, best[0]):
+        _say(console, answers.counted(answered))
+        console.print(answers.table(answered))
+        console.print()
     if "cost" in best[0].user_attrs:
         words = f"The best run cost {best[0].user_attrs['cost']:.2f} of the reference run."
         _say(console, Text(words, style="dim"))
@@ -270,16 +275,13 @@ def _table(trials: Sequence[FrozenTrial], width: int) -> Table:
 
 def _gain(study: optuna.Study, best: FrozenTrial) -> Table:
     """What the best adapter does, beside what the untuned model does."""
-    untuned: dict[str, Any] = study.user_attrs.get(report.UNTUNED, {})
-    test: dict[str, Any] = study.user_attrs.get(report.TEST, {})
-    has_test = test.get("trial") == best.number and len(test) > 1
+    columns = report.side_by_side(study, best)
     table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False, padding=(0, 1))
     table.add_column("validation")
-    for name in ("untuned", "best adapter", *(["on the test split"] if has_test else [])):
+    for name in columns:
         table.add_column(name, justify="right")
-    for metric in (name for name in untuned if name in best.user_attrs and name != "quality"):
-        cells = [f"{untuned[metric]:.3f}", f"{best.user_attrs[metric]:.3f}"]
-        cells += [f"{test[metric]:.3f}"] if has_test and metric in test else []
+    for metric in report.measured(study, best):
+        cells = [f"{known[metric]:.3f}" if metric in known else "" for known in columns.values()]
         table.add_row(metric.replace("_", " "), *cells)
     return table
 

@@ -223,7 +223,8 @@ class Trials:
             pruners.report(trial, score, evaluation)
         elif cost is not None:
             pruners.report(trial, (metrics["quality"], cost), evaluation)
-        if evaluation >= of or not pruners.should_prune(trial):
+        may_prune = evaluation < of and outcome.GUIDES not in trial.user_attrs
+        if not may_prune or not pruners.should_prune(trial):
             return
         _set(trial, {"score": score, "steps": step, **metrics})
         if cost is not None:

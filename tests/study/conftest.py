@@ -17,6 +17,7 @@ import yaml
 from safetensors.numpy import save_file
 
 from optuna_lora_rl.finetuning import trial as trial_module
+from optuna_lora_rl.finetuning.answering import Answers
 from optuna_lora_rl.finetuning.data import Counts
 from optuna_lora_rl.finetuning.evaluation import Evaluation
 from optuna_lora_rl.finetuning.forecast import Forecast
@@ -92,6 +93,10 @@ class PaperTuner:
     tested: list[Path] = []  # noqa: RUF012
     # How many ran side by side, each time that one was trained for an evaluation.
     together: list[int] = []  # noqa: RUF012
+
+    # Who was asked, and what they say; None where the data ask nothing.
+    answered: list[Path | None] = []  # noqa: RUF012
+    says: Callable[[Path | None, int], Answers] | None = None
 
     def __init__(self, model: Any, data: Any, training: Any, objective: Any, **_: Any) -> None:
         self.training, self.objective = training, objective
@@ -193,6 +198,10 @@ class PaperTuner:
             stopped_early=False,
         )
 
+    def answers(self, adapter: Path | None, count: int) -> Answers | None:
+        PaperTuner.answered.append(adapter)
+        return PaperTuner.says(adapter, count) if PaperTuner.says else None
+
     def test(self, adapter: Path) -> Evaluation | None:
         PaperTuner.tested.append(adapter)
         return Evaluation(loss=1.5, token_accuracy=0.5)
@@ -202,6 +211,6 @@ class PaperTuner:
 def paper(monkeypatch: pytest.MonkeyPatch) -> type[PaperTuner]:
     """Replaces the fine-tuner by one on paper."""
     PaperTuner.failures, PaperTuner.seeds, PaperTuner.tested = [], [], []
-    PaperTuner.together = []
+    PaperTuner.together, PaperTuner.answered, PaperTuner.says = [], [], None
     monkeypatch.setattr(trial_module, "FineTuner", PaperTuner)
     return PaperTuner
