@@ -269,6 +269,16 @@ def table(attempts: list[Attempt]) -> str:
     return "\n".join(lines)
 
 
+def record(attempts: list[Attempt], arguments: argparse.Namespace, revision: str) -> None:
+    """Writes what there is so far, so that a run that is stopped leaves it."""
+    if arguments.output is None:
+        return
+    command = f"python studies/kills.py --random {arguments.random} --points {arguments.points}"
+    command += " --storage URL" if arguments.storage else ""
+    said = f"    {command}\n\n(Revision {revision}; {len(attempts)} kills.)"
+    arguments.output.write_text(f"{INTRODUCTION}\n{said}\n\n{table(attempts)}\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--random", type=int, default=60, help="kills at random moments")
@@ -293,6 +303,7 @@ def main() -> None:
         call = draw.randint(1, 3) if several else 1
         kill = dies_at(point, when, call)
         attempts.append(attempt(kind, where, arguments.storage, kill=kill))
+        record(attempts, arguments, revision)
     lasted: dict[str, float] = {}
     for i in range(arguments.random):
         kind = kinds[i % len(kinds)]
@@ -303,14 +314,9 @@ def main() -> None:
             lasted[kind] = (time.monotonic() - began) * 0.8
         moment = draw.uniform(0.0, lasted[kind])
         attempts.append(attempt(kind, "at a random moment", arguments.storage, after=moment))
-    text = table(attempts)
+        record(attempts, arguments, revision)
     wrong = sum(bool(one.wrong) for one in attempts)
-    print(text, f"\n{len(attempts)} kills, {wrong} with something wrong", flush=True)
-    if arguments.output:
-        command = f"python studies/kills.py --random {arguments.random} --points "
-        command += f"{arguments.points}" + (" --storage URL" if arguments.storage else "")
-        said = f"    {command}\n\n(Revision {revision}.)"
-        arguments.output.write_text(f"{INTRODUCTION}\n{said}\n\n{text}\n")
+    print(table(attempts), f"\n{len(attempts)} kills, {wrong} with something wrong", flush=True)
     sys.exit(1 if wrong else 0)
 
 
