@@ -217,7 +217,10 @@ def _table(*heads: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for k, head in enumerate(heads):
         last = k == len(heads) - 1
-        table.add_column(Text(head, style="dim"), overflow="fold", ratio=1 if last else None)
+        # What a row is about is not broken, wherever else there is too little room.
+        table.add_column(
+            Text(head, style="dim"), overflow="fold", ratio=1 if last else None, no_wrap=k == 0
+        )
     return table
 
 

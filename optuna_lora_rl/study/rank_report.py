@@ -231,9 +231,9 @@ def _grouped(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
                 tables.spread(columns["rank"]),
                 wording.count(sum(columns["parameters"])),
                 f"{median['weight_norm']:.3g}",
-                f"{median['weight_trend']:+.0%}",
+                _trend(median["weight_trend"]),
                 f"{median['gradient_norm']:.3g}",
-                f"{median['gradient_trend']:+.0%}",
+                _trend(median["gradient_trend"]),
             )
         )
     return found
@@ -245,10 +245,15 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         str(row["rank"]),
         f"{row['parameters']:,}",
         f"{row['weight_norm']:.3g}",
-        f"{row['weight_trend']:+.0%}",
+        _trend(row["weight_trend"]),
         f"{row['gradient_norm']:.3g}",
-        f"{row['gradient_trend']:+.0%}",
+        _trend(row["gradient_trend"]),
     )
+
+
+def _trend(share: float) -> str:
+    said = f"{share:+.0%}"
+    return "0%" if said in ("+0%", "-0%") else said
 
 
 def _ranks(ranks: dict[str, int]) -> Table:

@@ -196,10 +196,12 @@ def _cards(facts: dict[str, Any]) -> str:
 
 
 def _best(facts: dict[str, Any], spec: StudySpec, lost: str) -> str:
-    rows = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{html.escape(wording.number(value))}</td></tr>"
-        for name, value in facts["configuration"].items()
-    )
+    tuned = {name.removesuffix("_ratio") for name in facts["params"]} | set(facts["params"])
+    rows = {True: "", False: ""}
+    for name, value in facts["configuration"].items():
+        cells = (html.escape(name), html.escape(wording.number(value)))
+        rows[name in tuned] += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    others = f"<details><summary>Not tuned</summary><table>{rows[False]}</table></details>"
     code = (
         "from peft import AutoPeftModelForCausalLM\n"
         f'model = AutoPeftModelForCausalLM.from_pretrained("{spec.folder / "best"}")'
@@ -207,7 +209,7 @@ def _best(facts: dict[str, Any], spec: StudySpec, lost: str) -> str:
     adapter = f"<p class=quiet>Its adapter is in PEFT format:</p><pre>{html.escape(code)}</pre>"
     if lost:
         adapter = f"<p><b>Note:</b> {html.escape(lost)}.</p>"
-    return f"<h2>The best configuration</h2><table>{rows}</table>{adapter}"
+    return f"<h2>The best configuration</h2><table>{rows[True]}</table>{others}{adapter}"
 
 
 def _compared(study: optuna.Study, best: FrozenTrial) -> str:
