@@ -32,6 +32,9 @@ def test_each_trial_is_explained_and_the_figure_is_written(
     figure = explaining.show(console, study, spec)
     said = text()
     assert "the guides' configuration" in said and "learning_rate" in said
+    narrow = Console(width=50, file=StringIO())
+    explaining.show(narrow, study, spec)
+    assert "learning_rate" in narrow.file.getvalue()
     assert said.count("±") >= 6
     assert figure is not None and "usual in LoRA runs" in figure.read_text()
 

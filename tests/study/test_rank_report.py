@@ -169,3 +169,10 @@ def test_many_layers_are_summed_up_by_kind_and_range_of_blocks(
 def test_a_csv_of_nothing_says_why(make_spec: MakeSpec, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--csv: Nothing was read.*older version"):
         rank_report.write_csv(tmp_path / "layers.csv", completed(), make_spec())
+
+
+def test_a_trend_that_rounds_to_nothing_has_no_sign() -> None:
+    assert [rank_report._trend(share) for share in (-0.004, 0.004, 0.05, -0.05)] == [
+        *("0%", "0%"),
+        *("+5%", "-5%"),
+    ]

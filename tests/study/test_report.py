@@ -29,6 +29,10 @@ def test_the_report_stands_alone_and_tells_the_best(
     study = runner.run(spec).study
     page = (spec.folder / "report.html").read_text()
     assert page.count("<svg") >= 3 and "Which parameters matter" in page
+    best = page.partition("<h2>The best configuration</h2>")[2].partition("<pre>")[0]
+    tuned, _, others = best.partition("<summary>Not tuned</summary>")
+    assert "<td>lora_rank</td>" in tuned and "<td>use_dora</td>" not in tuned
+    assert "<td>use_dora</td>" in others and "<td>lora_rank</td>" not in others
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert f"{study.best_value:.4f}" in page
     assert "the loss &lt;is&gt; not finite" in page and "<script" not in page
