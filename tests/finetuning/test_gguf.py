@@ -87,9 +87,10 @@ def test_a_study_on_it(tmp_path: Path) -> None:
             "model": "smollm2",
             "data": {"train": "tiny:dates-small", "max_test_samples": 4, **small},
             "space": {"learning_rate": [1e-3, 4e-3], "max_steps": 2, "batch_size": 4},
-            "objective": {"reference": {"max_steps": 2, "batch_size": 4}},
+            "objective": {"reference": {"max_steps": 2, "batch_size": 4}, "max_new_tokens": 4},
             "training": {"evaluations": 1},
             "budget": {"trials": 2},
+            "answers": 2,
             "output": str(tmp_path / "out"),
         },
         "real.yaml",
@@ -97,6 +98,8 @@ def test_a_study_on_it(tmp_path: Path) -> None:
     result = runner.run(spec)
     assert [trial.state.name for trial in result.study.trials] == ["COMPLETE", "COMPLETE"]
     assert all(trial.user_attrs["quality"] > 0 for trial in result.study.trials)
+    answered = result.study.user_attrs["answers"]
+    assert (answered["asked"], list(answered["of"])) == (2, ["untuned", "best"])
     assert result.best_adapter is not None
     config = json.loads((result.best_adapter / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
