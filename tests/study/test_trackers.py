@@ -24,6 +24,11 @@ from tests.study.conftest import PaperTuner
 
 STATES = ["complete", "pruned", "failed"]
 
+# wandb and mlflow-skinny bring some 30 packages and 100 MB each, half a minute of installation.
+LEFT_OUT = (
+    "the extra test leaves wandb and mlflow out, which take long: pip install wandb mlflow-skinny"
+)
+
 
 class Said(display.Display):
     def __init__(self) -> None:
@@ -86,7 +91,7 @@ def test_tensorboard_has_configuration_score_cost_and_how_each_trial_ended(
 def test_wandb_has_configuration_score_cost_and_how_each_trial_ended(
     make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    wandb = pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb", reason=LEFT_OUT)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     runs: list[Any] = []
@@ -111,7 +116,7 @@ def test_wandb_has_configuration_score_cost_and_how_each_trial_ended(
 def test_mlflow_has_configuration_score_cost_and_how_each_trial_ended(
     make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    mlflow = pytest.importorskip("mlflow")
+    mlflow = pytest.importorskip("mlflow", reason=LEFT_OUT)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     mlflow.set_tracking_uri((tmp_path / "mlruns").as_uri())
     _, study = three_endings(make_spec, "mlflow")
@@ -183,7 +188,7 @@ def test_a_tracker_that_is_not_there_is_refused_before_the_first_trial(
 def test_weights_and_biases_without_a_key_is_refused(
     study_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    pytest.importorskip("wandb")
+    pytest.importorskip("wandb", reason=LEFT_OUT)
     hidden = {"WANDB_API_KEY", "WANDB_MODE", "NETRC"}
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     file = study_file({"training.report_to": ["wandb"]})
