@@ -41,12 +41,12 @@ from optuna.trial import TrialState
 
 from optuna_lora_rl import RLSampler
 from optuna_lora_rl.learning.surfaces import Surface
-from optuna_lora_rl.learning.tasks import Tasks
+from optuna_lora_rl.learning.tasks import Task
 from optuna_lora_rl.learning.tasks import draw_tasks
 from optuna_lora_rl.policy.dimensions import Dimension
 from optuna_lora_rl.policy.dimensions import Space
 from optuna_lora_rl.policy.dimensions import make_space
-from optuna_lora_rl.policy.layout import layout_of
+from optuna_lora_rl.policy.layout import Layout
 
 ARMS = ("none", "related", "one", "mixed", "negated", "shifted", "unrelated")
 AFTER = (1, 3, 5, 10, 15)
@@ -60,7 +60,7 @@ class Problem:
 
     Args:
         space: its parameters.
-        surface: a batch of one.
+        surface: what configurations score.
         unit: what one unit of regret is in the surface's value.
         noise: deviation of a run, in units.
         scale: of the value that is told; below 0 the study minimises.
@@ -74,11 +74,10 @@ class Problem:
 
     def value(self, params: Mapping[str, Any]) -> float:
         """Without noise, in units; raises FloatingPointError for a run that fails."""
-        x = torch.from_numpy(self.space.encode(params))[None, None]
-        value, failed = self.surface(x, layout_of(self.space))
-        if bool(failed):
+        value, failed = self.surface(self.space.encode(params)[None], Layout(self.space))
+        if failed[0]:
             raise FloatingPointError
-        return float(value) / self.unit
+        return float(value[0]) / self.unit
 
     def study(
         self, sampler: optuna.samplers.BaseSampler, trials: int, seed: int
@@ -112,21 +111,16 @@ def suggest(trial: optuna.Trial, dimension: Dimension) -> object:
 def targets(count: int, seed: int) -> list[tuple[Problem, float, float]]:
     """LoRA tasks as problems, each with its best value and its median, in units."""
     tasks = draw_tasks(3 * count, seed)
-    rows = [i for i in range(len(tasks)) if tasks.truth[i, 0] > 0][:count]
-    return [_target(tasks, row) for row in rows]
+    return [_target(task) for task in tasks if task.truth[0] > 0][:count]
 
 
-def _target(tasks: Tasks, row: int) -> tuple[Problem, float, float]:
-    task = tasks[torch.tensor([row])]
-    space, unit = task.spaces[0], float(task.best - task.median)
-    problem = Problem(space, _narrow(task.surface, len(space)), unit, float(task.noise))
-    return problem, float(task.best) / unit, float(task.median) / unit
-
-
-def _narrow(surface: Surface, width: int) -> Surface:
-    """Without the columns that pad a batch."""
-    cut = {name: getattr(surface, name)[..., :width] for name in ("idle", "places", "W")}
-    return replace(surface, **cut)
+def _target(task: Task) -> tuple[Problem, float, float]:
+    unit = task.best - task.median
+    return (
+        Problem(task.space, task.surface, unit, task.noise),
+        task.best / unit,
+        task.median / unit,
+    )
 
 
 def relative(
@@ -142,20 +136,20 @@ def relative(
     """
     old = problem.surface
 
-    def jitter(tensor: torch.Tensor, deviation: float) -> torch.Tensor:
-        return tensor + deviation * torch.from_numpy(rng.normal(size=tuple(tensor.shape)))
+    def noise(values: np.ndarray | float, deviation: float) -> np.ndarray:
+        return deviation * rng.normal(size=np.shape(values))
 
     surface = replace(
         old,
-        peak=jitter(old.peak, 0.15) + decades,
-        ridge=jitter(old.ridge, 0.1),
-        width=old.width * jitter(torch.zeros_like(old.width), 0.15).exp(),
-        capacity=old.capacity * jitter(torch.zeros_like(old.capacity), 0.15).exp(),
-        overfit=old.overfit * jitter(torch.zeros_like(old.overfit), 0.2).exp(),
-        cost=old.cost * jitter(torch.zeros_like(old.cost), 0.3).exp(),
-        cliff=jitter(old.cliff, 0.1),
-        places=jitter(old.places, 0.1),
-        minor=old.minor * jitter(torch.zeros_like(old.minor), 0.3).exp(),
+        peak=old.peak + float(noise(old.peak, 0.15)) + decades,
+        ridge=old.ridge + noise(old.ridge, 0.1),
+        width=old.width * np.exp(noise(old.width, 0.15)),
+        capacity=old.capacity * np.exp(noise(old.capacity, 0.15)),
+        overfit=old.overfit * np.exp(noise(old.overfit, 0.2)),
+        cost=old.cost * np.exp(noise(old.cost, 0.3)),
+        cliff=old.cliff + float(noise(old.cliff, 0.1)),
+        places=old.places + noise(old.places, 0.1),
+        minor=old.minor * np.exp(noise(old.minor, 0.3)),
     )
     rename = bool(rng.random() < 0.5)
     space = make_space([_other_range(d, rng, rename) for d in problem.space.dimensions])
@@ -209,7 +203,7 @@ def _sources(
                 made.append(study)
         return made
 
-    away = -2.0 if float(problem.surface.peak) > -3.6 else 2.0
+    away = -2.0 if problem.surface.peak > -3.6 else 2.0
     kinds = {
         "related": lambda: studies(0, problem),
         "negated": lambda: studies(1, problem, sign=-1.0),

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+_Processes = Annotated[
+    int | None,
+    typer.Option(min=1, help="Processes that run studies; one a core by default."),
+]
+
 
 @app.command()
 def compare(
@@ -82,11 +87,13 @@ def train_policy(
         float | None, typer.Option(min=0, help="Stop after so long; the run can go on later.")
     ] = None,
     quiet: Quiet = False,
+    processes: _Processes = None,
 ) -> None:
     """Train a policy for RLSampler, to be used as its weights.
 
     Writes weights, metrics (also for TensorBoard), a figure and a report to the folder. The same
-    command goes on with a run that was interrupted.
+    command goes on with a run that was interrupted, with as many processes as it likes: they do
+    not change the weights.
 
     Example: [bold]optuna-lora-rl train-policy studies/policy.yaml -o policy[/], then
     sampler: {name: rl, weights: policy/weights.safetensors} in a study's file.
@@ -99,9 +106,18 @@ def train_policy(
         content = reading.read_yaml(file)
         reading.override(content, overrides, {})
         settings = reading.validate(TrainingSettings, content, str(file))
-        weights = training.train(
-            output, settings, minutes=minutes, report=_say, on_activity=on_activity
-        )
+        try:
+            weights = training.train(
+                output,
+                settings,
+                minutes=minutes,
+                report=_say,
+                on_activity=on_activity,
+                processes=processes or _cores(),
+            )
+        except KeyboardInterrupt:
+            print("Interrupted; the same command goes on from the last checkpoint.")
+            raise typer.Exit(130) from None
     # Paths are not broken into lines: they are there to be copied.
     console().print(f"the weights are in {weights}, the figure beside them", soft_wrap=True)
 
@@ -133,6 +149,7 @@ def learn(
         Path | None, typer.Option(help="Weights to start from; by default the shipped ones.")
     ] = None,
     quiet: Quiet = False,
+    processes: _Processes = None,
 ) -> None:
     """Fine-tune RLSampler's policy on surrogates of your own finished studies.
 
@@ -154,9 +171,21 @@ def learn(
             print(f"{name} is left out: it has too few trials with a result")
         settings = fine_tuning.LearningSettings(seed=seed, updates=updates)
         result = fine_tuning.learn(
-            sources, output, settings, start=weights, on_activity=on_activity
+            sources,
+            output,
+            settings,
+            start=weights,
+            on_activity=on_activity,
+            processes=processes or _cores(),
         )
     console().print(_learnt(result), soft_wrap=True)
+
+
+def _cores() -> int:
+    """That this process may use, as torch counts them."""
+    import torch
+
+    return torch.get_num_threads()
 
 
 def _learnt(result: Learnt) -> str:

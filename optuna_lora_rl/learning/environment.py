@@ -1,92 +1,87 @@
-"""Hyperparameter tuning as a reinforcement-learning environment, many tasks in step.
+"""Hyperparameter tuning as a reinforcement-learning environment.
 
-State: the finished and running trials of a task. Action: the index of one of the candidates that
+State: the finished and running trials of a study. Action: the index of one of the candidates that
 the policy's own step generates. Reward: the decrease of the log regret, floored near the noise, so
 that nothing is paid for differences that no study could see. An episode is a study of ``length``
 trials on one task. Trials can fail, break a constraint, be pruned, or end late (parallel workers).
 
-Notations
-    B         tasks in the batch, N candidates a step
-    regret    1 - best score so far (0 the best known configuration, 1 the median one), >= 0
+Regret is 1 - best score so far (0 the best known configuration, 1 the median one), at least 0.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from optuna_lora_rl.learning.tasks import Tasks
-from optuna_lora_rl.policy.candidates import SOURCES
-from optuna_lora_rl.policy.candidates import Observed
+from optuna_lora_rl.learning.tasks import Task
+from optuna_lora_rl.policy.candidates import Trials
+from optuna_lora_rl.policy.candidates import randn
 from optuna_lora_rl.policy.candidates import uniform_points
+from optuna_lora_rl.policy.decision import Decision
+from optuna_lora_rl.policy.decision import Settings
+from optuna_lora_rl.policy.decision import decide
+from optuna_lora_rl.policy.decision import fit_feasibility
+from optuna_lora_rl.policy.decision import fit_hyperparameters
+from optuna_lora_rl.policy.network import Correction
 from optuna_lora_rl.policy.network import Scorer
-from optuna_lora_rl.policy.proposal import Decision
-from optuna_lora_rl.policy.proposal import Settings
-from optuna_lora_rl.policy.proposal import decide
-from optuna_lora_rl.policy.proposal import fit_feasibility
 from optuna_lora_rl.policy.roles import ROLES
 from optuna_lora_rl.policy.scores import standardise
 
 # Cheaper than at work: the surrogate's fit starts from the last step's.
 SETTINGS = Settings(candidates=64, rounds=2, steps=3, iterations=7, fit_rows=60)
+_FIRST_ITERATIONS = 12
+# Features of the truth that the critic sees: a task's, the regret so far and the trials left.
+PRIVILEGED = 6
 _PENDING = 3
 _WORST = 3.0
 # A pruner compares a trial with at least so many finished ones, by a curve that is less certain
 # than the final score by so many deviations of the noise.
 _JUDGES, _CURVE_NOISE = 4, 2.0
+_LEARNING_RATE = ROLES.index("learning_rate")
 
-
-@dataclass
-class Transition:
-    """What a step returned, each of shape (B,)."""
-
-    reward: Tensor
-    regret: Tensor
+# Applies a function to jobs, in their order: ``map``, or that of a pool of processes.
+Map = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 
 
 class TuningEnvironment:
-    """A batch of studies, one a task, that all take their steps together.
+    """A study on a task.
 
     Args:
-        tasks: the problems.
+        task: the problem.
         length: trials an episode.
         generator: of all random numbers.
         settings: of the policy's step.
-        lag: results arrive so many trials late, shape (B,) (parallel workers); 0 to 3.
-        horizon: what the policy is told about the length, shape (B,); 0 for nothing.
-        pruning: studies whose poor trials are stopped early, shape (B,).
+        lag: results arrive so many trials late (parallel workers), 0 to 3.
+        horizon: what the policy is told about the length; 0 for nothing.
+        pruning: whether poor trials are stopped early.
     """
 
     def __init__(
         self,
-        tasks: Tasks,
+        task: Task,
         length: int,
         generator: torch.Generator,
         *,
         settings: Settings = SETTINGS,
-        lag: Tensor | None = None,
-        horizon: Tensor | None = None,
-        pruning: Tensor | None = None,
+        lag: int = 0,
+        horizon: int = 0,
+        pruning: bool = False,
     ) -> None:
-        B, D = len(tasks), tasks.layout.real.shape[1]
-        none = torch.zeros(B, dtype=torch.long)
-        self.tasks, self.length, self.generator = tasks, length, generator
-        self._settings = settings
-        self._lag = none if lag is None else lag
-        self._horizon = none if horizon is None else horizon
-        self._pruning = none.bool() if pruning is None else pruning
-        self._x = torch.full((B, length, D), 0.5, dtype=torch.float64)
-        self._scores = torch.zeros((B, length), dtype=torch.float64)
-        self._excess = torch.full((B, length), torch.nan, dtype=torch.float64)
-        self._failed = torch.zeros((B, length), dtype=torch.bool)
-        self._pruned = torch.zeros((B, length), dtype=torch.bool)
-        self.regret = torch.full((B,), _WORST, dtype=torch.float64)
-        self.steps = 0
-        self._theta: Tensor | None = None
+        self.task, self.length, self.generator = task, length, generator
+        self._settings, self._lag, self._horizon, self._pruning = settings, lag, horizon, pruning
+        self._x = np.zeros((length, len(task.space)))
+        self._scores, self._excess = np.zeros(length), np.full(length, math.nan)
+        self._failed, self._pruned = np.zeros(length, dtype=bool), np.zeros(length, dtype=bool)
+        self.regret, self.steps = _WORST, 0
+        self._theta: np.ndarray | None = None
         self._decision: Decision | None = None
 
     @property
@@ -94,139 +89,121 @@ class TuningEnvironment:
         """Whether the episode is over."""
         return self.steps >= self.length
 
-    def _seen(self) -> Tensor:
-        """Trials whose result has arrived, shape (B, t)."""
-        return torch.arange(self.steps)[None] + self._lag[:, None] < self.steps
+    @property
+    def _seen(self) -> int:
+        """How many trials have a result that has arrived."""
+        return max(self.steps - self._lag, 0)
 
-    def observe(self) -> Observed:
+    def observe(self) -> Trials:
         """The trials as the policy sees them."""
-        t, seen = self.steps, self._seen()
-        failed = self._failed[:, :t] & seen
-        waiting = slice(max(0, t - _PENDING), t)
-        some = bool(self._lag.any())
-        return Observed(
-            x=self._x[:, :t],
-            y=standardise(self._scores[:, :t], seen & ~failed, failed),
-            mask=seen,
-            failed=failed,
-            infeasible=(self._excess[:, :t] > 0) & seen,
-            pending=self._x[:, waiting] if some else self._x[:, :0],
-            pending_mask=~seen[:, waiting] if some else seen[:, :0],
+        n = self._seen
+        return Trials(
+            x=self._x[:n],
+            y=standardise(self._scores[:n], self._failed[:n]),
+            failed=self._failed[:n],
+            infeasible=self._excess[:n] > 0,
+            pending=self._x[max(n, self.steps - _PENDING) : self.steps],
             horizon=self._horizon,
         )
 
-    def decide(self, network: Scorer | None) -> Decision:
+    def decide(self, network: Correction | None) -> Decision:
         """Candidates and logits for the next step."""
-        iterations = self._settings.iterations if self._theta is not None else 12
-        settings = replace(self._settings, iterations=iterations)
-        layout, observed = self.tasks.layout, self.observe()
-        feasibility = None
-        if self.steps and bool(self.tasks.constrained.any()):
-            told = torch.where(self._seen(), self._excess[:, : self.steps], torch.nan)
-            feasibility = fit_feasibility(layout, observed, told[:, :, None])
-        decision = decide(
-            layout,
-            observed,
-            network,
-            layout.snap,
-            self.generator,
-            settings,
-            feasibility=feasibility,
-            start=self._theta,
-        )
-        self._theta, self._decision = decision.theta, decision
-        return decision
+        settings, task, trials = self._settings, self.task, self.observe()
+        if self._theta is None:
+            settings = replace(settings, iterations=_FIRST_ITERATIONS)
+        with np.errstate(all="ignore"):
+            self._theta = fit_hyperparameters(task.layout, trials, settings, self._theta)
+            told = self._excess[: self._seen, None]
+            feasibility = fit_feasibility(task.layout, trials, told)
+            self._decision = decide(
+                task.layout,
+                trials,
+                network,
+                task.space.snap,
+                self.generator,
+                settings,
+                feasibility=feasibility,
+                theta=self._theta,
+            )
+        return self._decision
 
-    def step(self, action: Tensor) -> Transition:
-        """Run the chosen candidates, shape (B,); ``decide`` must have been called."""
+    def step(self, action: int) -> float:
+        """Run a candidate, for which ``decide`` must have been called; the reward."""
         assert self._decision is not None
-        x = self._decision.candidates.x
-        return self.run(x.gather(1, action[:, None, None].expand(-1, 1, x.shape[2]))[:, 0])
+        return self.run(self._decision.x[action])
 
-    def run(self, x: Tensor) -> Transition:
-        """Run configurations x, shape (B, D), whoever chose them."""
-        score, failed = (column[:, 0] for column in self.tasks.score(x[:, None]))
-        excess = self.tasks.excess(x[:, None])[:, 0]
-        draw = torch.randn((2, len(score)), generator=self.generator, dtype=torch.float64)
-        t = self.steps
-        seen = score + self.tasks.noise * draw[0]
-        judged = seen + _CURVE_NOISE * self.tasks.noise * draw[1]
-        pruned, estimate = self._prune(judged)
-        pruned &= ~failed
-        self._x[:, t], self._failed[:, t], self._excess[:, t] = x, failed, excess
-        self._pruned[:, t] = pruned
-        self._scores[:, t] = torch.where(pruned, estimate, seen)
+    def run(self, x: np.ndarray) -> float:
+        """Run a configuration x, shape (D,), whoever chose it; the reward."""
+        task, t = self.task, self.steps
+        (score,), (failed,) = task.score(x[None])
+        excess = float(task.excess(x[None])[0])
+        noise, doubt = task.noise * randn(2, generator=self.generator)
+        seen = score + noise
+        estimate = None if failed else self._prune(seen + _CURVE_NOISE * doubt)
+        self._x[t], self._failed[t], self._excess[t] = x, failed, excess
+        self._pruned[t] = estimate is not None
+        self._scores[t] = seen if estimate is None else estimate
         self.steps, self._decision = t + 1, None
-        void = failed | pruned | (excess > 0)
-        found = torch.where(void, _WORST, (1.0 - score).clamp(0.0, _WORST))
-        regret = torch.minimum(self.regret, found)
-        reward = (self.regret + self.tasks.floor).log() - (regret + self.tasks.floor).log()
-        self.regret = regret
-        return Transition(reward.float(), regret)
+        void = failed or estimate is not None or excess > 0
+        before, found = self.regret, _WORST if void else min(max(1.0 - score, 0.0), _WORST)
+        self.regret = min(before, float(found))
+        return math.log(before + task.floor) - math.log(self.regret + task.floor)
 
-    def _prune(self, judged: Tensor) -> tuple[Tensor, Tensor]:
-        """Which trials a median pruner stops, and the scores it leaves them, each (B,).
+    def _prune(self, judged: float) -> float | None:
+        """The score that a median pruner leaves a trial that it stops; else ``None``.
 
         As at work (``samplers.history``) a pruned trial is given the final score that stands at
         its own quantile among the completed ones, so at most their median.
         """
-        t = self.steps
-        peers = self._seen() & ~self._failed[:, :t] & ~self._pruned[:, :t]
-        count = peers.sum(1)
-        if not t or not bool((self._pruning & (count >= _JUDGES)).any()):
-            return torch.zeros_like(judged, dtype=torch.bool), judged
-        finals = torch.where(peers, self._scores[:, :t], torch.inf).sort(1).values
-        below = (finals <= judged[:, None]).sum(1)
-        stop = self._pruning & (count >= _JUDGES) & (2 * below < count)
-        estimate = finals.gather(1, (below - 1).clamp_min(0)[:, None])[:, 0]
-        return stop, estimate
+        peers = slice(self._seen)
+        finals = np.sort(self._scores[peers][~(self._failed[peers] | self._pruned[peers])])
+        below = int((finals <= judged).sum())
+        if not self._pruning or len(finals) < _JUDGES or 2 * below >= len(finals):
+            return None
+        return float(finals[max(below - 1, 0)])
 
-    def privileged(self) -> Tensor:
-        """What the critic sees of the truth while training, shape (B, P + 2)."""
-        regret = (self.regret + self.tasks.floor).log().float()[:, None]
-        left = torch.full_like(regret, (self.length - self.steps) / 20.0)
-        return torch.cat([self.tasks.truth, regret, left], 1)
+    def privileged(self) -> np.ndarray:
+        """What the critic sees of the truth while training, shape (PRIVILEGED,)."""
+        regret, left = math.log(self.regret + self.task.floor), self.length - self.steps
+        return np.append(self.task.truth, [regret, left / 20.0]).astype(np.float32)
 
 
-# Chooses the configurations of an opening trial, shape (B, D), or leaves it to the policy.
-Opening = Callable[[TuningEnvironment], Tensor | None]
+# Chooses the configuration of an opening trial, shape (D,), or leaves it to the policy.
+Opening = Callable[[TuningEnvironment], np.ndarray | None]
 
 
-def sweep_opening(environment: TuningEnvironment) -> Tensor | None:
+def sweep_opening(environment: TuningEnvironment) -> np.ndarray | None:
     """An expert's sweep: three learning rates over the range, then two by what they said.
 
     The other parameters stand as in the guides' default. The first three are the quantiles .5,
-    .25 and .75 of the range; then the best so far plus and minus an eighth of the range.
+    .25 and .75 of the range; then the best so far plus and minus an eighth of the range. Without
+    a learning rate the policy begins.
     """
-    t, layout = environment.steps, environment.tasks.layout
-    role = ROLES.index("learning_rate")
-    if t >= 5 or not bool(layout.has_role[:, role].any()):
+    t, task = environment.steps, environment.task
+    column = task.layout.column[_LEARNING_RATE]
+    if t >= 5 or column < 0:
         return None
-    column = layout.role_column[:, role].clamp_min(0)[:, None]
-    observed = environment.observe()
-    best = layout.default if t < 3 else observed.best(1)[0][:, 0]
-    middle = best.gather(1, column)
-    place = torch.full_like(middle, (0.5, 0.25, 0.75)[t]) if t < 3 else middle
-    if t >= 3:
+    swept = task.layout.default.copy()
+    if t < 3:
+        swept[column] = (0.5, 0.25, 0.75)[t]
+    else:
+        trials = environment.observe()
+        best = trials.x[trials.best_at or 0]
         # The fifth goes on where the fourth was better, and to the other side where it was worse.
-        higher = (observed.y.argmax(1)[:, None] == 3) | (t == 3)
-        place = middle + torch.where(higher, 0.125, -0.125)
-    swept = layout.default.scatter(1, column, place.clamp(0.0, 1.0))
-    return layout.snap(
-        torch.where(layout.has_role[:, role, None], swept, layout.default)[:, None]
-    )[:, 0]
+        higher = t == 3 or int(trials.y.argmax()) == 3
+        swept[column] = min(max(best[column] + (0.125 if higher else -0.125), 0.0), 1.0)
+    return task.space.snap(swept)
 
 
-def random_opening(environment: TuningEnvironment) -> Tensor | None:
+def random_opening(environment: TuningEnvironment) -> np.ndarray | None:
     """Ten random configurations, as Optuna's Gaussian process and TPE start."""
     if environment.steps >= 10:
         return None
-    layout = environment.tasks.layout
-    u = uniform_points(layout, 1, environment.generator)
-    return layout.snap(torch.where(layout.real[:, None], u, 0.5))[:, 0]
+    space = environment.task.space
+    return space.snap(uniform_points(1, len(space), environment.generator)[0])
 
 
-def no_opening(environment: TuningEnvironment) -> Tensor | None:
+def no_opening(environment: TuningEnvironment) -> np.ndarray | None:
     """The policy from the first trial on."""
     return None
 
@@ -239,15 +216,14 @@ OPENINGS: dict[str, Opening] = {
 
 
 def rollout_regret(
-    tasks: Tasks,
+    tasks: Sequence[Task],
     length: int,
     network: Scorer | None,
     seed: int,
     *,
-    settings: Settings = SETTINGS,
     opening: Opening = no_opening,
-    random: bool = False,
-) -> Tensor:
+    run: Map = map,
+) -> np.ndarray:
     """Regret after each trial of one greedy study a task, shape (B, length).
 
     Args:
@@ -255,23 +231,27 @@ def rollout_regret(
         length: trials a study.
         network: the learned scorer; ``None`` for the residual policy.
         seed: of candidates and noise; the same seed pairs policies.
-        settings: of the policy's step.
         opening: makes the first choices.
-        random: choose uniform configurations instead.
+        run: applies a function to jobs.
     """
-    generator = torch.Generator().manual_seed(seed)
-    environment = TuningEnvironment(tasks, length, generator, settings=settings)
-    regrets = []
-    with torch.no_grad():
-        while not environment.done:
-            chosen = opening(environment)
-            if chosen is not None:
-                regrets.append(environment.run(chosen).regret)
-                continue
-            decision = environment.decide(network)
-            logits = decision.logits
-            if random:
-                uniform = decision.candidates.source == SOURCES.index("uniform")
-                logits = torch.rand(logits.shape, generator=generator) - 9.0 * ~uniform[None]
-            regrets.append(environment.step(logits.argmax(1)).regret)
-    return torch.stack(regrets, 1)
+    correction = None if network is None else Correction.of(network)
+    study = partial(_greedy, length=length, network=correction, opening=opening)
+    seeds = np.random.default_rng(seed).integers(2**62, size=len(tasks)).tolist()
+    return np.stack(list(run(study, list(zip(tasks, seeds, strict=True)))))
+
+
+def _greedy(
+    job: tuple[Task, int], *, length: int, network: Correction | None, opening: Opening
+) -> np.ndarray:
+    """Regret after each trial of a study that takes the best candidates, shape (length,)."""
+    task, seed = job
+    environment = TuningEnvironment(task, length, torch.Generator().manual_seed(seed))
+    regrets = np.zeros(length)
+    for t in range(length):
+        chosen = opening(environment)
+        if chosen is None:
+            environment.step(int(environment.decide(network).logits.argmax()))
+        else:
+            environment.run(chosen)
+        regrets[t] = environment.regret
+    return regrets

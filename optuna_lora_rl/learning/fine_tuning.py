@@ -17,26 +17,28 @@ from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from optuna_lora_rl.activity import Activity
 from optuna_lora_rl.activity import OnActivity
 from optuna_lora_rl.activity import counted
 from optuna_lora_rl.activity import unseen
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.learning.environment import PRIVILEGED
+from optuna_lora_rl.learning.environment import Map
 from optuna_lora_rl.learning.environment import rollout_regret
+from optuna_lora_rl.learning.measured import ResponseSurface
 from optuna_lora_rl.learning.own_studies import MIN_TRIALS
 from optuna_lora_rl.learning.own_studies import surfaces_of
-from optuna_lora_rl.learning.rollouts import Rollout
+from optuna_lora_rl.learning.processes import processes as studies_in
 from optuna_lora_rl.learning.rollouts import collect
-from optuna_lora_rl.learning.rollouts import log_probabilities
-from optuna_lora_rl.learning.rollouts import select
-from optuna_lora_rl.learning.tasks import Tasks
+from optuna_lora_rl.learning.tasks import Task
 from optuna_lora_rl.learning.tasks import draw_tasks
+from optuna_lora_rl.learning.updates import imitate
+from optuna_lora_rl.learning.updates import reinforce
 from optuna_lora_rl.learning.validation import bootstrap_interval
 from optuna_lora_rl.learning.validation import log_regret
-from optuna_lora_rl.policy import ppo
 from optuna_lora_rl.policy import weights
 from optuna_lora_rl.policy.network import Critic
 from optuna_lora_rl.policy.network import Scorer
@@ -125,6 +127,7 @@ def learn(
     start: Path | None = None,
     report: Callable[[dict[str, float]], None] | None = None,
     on_activity: OnActivity = unseen,
+    processes: int = 1,
 ) -> Learnt:
     """Fine-tune a policy on studies and write its weights.
 
@@ -135,6 +138,7 @@ def learn(
         start: weights to start from; by default those shipped with the package.
         report: called with the metrics of every update.
         on_activity: told what takes its time, and how far it is.
+        processes: that run imagined studies; the weights do not depend on it.
 
     Raises:
         UserError: a study has too few trials or does not look like LoRA, or the start cannot be
@@ -159,32 +163,9 @@ def learn(
         for surface in surfaces_of(study, _SURFACES, settings.seed + number)
     ]
 
-    on_activity(Activity("drawing tasks"))
-
-    def tasks(share: float, part: int) -> Tasks:
-        count = max(round(share * settings.tasks), 8)
-        return _as_measured(draw_tasks(count, 3 * settings.seed + part, surfaces, _SHARE))
-
-    run = _Run(network, tasks(1.0, 0), settings)
-    # Only tasks of the user's own count: what is to be gained is there.
-    validation, fresh = (_measured(tasks(n, p)) for n, p in ((_VALIDATION, 1), (_REPORT, 2)))
-    on_activity(Activity("running the policy that it starts from"))
-    baseline = _log_regret(validation, network, settings)
-    best, kept, chosen = 0.0, 0, network
-    for update in range(1, settings.updates + 1):
-        on_activity(Activity("learning", update - 1, settings.updates, "updates"))
-        metrics = run.step()
-        if update % _VALIDATE_EVERY == 0 or update == settings.updates:
-            mine = _log_regret(validation, run.network, settings)
-            gain = float((baseline - mine).mean())
-            metrics["validation_gain"] = gain
-            if gain > best:
-                best, kept, chosen = gain, update, copy.deepcopy(run.network)
-        if report is not None:
-            report({"update": float(update), **metrics})
-    on_activity(Activity("measuring what was gained"))
-    gains = _log_regret(fresh, network, settings) - _log_regret(fresh, chosen, settings)
-    mean, low, high = bootstrap_interval(gains.mean(1).numpy(), settings.seed)
+    with studies_in(processes) as run:
+        chosen, kept, gains = _fine_tune(network, surfaces, settings, run, report, on_activity)
+    mean, low, high = bootstrap_interval(gains.mean(1), settings.seed)
     notes = {
         "learnt_from": ", ".join(study.name for study in studies)[:500],
         "updates": f"{kept} of {settings.updates}",
@@ -194,18 +175,62 @@ def learn(
     return Learnt(output, kept, mean, low, high)
 
 
-class _Run:
+def _fine_tune(
+    network: Scorer,
+    surfaces: Sequence[ResponseSurface],
+    settings: LearningSettings,
+    run: Map,
+    report: Callable[[dict[str, float]], None] | None,
+    on_activity: OnActivity,
+) -> tuple[Scorer, int, np.ndarray]:
+    """The policy that is kept, its update, and its gains on fresh tasks, shape (B, K)."""
+    on_activity(Activity("drawing tasks"))
+
+    def tasks(share: float, part: int) -> list[Task]:
+        count = max(round(share * settings.tasks), 8)
+        drawn = draw_tasks(count, 3 * settings.seed + part, surfaces, _SHARE)
+        # Those with the learning rates as the studies had them: where they lie is what is learnt.
+        return [task for task in drawn if task.cut is None or task.cut.shift == 0.0]
+
+    def log_regrets(of: Sequence[Task], policy: Scorer) -> np.ndarray:
+        # Only tasks of the user's own count: what is to be gained is there.
+        own = [task for task in of if task.cut is not None]
+        return log_regret(rollout_regret(own, settings.trials, policy, settings.seed, run=run))
+
+    learner, validation, fresh = (
+        _Learner(network, tasks(1.0, 0), settings, run),
+        tasks(_VALIDATION, 1),
+        tasks(_REPORT, 2),
+    )
+    on_activity(Activity("running the policy that it starts from"))
+    baseline = log_regrets(validation, network)
+    best, kept, chosen = 0.0, 0, network
+    for update in range(1, settings.updates + 1):
+        on_activity(Activity("learning", update - 1, settings.updates, "updates"))
+        metrics = learner.step()
+        if update % _VALIDATE_EVERY == 0 or update == settings.updates:
+            gain = float((baseline - log_regrets(validation, learner.network)).mean())
+            metrics["validation_gain"] = gain
+            if gain > best:
+                best, kept, chosen = gain, update, copy.deepcopy(learner.network)
+        if report is not None:
+            report({"update": float(update), **metrics})
+    on_activity(Activity("measuring what was gained"))
+    return chosen, kept, log_regrets(fresh, network) - log_regrets(fresh, chosen)
+
+
+class _Learner:
     """The policy under training, its critic and its place in the schedule."""
 
-    def __init__(self, network: Scorer, pool: Tasks, settings: LearningSettings) -> None:
-        self._settings, self._pool, self._update = settings, pool, 0
+    def __init__(
+        self, network: Scorer, pool: Sequence[Task], settings: LearningSettings, run: Map = map
+    ) -> None:
+        self._settings, self._pool, self._run, self._update = settings, pool, run, 0
         self._generator = torch.Generator().manual_seed(settings.seed)
         self.network = copy.deepcopy(network).requires_grad_(True)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            # The environment adds the regret so far and the trials left to a task's truth.
-            self._critic = Critic(pool.truth.shape[1] + 2)
-        self._parameters = [*self.network.parameters(), *self._critic.parameters()]
+            self._critic = Critic(PRIVILEGED)
         self._optimizer = torch.optim.Adam(
             [
                 {"params": list(self.network.parameters()), "lr": 0.0},
@@ -217,62 +242,24 @@ class _Run:
     def step(self) -> dict[str, float]:
         """One rollout and the update from it."""
         settings, generator = self._settings, self._generator
-        rows = torch.randint(len(self._pool), (settings.studies,), generator=generator)
-        pick = int(torch.randint(len(_LENGTHS), (1,), generator=generator))
-        rollout = collect(self._pool[rows], _LENGTHS[pick], self.network, self._critic, generator)
-
-        imitating = self._update < settings.updates // 2
-        self._update += 1
-        metrics = self._imitate(rollout) if imitating else self._reinforce(rollout)
-        return metrics | {"reward": float(rollout.rewards.sum(0).mean())}
-
-    def _imitate(self, rollout: Rollout) -> dict[str, float]:
-        """Cross-entropy to the clairvoyant, and the critic to the returns seen on the way."""
-        self._optimizer.param_groups[0]["lr"] = _IMITATION_RATE
-        data, losses = rollout.transitions(self._settings.ppo), []
-        scale = rollout.target.sum(1).mean().clamp_min(1e-6)
-        order = torch.randperm(len(rollout), generator=self._generator)
-        for rows in order.split(self._settings.ppo.minibatch_size):
-            features = select(rollout.features, rows)
-            log_p = log_probabilities(self.network, features, rollout.residual[rows], 1.0)
-            finite = torch.where(features.valid, log_p, torch.zeros_like(log_p))
-            imitation = -(rollout.target[rows] / scale * finite).sum(1).mean()
-            value = self._critic(features, rollout.privileged[rows])
-            loss = imitation + 0.5 * ((value - data.returns[rows]) ** 2).mean()
-            self._optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
-            self._optimizer.step()
-            losses.append(imitation.item())
-        return {"imitation_loss": sum(losses) / len(losses)}
-
-    def _reinforce(self, rollout: Rollout) -> dict[str, float]:
-        settings = self._settings
-        left = 1.0 - (self._update - 1) / settings.updates
-        self._optimizer.param_groups[0]["lr"] = settings.ppo.learning_rate * left
-
-        def evaluate(rows: Tensor) -> tuple[Tensor, Tensor]:
-            features = select(rollout.features, rows)
-            log_p = log_probabilities(self.network, features, rollout.residual[rows])
-            return log_p, self._critic(features, rollout.privileged[rows])
-
-        data = rollout.transitions(settings.ppo)
-        return ppo.update(
-            evaluate, self._parameters, self._optimizer, data, settings.ppo, self._generator
+        rows = torch.randint(len(self._pool), (settings.studies,), generator=generator).tolist()
+        length = _LENGTHS[int(torch.randint(len(_LENGTHS), (1,), generator=generator))]
+        tasks = [self._pool[row] for row in rows]
+        rollout = collect(tasks, length, self.network, self._critic, generator, run=self._run)
+        learning = (
+            self.network,
+            self._critic,
+            self._optimizer,
+            rollout,
+            settings.ppo,
+            generator,
         )
-
-
-def _as_measured(tasks: Tasks) -> Tasks:
-    """Those with the learning rates as the studies had them: where they lie is what is learnt."""
-    rows = [row for row, cut in enumerate(tasks.slices) if cut is None or cut.shift == 0.0]
-    return tasks[torch.tensor(rows)]
-
-
-def _measured(tasks: Tasks) -> Tasks:
-    """Those of the tasks that are cut out of the studies."""
-    rows = [row for row, cut in enumerate(tasks.slices) if cut is not None]
-    return tasks[torch.tensor(rows)]
-
-
-def _log_regret(tasks: Tasks, network: Scorer, settings: LearningSettings) -> Tensor:
-    return log_regret(rollout_regret(tasks, settings.trials, network, settings.seed))
+        if self._update < settings.updates // 2:
+            self._optimizer.param_groups[0]["lr"] = _IMITATION_RATE
+            metrics = imitate(*learning, passes=1)
+        else:
+            left = 1.0 - self._update / settings.updates
+            self._optimizer.param_groups[0]["lr"] = settings.ppo.learning_rate * left
+            metrics = reinforce(*learning)
+        self._update += 1
+        return metrics | {"reward": float(rollout.rewards.sum(0).mean())}

@@ -21,7 +21,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from optuna_lora_rl.policy.dimensions import Dimension
 from optuna_lora_rl.policy.dimensions import Space
@@ -72,7 +71,7 @@ class ResponseSurface(Protocol):
     @property
     def noise(self) -> float: ...
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Value (larger is better) and failure of configurations, each of shape (N,).
 
         Args:
@@ -80,7 +79,7 @@ class ResponseSurface(Protocol):
                 order is given by the index of its choice in ``levels``.
         """
 
-    def cost(self, x: Tensor) -> Tensor:
+    def cost(self, x: np.ndarray) -> np.ndarray:
         """Cost of configurations (compute, memory, adapter) in any unit, shape (N,)."""
 
 
@@ -106,17 +105,23 @@ class Slice:
     price: float
     fails: bool = True
 
-    def natural(self, x: Tensor) -> Tensor:
+    def __call__(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Values and failures at x (N, D), each of shape (N,)."""
+        natural = self.natural(x)
+        value, failed = self.surface(natural)
+        charge = self.price * self.surface.cost(natural) if self.price else 0.0
+        return value - charge, failed & self.fails
+
+    def natural(self, x: np.ndarray) -> np.ndarray:
         """The surface's own coordinates of points x (N, D), shape (N, P)."""
-        points = x.numpy()
-        values = np.repeat(self.fixed[None], len(points), axis=0)
+        values = np.repeat(self.fixed[None], len(x), axis=0)
         alphas: tuple[int, np.ndarray] | None = None
         for j, (dimension, column) in enumerate(
             zip(self.surface.dimensions, self.columns, strict=True)
         ):
             if column < 0:
                 continue
-            tuned, u = self.space.dimensions[column], points[:, column]
+            tuned, u = self.space.dimensions[column], x[:, column]
             if tuned.role == "alpha" and dimension.role == "alpha_ratio":
                 alphas = j, tuned.natural(u)
             elif dimension.is_ordered:
@@ -131,31 +136,7 @@ class Slice:
             j, alpha = alphas
             ratio, roles = self.surface.dimensions[j], [d.role for d in self.surface.dimensions]
             values[:, j] = (alpha / values[:, roles.index("rank")]).clip(ratio.low, ratio.high)
-        return torch.from_numpy(values)
-
-    def cost(self, natural: Tensor) -> Tensor:
-        """What the configurations' cost takes from the score, shape (N,)."""
-        if not self.price:
-            return torch.zeros(len(natural), dtype=torch.float64)
-        return self.price * self.surface.cost(natural)
-
-
-def evaluate(slices: Sequence[Slice], x: Tensor) -> tuple[Tensor, Tensor]:
-    """Values and failures at x (B, N, D), one slice a row, each of shape (B, N)."""
-    B, N = x.shape[:2]
-    value = torch.zeros((B, N), dtype=torch.float64)
-    failed = torch.zeros((B, N), dtype=torch.bool)
-    rows_of: dict[int, list[int]] = {}
-    for row, cut in enumerate(slices):
-        rows_of.setdefault(id(cut.surface), []).append(row)
-    for rows in rows_of.values():
-        natural = [slices[row].natural(x[row]) for row in rows]
-        scores, fails = slices[rows[0]].surface(torch.cat(natural))
-        for place, row in enumerate(rows):
-            here = slice(place * N, (place + 1) * N)
-            value[row] = scores[here].double() - slices[row].cost(natural[place])
-            failed[row] = fails[here] & slices[row].fails
-    return value, failed
+        return values
 
 
 def draw_slice(rng: np.random.Generator, surfaces: Sequence[ResponseSurface]) -> Slice:
@@ -249,7 +230,9 @@ def _fewer(rng: np.random.Generator, dimension: Dimension) -> Dimension:
     return replace(dimension, choices=tuple(dimension.choices[k] for k in kept))
 
 
-def _sample(surface: ResponseSurface, count: int = 512) -> tuple[Tensor, Tensor, Tensor]:
+def _sample(
+    surface: ResponseSurface, count: int = 512
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A fixed even sample of a surface: natural values, values, failures."""
     net = torch.quasirandom.SobolEngine(len(surface.dimensions)).draw(count + 1)[1:].numpy()
     columns = []
@@ -257,15 +240,15 @@ def _sample(surface: ResponseSurface, count: int = 512) -> tuple[Tensor, Tensor,
         u = dimension.snap(net[:, j].astype(float))
         levels = len(dimension.levels) if not dimension.is_ordered else 0
         columns.append(np.floor(u * levels) if levels else dimension.natural(u))
-    natural = torch.from_numpy(np.stack(columns, 1))
+    natural = np.stack(columns, 1)
     return natural, *surface(natural)
 
 
 def _sizes(surface: ResponseSurface) -> tuple[float, float]:
     """Best less median value of a surface, and its largest cost."""
     natural, value, failed = _sample(surface)
-    alive = value[~failed].double()
-    spread = float(alive.max() - alive.median()) if len(alive) else 1.0
+    alive = np.sort(value[~failed])
+    spread = float(alive[-1] - alive[(len(alive) - 1) // 2]) if len(alive) else 1.0
     return spread, float(surface.cost(natural).max())
 
 
@@ -280,6 +263,6 @@ def _shift(rng: np.random.Generator, surface: ResponseSurface) -> float:
     if kind > 0.7:
         return float(rng.uniform(-2.5, 0.5))
     natural, value, failed = _sample(surface)
-    best = torch.where(failed, -torch.inf, value.double()).topk(8).indices
-    centre = float(natural[best, column[0]].log10().median())
+    best = np.argsort(np.where(failed, np.inf, -value), kind="stable")[:8]
+    centre = float(np.sort(np.log10(natural[best, column[0]]))[3])
     return GUIDE_LR + float(rng.normal(0.05, 0.35)) - centre

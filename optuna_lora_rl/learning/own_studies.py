@@ -18,21 +18,18 @@ from dataclasses import dataclass
 from dataclasses import replace
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.policy.dimensions import Dimension
 from optuna_lora_rl.policy.dimensions import Space
 from optuna_lora_rl.policy.dimensions import make_space
-from optuna_lora_rl.policy.layout import layout_of
+from optuna_lora_rl.policy.layout import Layout
 from optuna_lora_rl.policy.matching import place
 from optuna_lora_rl.policy.prior import is_lora
 from optuna_lora_rl.policy.scores import scalarise
-from optuna_lora_rl.policy.single.process import Process
-from optuna_lora_rl.policy.single.process import fit_theta
-from optuna_lora_rl.policy.single.scores import standardise
-from optuna_lora_rl.policy.single.tables import Tables
+from optuna_lora_rl.policy.scores import standardise
+from optuna_lora_rl.policy.surrogate import Process
+from optuna_lora_rl.policy.surrogate import fit_theta
 from optuna_lora_rl.policy.transfer import SourceStudy
 
 MIN_TRIALS = 8
@@ -49,7 +46,7 @@ class StudySurface:
         name: of the study.
         dimensions: its parameters, with roles.
         noise: deviation of a run, in the units of the value.
-        tables: of its space.
+        layout: of its space.
         score: the process of the scores.
         failure: the process of failing (1) or not (-1); ``None`` where nothing failed.
     """
@@ -57,22 +54,22 @@ class StudySurface:
     name: str
     dimensions: tuple[Dimension, ...]
     noise: float
-    tables: Tables
+    layout: Layout
     score: Process
     failure: Process | None
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Value (larger is better) and failure of natural values x (N, P), each (N,)."""
-        u = np.stack([_unit(d, x[:, j].numpy()) for j, d in enumerate(self.dimensions)], 1)
-        z = self.tables.points(u).coordinates
-        value = torch.from_numpy(self.score.posterior(z)[0])
+        u = np.stack([_unit(d, x[:, j]) for j, d in enumerate(self.dimensions)], 1)
+        z = self.layout.points(u).coordinates
+        value = self.score.posterior(z)[0]
         if self.failure is None:
-            return value, torch.zeros(len(x), dtype=torch.bool)
-        return value, torch.from_numpy(self.failure.posterior(z)[0] > 0)
+            return value, np.zeros(len(x), dtype=bool)
+        return value, self.failure.posterior(z)[0] > 0
 
-    def cost(self, x: Tensor) -> Tensor:
+    def cost(self, x: np.ndarray) -> np.ndarray:
         """The same for all, shape (N,): a study's scores hold what its owner counts."""
-        return torch.ones(len(x), dtype=torch.float64)
+        return np.ones(len(x))
 
 
 def surfaces_of(study: SourceStudy, count: int, seed: int) -> list[StudySurface]:
@@ -104,23 +101,23 @@ def surfaces_of(study: SourceStudy, count: int, seed: int) -> list[StudySurface]
 def _draws(
     study: SourceStudy, space: Space, good: np.ndarray, count: int, rng: np.random.Generator
 ) -> list[StudySurface]:
-    tables, (points, _) = Tables(layout_of(space)), place(space, study.space, study.params)
-    z = tables.points(np.where(np.isnan(points), tables.default, points)).coordinates
+    layout, (points, _) = Layout(space), place(space, study.space, study.params)
+    z = layout.points(np.where(np.isnan(points), layout.default, points)).coordinates
     y, extra = standardise(_scores(study, good), ~good), np.where(good, 0.0, _FAILURE_NOISE)
 
     def process(y: np.ndarray, noise: np.ndarray) -> Process:
-        theta = fit_theta(z, y, tables.unordered, tables.log_l, noise, iterations=40, fit_rows=200)
-        return Process(z, y, tables.unordered, theta, noise)
+        theta = fit_theta(z, y, layout.unordered, layout.log_l, noise, iterations=40, fit_rows=200)
+        return Process(z, y, layout.unordered, theta, noise)
 
     score = process(y, extra)
     failure = None if good.all() else process(np.where(good, -1.0, 1.0), np.zeros(len(y)))
     noise = float(np.exp(0.5 * score.theta[-1]))
-    surface = StudySurface(study.name, space.dimensions, noise, tables, score, failure)
+    surface = StudySurface(study.name, space.dimensions, noise, layout, score, failure)
     surfaces = [surface]
     for _ in range(count - 1):
         kept = rng.random(len(good)) < _KEPT_SHARE
         again = y + noise * rng.normal(size=y.shape)
-        drawn = Process(z[kept], again[kept], tables.unordered, score.theta, extra[kept])
+        drawn = Process(z[kept], again[kept], layout.unordered, score.theta, extra[kept])
         surfaces.append(replace(surface, score=drawn))
     return surfaces
 

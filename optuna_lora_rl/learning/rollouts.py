@@ -8,15 +8,21 @@ Notations
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from optuna_lora_rl.learning.environment import Map
 from optuna_lora_rl.learning.environment import TuningEnvironment
-from optuna_lora_rl.learning.tasks import Tasks
-from optuna_lora_rl.policy.features import Features
+from optuna_lora_rl.learning.tasks import Task
+from optuna_lora_rl.policy.decision import Decision
+from optuna_lora_rl.policy.network import Correction
 from optuna_lora_rl.policy.network import Critic
+from optuna_lora_rl.policy.network import Features
 from optuna_lora_rl.policy.network import Scorer
 from optuna_lora_rl.policy.ppo import PPOSettings
 from optuna_lora_rl.policy.ppo import Transitions
@@ -73,11 +79,6 @@ class Rollout:
         return Transitions(*(array.flatten() for array in flat))
 
 
-def select(features: Features, rows: Tensor) -> Features:
-    """The features of some transitions."""
-    return Features(features.values[rows], features.context[rows], features.valid[rows])
-
-
 def log_probabilities(
     network: Scorer, features: Features, residual: Tensor, sharpness: float = SHARPNESS
 ) -> Tensor:
@@ -85,85 +86,106 @@ def log_probabilities(
     return torch.log_softmax(sharpness * (residual + network(features)), -1)
 
 
-def clairvoyant(tasks: Tasks, x: Tensor, valid: Tensor, regret: Tensor) -> Tensor:
-    """The reward that each candidate would earn, shape (B, N), given the regret so far (B,).
+def clairvoyant(task: Task, decision: Decision, regret: float) -> np.ndarray:
+    """The reward that each candidate would earn, shape (N,), given the regret so far.
 
     Cross-entropy against it makes the policy proportional to the expected reward of a candidate.
     It must not be normalised by step: that would reward likely improvements, not large ones.
     """
-    score, failed = tasks.score(x)
-    failed |= tasks.excess(x).nan_to_num(-1.0) > 0
-    floor = tasks.floor[:, None]
-    found = torch.where(failed, math.inf, (1.0 - score).clamp_min(0.0))
-    gain = (regret[:, None] + floor).log() - (torch.minimum(found, regret[:, None]) + floor).log()
-    return (gain.clamp_min(0.0) * valid).float()
+    score, failed = task.score(decision.x)
+    failed = failed | (task.excess(decision.x) > 0)
+    found = np.where(failed, regret, np.minimum(np.maximum(1.0 - score, 0.0), regret))
+    gain = math.log(regret + task.floor) - np.log(found + task.floor)
+    return np.where(decision.valid, gain, 0.0).astype(np.float32)
+
+
+# The steps of one study, arrays with a first axis T: values, context, valid, residual, target,
+# privileged, actions and rewards; and the regret after the last.
+_Episode = tuple[list[np.ndarray], float]
 
 
 def _environment(
-    tasks: Tasks, length: int, generator: torch.Generator, plain: bool
+    task: Task, length: int, generator: torch.Generator, plain: bool
 ) -> TuningEnvironment:
-    B = len(tasks)
     if plain:
-        return TuningEnvironment(tasks, length, generator, horizon=torch.full((B,), length))
-    lag = torch.randint(1, 4, (B,), generator=generator)
-    lag = lag * (torch.rand(B, generator=generator) < 0.25)
-    told = torch.rand(B, generator=generator)
-    wrong = torch.randint(3, 60, (B,), generator=generator)
-    horizon = torch.where(told < 0.6, length, torch.where(told < 0.7, wrong, 0))
-    pruning = torch.rand(B, generator=generator) < 0.2
-    return TuningEnvironment(tasks, length, generator, lag=lag, horizon=horizon, pruning=pruning)
+        return TuningEnvironment(task, length, generator, horizon=length)
+    late, told, pruned = torch.rand(3, generator=generator).tolist()
+    lag = int(torch.randint(1, 4, (1,), generator=generator))
+    wrong = int(torch.randint(3, 60, (1,), generator=generator))
+    return TuningEnvironment(
+        task,
+        length,
+        generator,
+        lag=lag if late < 0.25 else 0,
+        horizon=length if told < 0.6 else wrong if told < 0.7 else 0,
+        pruning=pruned < 0.2,
+    )
+
+
+def _study(job: tuple[Task, int], *, length: int, network: Correction, plain: bool) -> _Episode:
+    task, seed = job
+    generator = torch.Generator().manual_seed(seed)
+    environment = _environment(task, length, generator, plain)
+    steps = []
+    while not environment.done:
+        decision = environment.decide(network)
+        residual, privileged = decision.residual.astype(np.float32), environment.privileged()
+        target = clairvoyant(task, decision, environment.regret)
+        if not environment.steps:  # the first trial is the default, there is no choice
+            target = np.zeros_like(target)
+        p = torch.softmax(SHARPNESS * torch.from_numpy(decision.logits), 0)
+        action = int(torch.multinomial(p, 1, generator=generator))
+        reward = np.float32(environment.step(action))
+        seen = (decision.values, decision.context, decision.valid)
+        steps.append((*seen, residual, target, privileged, np.int64(action), reward))
+    return [np.stack(column) for column in zip(*steps, strict=True)], environment.regret
 
 
 def collect(
-    tasks: Tasks,
+    tasks: Sequence[Task],
     length: int,
     network: Scorer,
     critic: Critic,
     generator: torch.Generator,
     *,
     plain: bool = False,
+    run: Map = map,
 ) -> Rollout:
     """Run one stochastic episode a task.
 
     A quarter of the tasks get their results late (parallel workers), a fifth have their poor
     trials pruned; the horizon is told to six in ten, and wrongly to one in ten. With ``plain`` all
     results come at once and whole, and the horizon is told.
+
+    Args:
+        tasks: the problems.
+        length: trials a study.
+        network: the policy.
+        critic: its critic.
+        generator: gives each study a seed of its own.
+        plain: see above.
+        run: applies a function to jobs.
     """
-    environment = _environment(tasks, length, generator, plain)
-    steps: list[tuple[Tensor, ...]] = []
-    seen: list[Features] = []
+    study = partial(_study, length=length, network=Correction.of(network), plain=plain)
+    seeds = torch.randint(2**62, (len(tasks),), generator=generator).tolist()
+    episodes = run(study, list(zip(tasks, seeds, strict=True)))
+    studies, regrets = zip(*episodes, strict=True)
+    columns = [np.stack(column, 1) for column in zip(*studies, strict=True)]
+    *seen, actions, rewards = map(torch.from_numpy, columns)
+    flat = [column.flatten(0, 1) for column in seen]
+    features, (residual, target, privileged) = Features(*flat[:3]), flat[3:]
     with torch.no_grad():
-        while not environment.done:
-            decision = environment.decide(None)
-            features, residual = decision.features, decision.residual.float()
-            logprob = log_probabilities(network, features, residual)
-            action = torch.multinomial(logprob.exp(), 1, generator=generator)
-            privileged = environment.privileged()
-            value = critic(features, privileged)
-            x, valid = decision.candidates.x, decision.candidates.valid
-            target = clairvoyant(tasks, x, valid, environment.regret)
-            if not environment.steps:  # the first trial is the default, there is no choice
-                target = torch.zeros_like(target)
-            reward = environment.step(action[:, 0]).reward
-            chosen = logprob.gather(1, action)[:, 0]
-            seen.append(features)
-            steps.append((residual, target, privileged, action[:, 0], chosen, value, reward))
-    columns = list(zip(*steps, strict=True))
-    residuals, targets, privileges = (torch.cat(column) for column in columns[:3])
-    actions, logprobs, values, rewards = (torch.stack(column) for column in columns[3:])
-    joined = Features(
-        torch.cat([f.values for f in seen]),
-        torch.cat([f.context for f in seen]),
-        torch.cat([f.valid for f in seen]),
-    )
+        log_p = log_probabilities(network, features, residual)
+        logprobs = log_p.gather(1, actions.flatten()[:, None]).view_as(actions)
+        values = critic(features, privileged).view_as(rewards)
     return Rollout(
-        joined,
-        residuals,
-        targets,
-        privileges,
+        features,
+        residual,
+        target,
+        privileged,
         actions,
         logprobs,
         values,
         rewards,
-        environment.regret,
+        torch.tensor(regrets),
     )

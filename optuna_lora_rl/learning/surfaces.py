@@ -1,10 +1,10 @@
 """Response surfaces to train on: what a configuration scores in a made-up LoRA study.
 
 Notations
-    B, N, D   tasks, points, columns (as in :mod:`optuna_lora_rl.policy.layout`)
+    N, D      points, columns
     K         random features of the generic surfaces
-    value     larger is better, shape (B, N), in arbitrary units
-    failed    the run diverged or ran out of memory, shape (B, N)
+    value     larger is better, shape (N,), in arbitrary units
+    failed    the run diverged or ran out of memory, shape (N,)
 
 The LoRA surface knows what is known about LoRA: a ridge between learning rate, alpha / rank, batch
 size and steps; rank and targets that saturate and cost; a cliff beyond which runs diverge; small
@@ -17,11 +17,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from dataclasses import fields
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from optuna_lora_rl.policy.layout import Layout
 from optuna_lora_rl.policy.prior import GUIDE_LR
@@ -45,139 +43,131 @@ _ABSENT = {
 }
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Surface:
-    """Parameters of a batch of surfaces; every tensor's first axis is B.
+    """Parameters of a surface.
 
     Args:
         is_lora: LoRA surface, else generic.
         is_network: a generic surface is a random network, else a Gaussian-process draw.
-        ridge: weights of (alpha ratio, batch, rank, steps) in the effective learning rate, (B, 4).
+        ridge: weights of (alpha ratio, batch, rank, steps) in the effective learning rate, (4,).
         peak: log10 of the best effective learning rate.
-        width: of the ridge below and above the peak, in decades, (B, 2).
+        width: of the ridge below and above the peak, in decades, (2,).
         flat: how far the surface levels off away from the ridge: 0 quadratic, 1 bounded.
         cliff: decades above the peak at which runs diverge.
         hard_cliff: whether they then fail rather than score badly.
-        capacity: weight, centre and scale of the gain by rank and targets, (B, 3).
-        overfit: weight and onset of overfitting, (B, 2).
+        capacity: weight, centre and scale of the gain by rank and targets, (3,).
+        overfit: weight and onset of overfitting, (2,).
         cure: share of the overfitting that full dropout cures.
-        cost: weights of parameters, steps and memory in the score, (B, 3).
+        cost: weights of parameters, steps and memory in the score, (3,).
         memory: log2 of the size at which runs go out of memory; large for never.
-        minor: weights of batch, weight decay, warmup, dropout, layers, (B, 5).
+        minor: weights of batch, weight decay, warmup, dropout, layers, (5,).
         batch: log2 of the best batch size.
-        idle: weights of the parameters without role, (B, D), and their best places, (B, D).
+        idle: weights of the parameters without role, (D,), and their best places, (D,).
         places: see ``idle``.
-        W: input weights of the generic features, (B, K, D); b, a: their shift and amplitude.
+        W: input weights of the generic features, (K, D); b, a: their shift and amplitude.
     """
 
-    is_lora: Tensor
-    is_network: Tensor
-    ridge: Tensor
-    peak: Tensor
-    width: Tensor
-    flat: Tensor
-    cliff: Tensor
-    hard_cliff: Tensor
-    capacity: Tensor
-    overfit: Tensor
-    cure: Tensor
-    cost: Tensor
-    memory: Tensor
-    minor: Tensor
-    batch: Tensor
-    idle: Tensor
-    places: Tensor
-    W: Tensor
-    b: Tensor
-    a: Tensor
+    is_lora: bool
+    is_network: bool
+    ridge: np.ndarray
+    peak: float
+    width: np.ndarray
+    flat: float
+    cliff: float
+    hard_cliff: bool
+    capacity: np.ndarray
+    overfit: np.ndarray
+    cure: float
+    cost: np.ndarray
+    memory: float
+    minor: np.ndarray
+    batch: float
+    idle: np.ndarray
+    places: np.ndarray
+    W: np.ndarray
+    b: np.ndarray
+    a: np.ndarray
 
-    def __getitem__(self, rows: Tensor | slice) -> Surface:
-        return Surface(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+    def __call__(self, x: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+        """Values and failures at points x (N, D) of the layout's space, each (N,)."""
+        if self.is_lora:
+            return self._lora(x, layout)
+        return self._generic(x), np.zeros(len(x), dtype=bool)
 
-    def __call__(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        """Values and failures at points x of the layout's spaces, each (B, N)."""
-        lora, diverged = self._lora(x, layout)
-        generic = self._generic(x)
-        value = torch.where(self.is_lora[:, None], lora, generic)
-        return value, diverged & self.is_lora[:, None]
-
-    def demand(self, x: Tensor, layout: Layout) -> Tensor:
-        """What a constraint may limit, shape (B, N): log2 of the memory of a LoRA run that tunes
+    def demand(self, x: np.ndarray, layout: Layout) -> np.ndarray:
+        """What a constraint may limit, shape (N,): log2 of the memory of a LoRA run that tunes
         its rank, elsewhere a second generic function, independent of the first.
         """
+        if layout.column[ROLES.index("rank")] < 0:
+            return self._generic(x, shift=0.5 * math.pi)
         v = _role_values(x, layout)
-        size = v["rank"] + v["targets"].clamp_min(0.05).log2() + 0.7 * v["batch_size"]
-        sized = layout.has_role[:, ROLES.index("rank")]
-        return torch.where(sized[:, None], size, self._generic(x, shift=0.5 * math.pi))
+        return v["rank"] + np.log2(np.maximum(v["targets"], 0.05)) + 0.7 * v["batch_size"]
 
-    def _generic(self, x: Tensor, shift: float = 0.0) -> Tensor:
-        h = x @ self.W.transpose(1, 2) + self.b[:, None] + shift
-        h = torch.where(self.is_network[:, None, None], torch.tanh(h), torch.cos(h))
-        return (h * self.a[:, None]).sum(-1)
+    def _generic(self, x: np.ndarray, shift: float = 0.0) -> np.ndarray:
+        h = x @ self.W.T + self.b + shift
+        value: np.ndarray = (np.tanh(h) if self.is_network else np.cos(h)) @ self.a
+        return value
 
-    def _lora(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    def _lora(self, x: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
         v = _role_values(x, layout)
         offset = self._offset(v)
-        below, above = self.width[:, :1], self.width[:, 1:]
-        z = offset / torch.where(offset < 0, below, above)
-        quadratic, bounded = 0.5 * z * z, 1.0 - torch.exp(-0.5 * z * z)
-        flat = self.flat[:, None]
-        value = -(flat * bounded + (1.0 - flat) * quadratic.clamp_max(4.0))
-        size = v["rank"] + v["targets"].clamp_min(0.05).log2() + v["layers"].clamp_min(0.05).log2()
-        gain, centre, scale = (c[:, None] for c in self.capacity.T)
-        value = value - gain * torch.exp2(-(size - centre) / scale).clamp_max(4.0)
-        value = value - self._overfitting(v, size) - self._price(v, size)
-        value = value - self._minor(v)
-        off = (x - self.places[:, None]) ** 2
-        value = value - (self.idle[:, None] * off).sum(-1)
-        beyond = offset - self.cliff[:, None]
-        value = value - torch.where(beyond > 0, 1.0 + 4.0 * beyond, torch.zeros_like(beyond))
-        memory = size + 0.7 * v["batch_size"] > self.memory[:, None]
-        return value, ((beyond > 0) & self.hard_cliff[:, None]) | memory
+        z = offset / np.where(offset < 0, *self.width)
+        quadratic, bounded = 0.5 * z * z, 1.0 - np.exp(-0.5 * z * z)
+        value = -(self.flat * bounded + (1.0 - self.flat) * np.minimum(quadratic, 4.0))
+        targets, layers = (np.log2(np.maximum(v[role], 0.05)) for role in ("targets", "layers"))
+        size = v["rank"] + targets + layers
+        gain, centre, scale = self.capacity
+        value -= gain * np.minimum(np.exp2(-(size - centre) / scale), 4.0)
+        value -= self._overfitting(v, size) + self._price(v, size) + self._minor(v)
+        value -= np.square(x - self.places) @ self.idle
+        beyond = offset - self.cliff
+        value -= np.where(beyond > 0, 1.0 + 4.0 * beyond, 0.0)
+        memory = size + 0.7 * v["batch_size"] > self.memory
+        return value, ((beyond > 0) & self.hard_cliff) | memory
 
-    def _offset(self, v: dict[str, Tensor]) -> Tensor:
+    def _offset(self, v: dict[str, np.ndarray]) -> np.ndarray:
         """Decades by which the effective learning rate lies above the peak."""
-        ratio, batch, rank, steps = (c[:, None] * _LOG10_2 for c in self.ridge.T)
+        ratio, batch, rank, steps = self.ridge * _LOG10_2
         effective = v["learning_rate"] + ratio * (v["ratio"] - 1.0)
         effective = effective - batch * (v["batch_size"] - 3.0)
         effective = effective + rank * (v["rank"] - 4.0) + steps * (v["steps"] - 6.0)
-        return effective - self.peak[:, None]
+        return effective - self.peak
 
-    def _overfitting(self, v: dict[str, Tensor], size: Tensor) -> Tensor:
-        weight, onset = (c[:, None] for c in self.overfit.T)
-        excess = torch.nn.functional.softplus(size + v["steps"] - 6.0 - onset)
-        cured = 1.0 - self.cure[:, None] * (v["dropout"] / 0.1).clamp_max(1.0)
-        return weight * excess * cured
+    def _overfitting(self, v: dict[str, np.ndarray], size: np.ndarray) -> np.ndarray:
+        weight, onset = self.overfit
+        excess = np.logaddexp(0.0, size + v["steps"] - 6.0 - onset)
+        cured = 1.0 - self.cure * np.minimum(v["dropout"] / 0.1, 1.0)
+        return np.asarray(weight * excess * cured)
 
-    def _price(self, v: dict[str, Tensor], size: Tensor) -> Tensor:
-        parameters, steps, memory = (c[:, None] for c in self.cost.T)
-        price = parameters * torch.exp2(size - 4.0).clamp_max(64.0)
-        price = price + steps * torch.exp2(v["steps"] - 6.0).clamp_max(64.0)
-        return price + memory * torch.exp2(v["batch_size"] - 3.0).clamp_max(64.0)
+    def _price(self, v: dict[str, np.ndarray], size: np.ndarray) -> np.ndarray:
+        parameters, steps, memory = self.cost
+        price = parameters * np.minimum(np.exp2(size - 4.0), 64.0)
+        price = price + steps * np.minimum(np.exp2(v["steps"] - 6.0), 64.0)
+        return np.asarray(price + memory * np.minimum(np.exp2(v["batch_size"] - 3.0), 64.0))
 
-    def _minor(self, v: dict[str, Tensor]) -> Tensor:
-        batch, decay, warmup, dropout, layers = (c[:, None] for c in self.minor.T)
-        loss = batch * (v["batch_size"] - self.batch[:, None]) ** 2
-        loss = loss + decay * (v["weight_decay"] / 0.1) + warmup * (v["warmup"] - 0.05).abs() * 10
-        return loss + dropout * v["dropout"] * 5 + layers * (1.0 - v["layers"])
+    def _minor(self, v: dict[str, np.ndarray]) -> np.ndarray:
+        batch, decay, warmup, dropout, layers = self.minor
+        loss = batch * np.square(v["batch_size"] - self.batch)
+        loss = loss + decay * (v["weight_decay"] / 0.1) + warmup * np.abs(v["warmup"] - 0.05) * 10
+        return np.asarray(loss + dropout * v["dropout"] * 5 + layers * (1.0 - v["layers"]))
 
 
-def _role_values(x: Tensor, layout: Layout) -> dict[str, Tensor]:
-    natural, has = layout.role_values(x), layout.has_role
+def _role_values(x: np.ndarray, layout: Layout) -> dict[str, np.ndarray]:
+    natural = layout.points(x).roles
     v = {
-        role: torch.where(has[:, i, None], natural[:, :, i], _ABSENT[role])
+        role: natural[:, i] if layout.column[i] >= 0 else np.full(len(x), _ABSENT[role])
         for i, role in enumerate(ROLES)
     }
-    given, tuned = ROLES.index("alpha_ratio"), ROLES.index("alpha")
-    ratio = torch.where(has[:, given, None], v["alpha_ratio"], torch.ones_like(v["rank"]))
-    v["ratio"] = torch.where(has[:, tuned, None], v["alpha"] - v["rank"], ratio)
+    tuned = layout.column[ROLES.index("alpha")] >= 0
+    v["ratio"] = v["alpha"] - v["rank"] if tuned else v["alpha_ratio"]
     return v
 
 
 def draw_surface(
     rng: np.random.Generator, layout: Layout, *, is_lora: bool, peak: float
 ) -> Surface:
-    """One random surface over a space (a batch of one).
+    """One random surface over a space.
 
     Args:
         rng: of all random numbers.
@@ -185,17 +175,15 @@ def draw_surface(
         is_lora: a LoRA surface, else a generic one.
         peak: log10 of the best effective learning rate.
     """
-    D = layout.real.shape[1]
+    D = len(layout)
     small = rng.random() < 0.25
     costly = rng.random() < 0.5
-    has = layout.role_column[0].numpy()
-    no_role = np.array([column not in set(has.tolist()) for column in range(D)])
+    no_role = np.array([column not in layout.column for column in range(D)])
     useful = no_role & (rng.random(D) < 0.35)
     overfit = [rng.uniform(0.05, 0.3), rng.uniform(0.0, 4.0)] if small else [0.0, 0.0]
     minor = rng.uniform([0, 0, 0, 0.0, 0], [0.03, 0.03, 0.05, 0.2, 0.3]) * (rng.random(5) < 0.7)
-    values: dict[str, object] = {
-        "is_lora": is_lora,
-        "is_network": rng.random() < 0.4,
+    is_network = bool(rng.random() < 0.4)
+    values: dict[str, Any] = {
         "ridge": [
             rng.uniform(0.3, 1.0),
             rng.uniform(0.0, 1.0),
@@ -221,14 +209,15 @@ def draw_surface(
         "idle": useful * rng.exponential(0.3, D),
         "places": rng.random(D),
     }
-    values |= _draw_generic(rng, layout, bool(values["is_network"]))
-    return Surface(**{k: torch.from_numpy(np.asarray(v))[None] for k, v in values.items()})
+    values |= _draw_generic(rng, layout, is_network)
+    values |= {k: np.array(v) for k, v in values.items() if isinstance(v, list)}
+    return Surface(is_lora=is_lora, is_network=is_network, **values)
 
 
 def _draw_generic(
     rng: np.random.Generator, layout: Layout, is_network: bool
 ) -> dict[str, np.ndarray]:
-    D = layout.real.shape[1]
+    D = len(layout)
     relevant = rng.random(D) < 0.75
     relevant[rng.integers(D)] = True
     length = rng.lognormal(math.log(0.35), 0.6, D) * math.sqrt(max(relevant.sum(), 1)) ** 0.7
@@ -238,6 +227,6 @@ def _draw_generic(
         chi = rng.chisquare(5.0, (FEATURES, 1)) / 5.0
         W = rng.normal(size=(FEATURES, D)) / np.sqrt(chi) / length
     # Neighbouring levels of an unordered column have nothing in common.
-    W = W * relevant * np.where(layout.unordered[0].numpy(), 9.0, 1.0)
+    W = W * relevant * np.where(layout.unordered, 9.0, 1.0)
     b = rng.uniform(0, 2 * math.pi, FEATURES) if not is_network else -(W @ rng.random(D))
     return {"W": W, "b": b, "a": rng.normal(size=FEATURES) * math.sqrt(2.0 / FEATURES)}

@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,29 +55,29 @@ class TableSurface:
         self.noise = float(one.noise[0]) or _USUAL_NOISE
         self._surfaces = one
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Final quality and divergence at natural values x (N, P), each of shape (N,)."""
         u = _coordinates(x)
-        quality = self._surfaces.quality(u)[0]
-        diverges = self._surfaces.divergence(u)[0, :, 0] > 0
+        quality = self._surfaces.quality(u)[0].numpy()
+        diverges = self._surfaces.divergence(u)[0, :, 0].numpy() > 0
         return quality, diverges | (quality < surfaces.DIVERGED)
 
-    def cost(self, x: Tensor) -> Tensor:
+    def cost(self, x: np.ndarray) -> np.ndarray:
         """Counted cost relative to the default configuration at natural values x, shape (N,)."""
-        return self._surfaces.cost(_coordinates(x))[0]
+        return self._surfaces.cost(_coordinates(x))[0].numpy()
 
 
-def _coordinates(x: Tensor) -> Tensor:
+def _coordinates(x: np.ndarray) -> Tensor:
     columns = [_coordinate(dimension, x[:, j]) for j, dimension in enumerate(DIMENSIONS)]
-    return torch.stack(columns, 1)[None]
+    return torch.from_numpy(np.stack(columns, 1))[None]
 
 
-def _coordinate(dimension: Dimension, x: Tensor) -> Tensor:
+def _coordinate(dimension: Dimension, x: np.ndarray) -> np.ndarray:
     if not dimension.is_ordered:
         return x
     low, high = dimension.low, dimension.high
     if dimension.log:
-        return (x / low).log() / math.log(high / low)
+        return np.log(x / low) / math.log(high / low)
     return (x - low) / (high - low)
 
 

@@ -10,126 +10,111 @@ constraint, such as a largest adapter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import dataclass
-from dataclasses import fields
+from dataclasses import field
+from functools import cached_property
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from optuna_lora_rl.learning.measured import ResponseSurface
 from optuna_lora_rl.learning.measured import Slice
 from optuna_lora_rl.learning.measured import draw_slice
-from optuna_lora_rl.learning.measured import evaluate
 from optuna_lora_rl.learning.surfaces import Surface
 from optuna_lora_rl.learning.surfaces import draw_surface
+from optuna_lora_rl.policy.candidates import rand
+from optuna_lora_rl.policy.candidates import randn
 from optuna_lora_rl.policy.candidates import uniform_points
 from optuna_lora_rl.policy.dimensions import Dimension
 from optuna_lora_rl.policy.dimensions import Space
 from optuna_lora_rl.policy.dimensions import make_space
 from optuna_lora_rl.policy.layout import Layout
-from optuna_lora_rl.policy.layout import layout_of
-from optuna_lora_rl.policy.layout import stack
 from optuna_lora_rl.policy.prior import GUIDE_LR
 from optuna_lora_rl.policy.roles import ROLES
 
-MAX_DIMENSIONS = 10
+_MAX_DIMENSIONS = 10
 _TARGETS = ("qv", "attention", "mlp", "all-linear")
 _LAYERS = ("all", "first-half", "last-half", "middle")
 GROUPS = ("usual_scale", "other_scale", "measured", "not_lora")
 # Decades from the guides' learning rate beyond which a task's scale is another one.
 _OTHER_SCALE = 0.7
 _CONSTRAINED = 0.08
-# Maps points (1, N, D) to values and failures, each (1, N).
-_Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
+_MOST_LEVELS = 64
+_LEARNING_RATE = ROLES.index("learning_rate")
+# Maps points (N, D) to values and failures, each (N,).
+_Evaluate = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
-@dataclass
-class Tasks:
-    """A batch of tasks.
+@dataclass(eq=False)
+class Task:
+    """A problem to tune.
 
     Args:
-        spaces: the search spaces.
-        layout: of the spaces.
-        surface: what their configurations score.
-        slices: of the tasks cut out of measurements, which overrule ``surface``; else ``None``.
-        best: the largest value found by a long search, shape (B,).
-        median: the median over uniform configurations that do not fail, shape (B,).
-        noise: deviation of a run, in units of ``best - median``, shape (B,).
-        limit: largest value of the constrained quantity, infinite without constraint, (B,).
-        truth: what the critic may know while training, shape (B, P).
+        space: what is tuned.
+        surface: what configurations score, unless the task was cut out of measurements.
+        cut: of measurements; then it overrules ``surface``.
+        noise: deviation of a run, in units of ``best - median``.
+        limit: largest value of the constrained quantity, infinite without constraint.
+        best: the largest value found by a long search.
+        median: over uniform configurations that do not fail.
+        truth: what the critic may know while training, shape (P,).
     """
 
-    spaces: tuple[Space, ...]
-    layout: Layout
+    space: Space
     surface: Surface
-    slices: tuple[Slice | None, ...]
-    best: Tensor
-    median: Tensor
-    noise: Tensor
-    limit: Tensor
-    truth: Tensor
+    cut: Slice | None
+    noise: float
+    limit: float = math.inf
+    best: float = 1.0
+    median: float = 0.0
+    truth: np.ndarray = field(default_factory=lambda: np.zeros(4, dtype=np.float32))
 
-    def __len__(self) -> int:
-        return len(self.best)
-
-    def __getitem__(self, rows: Tensor) -> Tasks:
-        tuples = {"spaces", "slices"}
-        chosen = {
-            f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name not in tuples
-        }
-        order = rows.tolist()
-        return Tasks(
-            spaces=tuple(self.spaces[i] for i in order),
-            slices=tuple(self.slices[i] for i in order),
-            **chosen,
-        )
+    @cached_property
+    def layout(self) -> Layout:
+        """Of the space."""
+        return Layout(self.space)
 
     @property
-    def floor(self) -> Tensor:
-        """Regret that is as good as none, shape (B,): half the noise, at least 0.02."""
-        return (0.5 * self.noise).clamp_min(0.02)
+    def floor(self) -> float:
+        """Regret that is as good as none: half the noise, at least 0.02."""
+        return max(0.5 * self.noise, 0.02)
 
     @property
-    def constrained(self) -> Tensor:
-        """Which tasks have a constraint, shape (B,)."""
-        return self.limit < torch.inf
+    def constrained(self) -> bool:
+        """Whether there is a constraint."""
+        return self.limit < math.inf
 
     @property
-    def groups(self) -> Tensor:
-        """Index into ``GROUPS`` of each task, shape (B,).
+    def group(self) -> str:
+        """One of ``GROUPS``.
 
         A LoRA space over a surface that knows nothing of LoRA counts as another scale: the
         guides are wrong there, too.
         """
-        is_lora, shift, _, lora_space = self.truth.T
-        other = (shift.abs() > _OTHER_SCALE) | (is_lora < 0.5)
-        group = torch.where(other, GROUPS.index("other_scale"), GROUPS.index("usual_scale"))
-        group = torch.where(lora_space > 0.5, group, GROUPS.index("not_lora"))
-        measured = torch.tensor([cut is not None for cut in self.slices])
-        return torch.where(measured, GROUPS.index("measured"), group)
+        if self.cut is not None:
+            return "measured"
+        is_lora, shift, _, lora_space = self.truth.tolist()
+        if lora_space < 0.5:
+            return "not_lora"
+        return "other_scale" if abs(shift) > _OTHER_SCALE or is_lora < 0.5 else "usual_scale"
 
-    def value(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Raw values and failures at x, each (B, N)."""
-        value, failed = self.surface(x, self.layout)
-        rows = [row for row, cut in enumerate(self.slices) if cut is not None]
-        if rows:
-            cuts = [cut for cut in self.slices if cut is not None]
-            value[rows], failed[rows] = evaluate(cuts, x[rows])
-        return value, failed
+    def value(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Raw values and failures at x (N, D), each (N,)."""
+        return self.surface(x, self.layout) if self.cut is None else self.cut(x)
 
-    def score(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Noise-free scores (1 the best known, 0 the median) and failures, each (B, N)."""
+    def score(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Noise-free scores (1 the best known, 0 the median) and failures, each (N,)."""
         value, failed = self.value(x)
-        span = (self.best - self.median)[:, None]
-        return (value - self.median[:, None]) / span, failed
+        return (value - self.median) / (self.best - self.median), failed
 
-    def excess(self, x: Tensor) -> Tensor:
-        """The constrained quantity less its limit, kept when <= 0, shape (B, N); NaN without."""
-        over = self.surface.demand(x, self.layout) - self.limit[:, None]
-        return torch.where(self.constrained[:, None], over, torch.nan)
+    def excess(self, x: np.ndarray) -> np.ndarray:
+        """The constrained quantity less its limit, kept when <= 0, shape (N,); NaN without."""
+        if not self.constrained:
+            return np.full(len(x), math.nan)
+        return self.surface.demand(x, self.layout) - self.limit
 
 
 def draw_tasks(
@@ -139,7 +124,7 @@ def draw_tasks(
     measured: float = 0.65,
     *,
     constrained: bool = True,
-) -> Tasks:
+) -> list[Task]:
     """Random tasks; the same seed and surfaces give the same tasks.
 
     Args:
@@ -150,39 +135,12 @@ def draw_tasks(
         constrained: whether some have a constraint; without, the same tasks lose it.
     """
     rng = np.random.default_rng(seed)
-    drawn: list[Tasks] = []
+    drawn: list[Task] = []
     while len(drawn) < count:
         task = _draw_task(rng, surfaces, measured if surfaces else 0.0, constrained)
-        if float(task.best - task.median) > 1e-3:
+        if task.best - task.median > 1e-3:
             drawn.append(task)
-    return join(drawn)
-
-
-def join(tasks: Sequence[Tasks]) -> Tasks:
-    """Several batches as one, padded to ``MAX_DIMENSIONS`` columns."""
-    surfaces = [task.surface for task in tasks]
-    joined = {
-        f.name: torch.cat([_pad(getattr(s, f.name), f.name) for s in surfaces])
-        for f in fields(Surface)
-    }
-    return Tasks(
-        spaces=tuple(space for task in tasks for space in task.spaces),
-        layout=stack([task.layout for task in tasks], MAX_DIMENSIONS),
-        surface=Surface(**joined),
-        slices=tuple(cut for task in tasks for cut in task.slices),
-        best=torch.cat([task.best for task in tasks]),
-        median=torch.cat([task.median for task in tasks]),
-        noise=torch.cat([task.noise for task in tasks]),
-        limit=torch.cat([task.limit for task in tasks]),
-        truth=torch.cat([task.truth for task in tasks]),
-    )
-
-
-def _pad(tensor: Tensor, name: str) -> Tensor:
-    if name not in ("idle", "places", "W"):
-        return tensor
-    missing = MAX_DIMENSIONS - tensor.shape[-1]
-    return torch.nn.functional.pad(tensor, (0, missing))
+    return drawn
 
 
 def _draw_task(
@@ -190,7 +148,7 @@ def _draw_task(
     surfaces: Sequence[ResponseSurface],
     measured: float,
     constrained: bool,
-) -> Tasks:
+) -> Task:
     lora_space = rng.random() < 0.75
     peak = _draw_peak(rng)
     cut = draw_slice(rng, surfaces) if lora_space and rng.random() < measured else None
@@ -198,46 +156,34 @@ def _draw_task(
         space = cut.space
     else:
         space = make_space(_lora_dimensions(rng, peak) if lora_space else _other_dimensions(rng))
-    layout = layout_of(space)
-    is_lora = lora_space and (cut is not None or rng.random() < 0.9)
+    layout = Layout(space)
+    is_lora = lora_space and (cut is not None or bool(rng.random() < 0.9))
     surface = draw_surface(rng, layout, is_lora=is_lora, peak=peak)
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     noise = float(np.exp(rng.uniform(np.log(0.003), np.log(0.08))))
-    one = torch.ones(1, dtype=torch.float64)
-    limit = torch.inf * one
+    task = Task(space, surface, cut, noise)
     if rng.random() < _CONSTRAINED:
-        sample = layout.snap(uniform_points(layout, 256, generator))
+        sample = _snap(space, uniform_points(256, len(space), generator))
         quantile = rng.uniform(0.3, 0.7)
         if constrained:
-            limit = torch.quantile(surface.demand(sample, layout), quantile, dim=1)
-    task = Tasks(
-        spaces=(space,),
-        layout=layout,
-        surface=surface,
-        slices=(cut,),
-        best=one,
-        median=0.0 * one,
-        noise=noise * one,
-        limit=limit,
-        truth=torch.zeros((1, 4)),
-    )
-    task.best, task.median, place = _search(_allowed(task), layout, generator)
+            task.limit = float(np.quantile(surface.demand(sample, layout), quantile))
+    task.best, task.median, place = _search(_allowed(task), task, generator)
     if cut is not None:  # the seeds' noise, or more: fewer evaluation examples are noisier
-        span = float(task.best - task.median)
-        task.noise = (task.noise.clamp_min(cut.surface.noise / max(span, 1e-9))).clamp_max(0.3)
-    lr = float(layout.role_values(place)[0, 0, ROLES.index("learning_rate")])
-    known = is_lora and bool(layout.has_role[0, ROLES.index("learning_rate")])
-    truth = [float(is_lora), (lr - GUIDE_LR) * known, float(task.noise.log()), float(lora_space)]
-    task.truth = torch.tensor([truth], dtype=torch.float32)
+        span = task.best - task.median
+        task.noise = min(max(task.noise, cut.surface.noise / max(span, 1e-9)), 0.3)
+    lr = float(layout.points(place[None]).roles[0, _LEARNING_RATE])
+    known = is_lora and layout.column[_LEARNING_RATE] >= 0
+    truth = [float(is_lora), (lr - GUIDE_LR) * known, math.log(task.noise), float(lora_space)]
+    task.truth = np.array(truth, dtype=np.float32)
     return task
 
 
-def _allowed(task: Tasks) -> _Evaluate:
+def _allowed(task: Task) -> _Evaluate:
     """The task's value where the constraint is kept."""
 
-    def evaluate(x: Tensor) -> tuple[Tensor, Tensor]:
+    def evaluate(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         value, failed = task.value(x)
-        return value, failed | (task.excess(x).nan_to_num(-1.0) > 0)
+        return value, failed | (task.excess(x) > 0)
 
     return evaluate
 
@@ -284,7 +230,7 @@ def _lora_dimensions(rng: np.random.Generator, peak: float) -> list[Dimension]:
         dimensions.append(_octaves(rng, "max_steps", (3.0, 5.0), (6.0, 9.0)))
     for k in range(int(rng.integers(0, 3))):
         dimensions.append(_plain(rng, f"other_{k}"))
-    return dimensions[:MAX_DIMENSIONS]
+    return dimensions[:_MAX_DIMENSIONS]
 
 
 def _learning_rate(rng: np.random.Generator, peak: float) -> Dimension:
@@ -321,7 +267,7 @@ def _plain(rng: np.random.Generator, name: str) -> Dimension:
 
 def _other_dimensions(rng: np.random.Generator) -> list[Dimension]:
     """A space of some other trade; some of its names are those of network training."""
-    dimensions = [_plain(rng, f"x{k}") for k in range(int(rng.integers(1, MAX_DIMENSIONS - 2)))]
+    dimensions = [_plain(rng, f"x{k}") for k in range(int(rng.integers(1, _MAX_DIMENSIONS - 2)))]
     if rng.random() < 0.5:
         low = rng.uniform(-6.0, -3.0)
         high = low + rng.uniform(1.5, 5.0)
@@ -330,29 +276,43 @@ def _other_dimensions(rng: np.random.Generator) -> list[Dimension]:
             dimensions.append(_octaves(rng, "batch_size", (2.0, 5.0), (6.0, 9.0)))
         if rng.random() < 0.5:
             dimensions.append(Dimension("dropout", "float", 0.0, 0.5))
-    return dimensions[:MAX_DIMENSIONS]
+    return dimensions[:_MAX_DIMENSIONS]
+
+
+def _snap(space: Space, x: np.ndarray) -> np.ndarray:
+    """Points moved to the nearest level along each axis that has at most so many.
+
+    Nearest in the unit cube, where ``Space.snap`` takes the nearest value; kept, so that a seed
+    gives the tasks that it has always given.
+    """
+    x = np.minimum(np.maximum(x, 0.0), 1.0)
+    for column, dimension in enumerate(space.dimensions):
+        if dimension.n_levels is not None and dimension.n_levels <= _MOST_LEVELS:
+            levels = dimension.grid(_MOST_LEVELS)
+            x[:, column] = levels[np.abs(x[:, column, None] - levels).argmin(1)]
+    return x
 
 
 def _search(
-    evaluate: _Evaluate, layout: Layout, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Best value and median of a surface, each (1,), and the best point, (1, 1, D)."""
-    x = layout.snap(uniform_points(layout, 1024, generator))
+    evaluate: _Evaluate, task: Task, generator: torch.Generator
+) -> tuple[float, float, np.ndarray]:
+    """Best value and median of a surface, and the best point, (D,)."""
+    space, unordered = task.space, task.layout.unordered
+    x = _snap(space, uniform_points(1024, len(space), generator))
     value, failed = evaluate(x)
-    alive = value[~failed]
-    median = alive.median() if len(alive) else value.median()
-    value = torch.where(failed, -torch.inf, value)
+    alive = np.sort(value if failed.all() else value[~failed])
+    median = float(alive[(len(alive) - 1) // 2])
+    value = np.where(failed, -np.inf, value)
     for turn in range(6):
-        top = value.topk(16, dim=1).indices[0]
-        parents = x[:, top].repeat(1, 8, 1)
-        scale = 0.25 * 0.5**turn
-        step = torch.randn(parents.shape, generator=generator, dtype=torch.float64) * scale
-        chosen = torch.rand(parents.shape, generator=generator, dtype=torch.float64) < 0.4
-        jump = torch.rand(parents.shape, generator=generator, dtype=torch.float64)
-        moved = torch.where(layout.unordered[:, None], jump, parents + step)
-        born = layout.snap(torch.where(chosen, moved, parents))
+        top = np.argsort(-value, kind="stable")[:16]
+        parents = np.tile(x[top], (8, 1))
+        step = randn(*parents.shape, generator=generator) * (0.25 * 0.5**turn)
+        chosen = rand(*parents.shape, generator=generator) < 0.4
+        jump = rand(*parents.shape, generator=generator)
+        moved = np.where(unordered, jump, parents + step)
+        born = _snap(space, np.where(chosen, moved, parents))
         born_value, born_failed = evaluate(born)
-        x = torch.cat([x[:, top], born], 1)
-        value = torch.cat([value[:, top], torch.where(born_failed, -torch.inf, born_value)], 1)
-    best = value.amax(1)
-    return best, median[None], x[:, value.argmax(1)]
+        x = np.concatenate([x[top], born])
+        value = np.concatenate([value[top], np.where(born_failed, -np.inf, born_value)])
+    best = int(value.argmax())
+    return float(value[best]), median, x[best]

@@ -9,8 +9,10 @@ early and is the one thing that makes it depend on the machine.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import PickleError
 from typing import Any
@@ -26,28 +28,30 @@ from optuna_lora_rl.activity import unseen
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.learning import table_surfaces
 from optuna_lora_rl.learning import training_log
-from optuna_lora_rl.learning.rollouts import Rollout
+from optuna_lora_rl.learning.environment import PRIVILEGED
+from optuna_lora_rl.learning.environment import Map
+from optuna_lora_rl.learning.processes import processes as studies_in
 from optuna_lora_rl.learning.rollouts import collect
-from optuna_lora_rl.learning.rollouts import log_probabilities
-from optuna_lora_rl.learning.rollouts import select
 from optuna_lora_rl.learning.settings import TrainingSettings
-from optuna_lora_rl.learning.tasks import Tasks
+from optuna_lora_rl.learning.tasks import Task
 from optuna_lora_rl.learning.tasks import draw_tasks
 from optuna_lora_rl.learning.training_log import TrainingLog
+from optuna_lora_rl.learning.updates import imitate
+from optuna_lora_rl.learning.updates import reinforce
 from optuna_lora_rl.learning.validation import Validation
 from optuna_lora_rl.learning.validation import balanced
-from optuna_lora_rl.policy import ppo
 from optuna_lora_rl.policy import weights
 from optuna_lora_rl.policy.network import Critic
 from optuna_lora_rl.policy.network import Scorer
 
-_PRIVILEGED = 6
 # Trials of a validation study: while training, and in the report at the end.
 _VALIDATED, _REPORTED = 20, 50
 # Seeds of the pools lie apart, so that no task is in two of them.
 _VALIDATION_SEED, _REPORT_SEED = 1_000_000, 2_000_000
 _SAVE_EVERY = 5
 _SMALL = 3
+# Over a rollout, while imitating.
+_PASSES = 2
 _DECAY = 0.95
 
 
@@ -57,22 +61,28 @@ class Trainer:
     Args:
         settings: of the run.
         output: folder of checkpoint, log and weights.
+        run: applies a function to jobs; studies are such jobs.
         on_activity: told what takes its time.
     """
 
     def __init__(
-        self, settings: TrainingSettings, output: Path, on_activity: OnActivity = unseen
+        self,
+        settings: TrainingSettings,
+        output: Path,
+        run: Map = map,
+        on_activity: OnActivity = unseen,
     ) -> None:
-        self.settings, self.output, self._on_activity = settings, output, on_activity
+        self.settings, self.output = settings, output
+        self._run, self._on_activity = run, on_activity
         self._ppo = settings.ppo.settings()
         self.update = 0
         self.best: dict[str, Any] = {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            self.network, self.critic = Scorer(settings.width), Critic(_PRIVILEGED)
-        self.parameters = [*self.network.parameters(), *self.critic.parameters()]
+            self.network, self.critic = Scorer(settings.width), Critic(PRIVILEGED)
+        parameters = [*self.network.parameters(), *self.critic.parameters()]
         self.optimizer = torch.optim.Adam(
-            self.parameters, lr=settings.imitation_learning_rate, eps=1e-5
+            parameters, lr=settings.imitation_learning_rate, eps=1e-5
         )
         # Judged and kept is the running mean of the weights over some twenty updates: a single
         # update moves what the policy does more than it improves it (Polyak & Juditsky 1992).
@@ -90,9 +100,10 @@ class Trainer:
 
     def _validation(self, seed: int, length: int) -> Validation:
         self._on_activity(Activity("drawing tasks"))
-        return Validation(self._fresh(seed), length, self.settings.seed, self._on_activity)
+        tasks, seed = self._fresh(seed), self.settings.seed
+        return Validation(tasks, length, seed, self._run, self._on_activity)
 
-    def _fresh(self, seed: int) -> Tasks:
+    def _fresh(self, seed: int) -> list[Task]:
         """Tasks apart from the training tasks, of the validation families where measured."""
         count = self.settings.validation_tasks
         surfaces, share = table_surfaces.load("validation"), self.settings.measured_share
@@ -117,12 +128,26 @@ class Trainer:
         batch = max(2, settings.transitions // length)
         # The process of the constraint costs as much again as that of the score.
         batch = max(2, batch // 2) if stage == "constrained" else batch
-        rows = self.stages[stage]
-        rows = rows[torch.randint(len(rows), (batch,), generator=generator)]
+        tasks = self.stages[stage]
+        chosen = torch.randint(len(tasks), (batch,), generator=generator).tolist()
         rollout = collect(
-            self.pool[rows], length, self.network, self.critic, generator, plain=first
+            [tasks[row] for row in chosen],
+            length,
+            self.network,
+            self.critic,
+            generator,
+            plain=first,
+            run=self._run,
         )
-        metrics = self._imitate(rollout) if imitating else self._reinforce(rollout)
+        learning = (self.network, self.critic, self.optimizer, rollout, self._ppo, generator)
+        if imitating:
+            done = self.update / settings.imitation_updates
+            self._set_learning_rate(settings.imitation_learning_rate * (1.0 - 0.9 * done))
+            metrics = imitate(*learning, passes=_PASSES)
+        else:
+            done = (self.update - settings.imitation_updates) / max(settings.ppo_updates, 1)
+            self._set_learning_rate(self._ppo.learning_rate * (1.0 - done))
+            metrics = reinforce(*learning)
         self.update += 1
         self.average.update_parameters(self.network)
         return metrics | {
@@ -136,51 +161,6 @@ class Trainer:
         share = len(self.stages["constrained"]) / len(self.pool)
         draw = float(torch.rand(1, generator=self.generator))
         return "constrained" if draw < share else "all"
-
-    def _imitate(self, rollout: Rollout) -> dict[str, float]:
-        """Cross-entropy to the clairvoyant, and the critic to the returns seen on the way."""
-        done = self.update / self.settings.imitation_updates
-        self._set_learning_rate(self.settings.imitation_learning_rate * (1.0 - 0.9 * done))
-        data = rollout.transitions(self._ppo)
-        losses, scale = [], rollout.target.sum(1).mean().clamp_min(1e-6)
-        for _ in range(2):
-            order = torch.randperm(len(rollout), generator=self.generator)
-            for rows in order.split(self._ppo.minibatch_size):
-                features = select(rollout.features, rows)
-                log_p = log_probabilities(self.network, features, rollout.residual[rows], 1.0)
-                finite = torch.where(features.valid, log_p, torch.zeros_like(log_p))
-                imitation = -(rollout.target[rows] / scale * finite).sum(1).mean()
-                value = self.critic(features, rollout.privileged[rows])
-                loss = imitation + 0.5 * ((value - data.returns[rows]) ** 2).mean()
-                self.optimizer.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-                self.optimizer.step()
-                losses.append(imitation.item())
-        return {
-            "imitation_loss": sum(losses) / len(losses),
-            "explained_variance": ppo.explained_variance(data.values, data.returns),
-            "learning_rate": float(self.optimizer.param_groups[0]["lr"]),
-        }
-
-    def _reinforce(self, rollout: Rollout) -> dict[str, float]:
-        settings = self.settings
-        done = (self.update - settings.imitation_updates) / max(settings.ppo_updates, 1)
-        self._set_learning_rate(self._ppo.learning_rate * (1.0 - done))
-
-        def evaluate(rows: Tensor) -> tuple[Tensor, Tensor]:
-            features = select(rollout.features, rows)
-            log_p = log_probabilities(self.network, features, rollout.residual[rows])
-            return log_p, self.critic(features, rollout.privileged[rows])
-
-        return ppo.update(
-            evaluate,
-            self.parameters,
-            self.optimizer,
-            rollout.transitions(self._ppo),
-            self._ppo,
-            self.generator,
-        )
 
     def _set_learning_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -274,19 +254,11 @@ class Trainer:
         self.generator.set_state(state["generator"])
 
 
-def _stages(pool: Tasks) -> dict[str, Tensor]:
-    """Rows of the pool by stage of the curriculum: first, all, and the constrained apart."""
-    few = torch.tensor([len(space) <= _SMALL for space in pool.spaces])
-    stages = {
-        "first": torch.nonzero(few & ~pool.constrained)[:, 0],
-        "all": torch.nonzero(~pool.constrained)[:, 0],
-        "constrained": torch.nonzero(pool.constrained)[:, 0],
-    }
-    if not len(stages["all"]):
-        stages["all"] = torch.arange(len(pool))
-    if not len(stages["first"]):
-        stages["first"] = stages["all"]
-    return stages
+def _stages(pool: Sequence[Task]) -> dict[str, Sequence[Task]]:
+    """The pool by stage of the curriculum: first, all, and the constrained apart."""
+    free = [task for task in pool if not task.constrained] or pool
+    few = [task for task in free if len(task.space) <= _SMALL and not task.constrained] or free
+    return {"first": few, "all": free, "constrained": [task for task in pool if task.constrained]}
 
 
 def _checkpoint(output: Path, settings: TrainingSettings) -> dict[str, Any] | None:
@@ -315,6 +287,7 @@ def train(
     minutes: float | None = None,
     report: Callable[[dict[str, float]], None] | None = None,
     on_activity: OnActivity = unseen,
+    processes: int = 1,
 ) -> Path:
     """Train a policy and return the file of its weights.
 
@@ -327,6 +300,8 @@ def train(
         minutes: stop after so long, at the next update; the run can be continued.
         report: called with the metrics of every update.
         on_activity: told what takes its time, and how far it is.
+        processes: that run studies; the weights do not depend on it. With more than one, the
+            calling script has to guard its entry point, as for every use of multiprocessing.
 
     Raises:
         UserError: the folder holds a run with other settings.
@@ -334,11 +309,24 @@ def train(
     output.mkdir(parents=True, exist_ok=True)
     settings = settings or TrainingSettings()
     state = _checkpoint(output, settings)
-    started = time.monotonic()
-    trainer = Trainer(settings, output, on_activity)
-    if state is not None:
-        trainer.restore(state)
-    log = TrainingLog(output, trainer.update)
+    until = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    with studies_in(processes) as run:
+        trainer = Trainer(settings, output, run, on_activity)
+        if state is not None:
+            trainer.restore(state)
+        _updates(trainer, until, report)
+        training_log.draw(output)
+        path = trainer.finish()
+        if trainer.update >= settings.updates:
+            trainer.report()
+    return path
+
+
+def _updates(
+    trainer: Trainer, until: float, report: Callable[[dict[str, float]], None] | None
+) -> None:
+    """Updates to the end of the schedule, or to a time."""
+    settings, log = trainer.settings, TrainingLog(trainer.output, trainer.update)
     while trainer.update < settings.updates:
         metrics = trainer.step()
         phase_ends = trainer.update in (settings.imitation_updates, settings.updates)
@@ -347,14 +335,9 @@ def train(
         log.write({"update": trainer.update, **metrics})
         if report is not None:
             report({"update": trainer.update, **metrics})
-        late = minutes is not None and time.monotonic() - started > 60 * minutes
+        late = time.monotonic() > until
         if trainer.update % _SAVE_EVERY == 0 or phase_ends or late:
             trainer.save()
         if late:
             break
     log.close()
-    training_log.draw(output)
-    path = trainer.finish()
-    if trainer.update >= settings.updates:
-        trainer.report()
-    return path

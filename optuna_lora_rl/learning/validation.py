@@ -14,39 +14,38 @@ each group.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from optuna_lora_rl.activity import OnActivity
 from optuna_lora_rl.activity import counted
 from optuna_lora_rl.activity import unseen
 from optuna_lora_rl.learning.environment import OPENINGS
+from optuna_lora_rl.learning.environment import Map
 from optuna_lora_rl.learning.environment import rollout_regret
 from optuna_lora_rl.learning.tasks import GROUPS
-from optuna_lora_rl.learning.tasks import Tasks
+from optuna_lora_rl.learning.tasks import Task
 from optuna_lora_rl.policy.network import Scorer
 
 CHECKPOINTS = (1, 3, 5, 10, 20, 50)
 _FLOOR = 0.01
 
 
-def balanced(tasks: Tasks, count: int) -> Tasks:
+def balanced(tasks: Sequence[Task], count: int) -> list[Task]:
     """About ``count`` of the tasks, equally many of each group that there is."""
-    groups = tasks.groups
-    present = [g for g in range(len(GROUPS)) if bool((groups == g).any())]
+    groups = [[task for task in tasks if task.group == group] for group in GROUPS]
+    present = [group for group in groups if group]
     each = max(1, count // len(present))
-    rows = [torch.nonzero(groups == g)[:each, 0] for g in present]
-    return tasks[torch.cat(rows)]
+    return [task for group in present for task in group[:each]]
 
 
-def log_regret(regret: Tensor) -> Tensor:
+def log_regret(regret: np.ndarray) -> np.ndarray:
     """log10 of the regret at the checkpoints, floored at 0.01, shape (B, K)."""
     columns = [k - 1 for k in CHECKPOINTS if k <= regret.shape[1]]
-    return (regret[:, columns] + _FLOOR).log10()
+    return np.asarray(np.log10(regret[:, columns] + _FLOOR))
 
 
 def bootstrap_interval(
@@ -67,33 +66,37 @@ class Validation:
         tasks: the problems.
         length: trials a study.
         seed: of candidates and noise, the same for all policies.
+        run: applies a function to jobs.
         on_activity: told how many opponents have run.
         opponents: log10 regret at the checkpoints by opponent, each of shape (B, K).
     """
 
-    tasks: Tasks
+    tasks: Sequence[Task]
     length: int
     seed: int
+    run: Map = map
     on_activity: OnActivity = unseen
-    opponents: dict[str, Tensor] = field(init=False)
+    opponents: dict[str, np.ndarray] = field(init=False)
 
     def __post_init__(self) -> None:
         names = counted(OPENINGS, "running the opponents", "", self.on_activity)
-        self.opponents = {
-            name: log_regret(
-                rollout_regret(self.tasks, self.length, None, self.seed, opening=OPENINGS[name])
-            )
-            for name in names
-        }
+        self.opponents = {name: self._regret(None, name) for name in names}
 
     @property
     def checkpoints(self) -> list[int]:
         """Numbers of trials after which regrets are compared."""
         return [k for k in CHECKPOINTS if k <= self.length]
 
-    def regret(self, network: Scorer | None) -> Tensor:
+    def _regret(self, network: Scorer | None, opening: str) -> np.ndarray:
+        """log10 regret at the checkpoints, shape (B, K)."""
+        regret = rollout_regret(
+            self.tasks, self.length, network, self.seed, opening=OPENINGS[opening], run=self.run
+        )
+        return log_regret(regret)
+
+    def regret(self, network: Scorer) -> np.ndarray:
         """log10 regret of a network at the checkpoints, shape (B, K)."""
-        return log_regret(rollout_regret(self.tasks, self.length, network, self.seed))
+        return self._regret(network, "defaults_then_gp")
 
     def compare(self, network: Scorer) -> dict[str, float]:
         """Metrics of a network.
@@ -105,22 +108,22 @@ class Validation:
         """
         mine = self.regret(network)
         gain = self.opponents["defaults_then_gp"] - mine
-        mean, low, high = bootstrap_interval(gain.mean(1).numpy(), self.seed)
+        mean, low, high = bootstrap_interval(gain.mean(1), self.seed)
         metrics = {"validation_gain": mean, "gain_low": low, "gain_high": high}
         for column, k in enumerate(self.checkpoints):
             metrics[f"gain_at_{k}"] = float(gain[:, column].mean())
         for name, rows in self.groups().items():
             later = mine[rows, 1:].mean(0)
-            best = torch.stack([o[rows, 1:].mean(0) for o in self.opponents.values()]).amin(0)
+            best = np.min([o[rows, 1:].mean(0) for o in self.opponents.values()], axis=0)
             metrics[f"regret_{name}"] = float(10.0 ** later.mean())
             metrics[f"lead_{name}"] = float((best - later).mean())
         return metrics
 
-    def groups(self) -> dict[str, Tensor]:
+    def groups(self) -> dict[str, list[int]]:
         """Rows of each group that there is."""
-        which = self.tasks.groups
-        rows = {name: torch.nonzero(which == g)[:, 0] for g, name in enumerate(GROUPS)}
-        return {name: found for name, found in rows.items() if len(found)}
+        which = [task.group for task in self.tasks]
+        rows = {name: [i for i, group in enumerate(which) if group == name] for name in GROUPS}
+        return {name: found for name, found in rows.items() if found}
 
     def table(self, networks: Mapping[str, Scorer]) -> str:
         """Regret of networks and opponents by group and trial, and paired leads, as Markdown."""
@@ -136,7 +139,7 @@ class Validation:
                 cells = [f"{10.0**value:.3f}" for value in result[rows].mean(0).tolist()]
                 lines.append(f"| {name} | {' | '.join(cells)} |")
             for name in [other for other in results if other != first]:
-                difference = (results[name] - results[first])[rows].numpy()
+                difference = (results[name] - results[first])[rows]
                 cells = [
                     "{:+.2f} [{:+.2f}, {:+.2f}]".format(*bootstrap_interval(column, self.seed))
                     for column in difference.T

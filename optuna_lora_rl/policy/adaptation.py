@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from optuna_lora_rl.policy import ppo
-from optuna_lora_rl.policy.features import Features
+from optuna_lora_rl.policy.network import Features
 from optuna_lora_rl.policy.network import Scorer
 from optuna_lora_rl.policy.ppo import PPOSettings
 from optuna_lora_rl.policy.ppo import Transitions
@@ -99,8 +99,7 @@ def adapt(network: Scorer, steps: Sequence[Step], generator: torch.Generator) ->
         parameter.requires_grad_(True)
 
     def log_probabilities(rows: Tensor) -> Tensor:
-        seen = Features(features.values[rows], features.context[rows], features.valid[rows])
-        correction = share[rows, None] * new(seen)
+        correction = share[rows, None] * new(features[rows])
         return torch.log_softmax(SHARPNESS * (residual[rows] + correction), -1)
 
     everything = torch.arange(len(steps))

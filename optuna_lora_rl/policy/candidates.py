@@ -1,32 +1,37 @@
 """Where proposals come from: a few hundred configurations a step, scored afterwards.
 
 Notations
-    B, D      tasks and columns, as in :mod:`~optuna_lora_rl.policy.layout`
-    n, m      finished and pending (running) trials, N candidates
-    x         candidates, shape (B, N, D)
+    n, m      finished and pending (running) trials, N candidates, D columns
+    x         candidates, shape (N, D)
     source    index into ``SOURCES``, shape (N,)
-    valid     shape (B, N): not a repeat of a finished trial, nor close to a pending one
+    valid     shape (N,): not a repeat of a finished trial, nor close to a pending one
 
 The source "transfer" is for configurations that earlier studies found good; a study without any
 has none of it. Whatever can be sampled can be scored, so no space is too odd: discrete, mixed or
-conditional.
-All random numbers come from the generator that is passed in.
+conditional. All random numbers come from the generator that is passed in, a torch one.
+
+The best candidates climb to where the expected improvement is largest. Steps go by iRprop- (Igel &
+Huesken 2003), which asks only for the gradient's signs: log expected improvement is steep and flat
+by turns. Ordered columns with steps are taken as continuous on the way and rounded at the end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from dataclasses import field
 from functools import cache
+from functools import cached_property
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from optuna_lora_rl.policy.layout import Layout
-from optuna_lora_rl.policy.layout import Snap
+from optuna_lora_rl.policy.layout import Points
 from optuna_lora_rl.policy.prior import GUIDE_RATIO
 from optuna_lora_rl.policy.prior import GUIDE_RATIO_SPREAD
 from optuna_lora_rl.policy.roles import ROLES
+from optuna_lora_rl.policy.surrogate import Process
 
 SOURCES = (
     "default",
@@ -45,284 +50,332 @@ SAME = 1e-7
 # and what is so close to a failed one would fail as well, once failing is no accident.
 NEAR = 0.03
 NO_ACCIDENT = 2
+# The first step uphill, as a share of the lengthscale, and the longest lengthscale that counts.
+_FIRST_STEP, _LONGEST = 0.15, 0.7
+# How a step grows where the sign is new (0), stayed (1) or turned (-1, the last).
+_GROWTH = np.array([1.0, 1.3, 0.5])
 
-# Maps points (B, N, D) to what is to be maximised, (B, N).
-Acquisition = Callable[[Tensor], Tensor]
-# Maps points (B, K, D) to better ones.
-Climb = Callable[[Tensor], Tensor]
+# Moves points (N, D) onto configurations that exist.
+Snap = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass
-class Observed:
-    """The trials of a batch of tasks.
+class Trials:
+    """The trials of a study.
 
     Args:
-        x: finished trials, shape (B, n, D); no NaN.
-        y: standardised scores, larger is better, shape (B, n); failed trials carry a bad one.
-        mask: which rows are real, shape (B, n).
-        failed: which of them failed, shape (B, n).
-        infeasible: which of them broke a constraint, shape (B, n).
-        pending: running trials, shape (B, m, D).
-        pending_mask: which of these are real, shape (B, m).
-        horizon: number of trials that the study will have, shape (B,); 0 where unknown.
+        x: finished trials, shape (n, D); no NaN.
+        y: standardised scores, larger is better, shape (n,); failed trials carry a bad one.
+        failed: which of them failed, shape (n,).
+        infeasible: which of them broke a constraint, shape (n,).
+        pending: running trials, shape (m, D).
+        horizon: number of trials that the study will have; 0 where unknown.
     """
 
-    x: Tensor
-    y: Tensor
-    mask: Tensor
-    failed: Tensor
-    infeasible: Tensor
-    pending: Tensor
-    pending_mask: Tensor
-    horizon: Tensor
+    x: np.ndarray
+    y: np.ndarray
+    failed: np.ndarray
+    infeasible: np.ndarray
+    pending: np.ndarray
+    horizon: int = 0
+    _points: tuple[Layout, Points] | None = field(default=None, init=False, repr=False)
+
+    @classmethod
+    def none(cls, dimensions: int) -> Trials:
+        """Of a study that has not begun."""
+        points, nothing = np.zeros((0, dimensions)), np.zeros(0, dtype=bool)
+        return cls(points, np.zeros(0), nothing, nothing, points)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @cached_property
+    def good(self) -> np.ndarray:
+        """Shape (n,): finished within the constraints, with a score of their own."""
+        return ~(self.failed | self.infeasible)
+
+    def points(self, layout: Layout) -> Points:
+        """The finished trials with what their space says of them."""
+        if self._points is None or self._points[0] is not layout:
+            self._points = (layout, layout.points(self.x))
+        return self._points[1]
+
+    def best(self, count: int, default: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The best trials, shape (count, D), the default where there is none, and which are real.
+
+        One row, the default, where nothing is finished.
+        """
+        if not len(self.x):
+            return default[None], np.zeros(1, dtype=bool)
+        order = np.argsort(np.where(self.good, -self.y, np.inf), kind="stable")[:count]
+        real = self.good[order]
+        return np.where(real[:, None], self.x[order], default), real
+
+    @cached_property
+    def best_at(self) -> int | None:
+        """The best trial's place; ``None`` without a good one."""
+        if not self.good.any():
+            return None
+        return int(np.argmax(np.where(self.good, self.y, -np.inf)))
+
+    @cached_property
+    def doomed(self) -> np.ndarray:
+        """Failed trials that nothing should come near: all, where failing is no accident."""
+        return self.x[self.failed] if self.failed.sum() >= NO_ACCIDENT else self.x[:0]
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """How points (N, D) stand to the trials, each of shape (N,).
+
+    Args:
+        repeat: the same as a finished trial.
+        near: too close to a running trial, or to the failed ones.
+    """
+
+    repeat: np.ndarray
+    near: np.ndarray
 
     @property
-    def good(self) -> Tensor:
-        """Shape (B, n): finished within the constraints, with a score of their own."""
-        return self.mask & ~self.failed & ~self.infeasible
+    def blocked(self) -> np.ndarray:
+        """Points that are not worth proposing."""
+        return self.repeat | self.near
 
-    def best(self, count: int) -> tuple[Tensor, Tensor]:
-        """The best trials so far, shape (B, count, D), and which are real, (B, count)."""
-        order = torch.where(self.good, self.y, -torch.inf).argsort(
-            dim=1, descending=True, stable=True
+    def with_(self, other: Closeness) -> Closeness:
+        return Closeness(
+            np.concatenate([self.repeat, other.repeat]), np.concatenate([self.near, other.near])
         )
-        order = order[:, :count]
-        x = self.x.gather(1, order[:, :, None].expand(-1, -1, self.x.shape[2]))
-        return x, self.good.gather(1, order)
+
+    def __getitem__(self, rows: np.ndarray) -> Closeness:
+        return Closeness(self.repeat[rows], self.near[rows])
 
 
-@dataclass
-class Candidates:
-    """See the module's notations."""
+def rand(*shape: int, generator: torch.Generator) -> np.ndarray:
+    """Uniform random numbers."""
+    drawn: np.ndarray = torch.rand(shape, generator=generator, dtype=torch.float64).numpy()
+    return drawn
 
-    x: Tensor
-    source: Tensor
-    valid: Tensor
+
+def randn(*shape: int, generator: torch.Generator) -> np.ndarray:
+    """Normal random numbers."""
+    drawn: np.ndarray = torch.randn(shape, generator=generator, dtype=torch.float64).numpy()
+    return drawn
+
+
+def closeness(x: np.ndarray, trials: Trials) -> Closeness:
+    """How points x stand to the trials."""
+    near = within(x, trials.pending, NEAR) | within(x, trials.doomed, NEAR)
+    return Closeness(same(x, trials.x), near)
+
+
+def within(x: np.ndarray, others: np.ndarray, distance: float) -> np.ndarray:
+    """Which of x (N, D) lie so close to one of the others (k, D) in every column, shape (N,)."""
+    if not len(others):
+        return np.zeros(len(x), dtype=bool)
+    gap = torch.cdist(torch.from_numpy(x), torch.from_numpy(others), p=torch.inf).numpy()
+    return np.asarray(gap.min(1) < distance)
+
+
+def same(x: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """``within`` a distance of ``SAME``, for many others: by their places along one direction."""
+    found = np.zeros(len(x), dtype=bool)
+    if not len(others):
+        return found
+    direction = _direction(x.shape[1])
+    line = others @ direction
+    order = np.argsort(line)
+    line, at = line[order], x @ direction
+    # Whatever is the same in every column lies no farther apart along the direction.
+    reach = SAME * direction.sum() + 1e-12
+    first, last = np.searchsorted(line, at - reach), np.searchsorted(line, at + reach, "right")
+    left = np.flatnonzero(last > first)
+    while len(left):
+        there = others.take(order[first[left]], 0)
+        found[left] |= np.abs(there - x.take(left, 0)).max(1) < SAME
+        first[left] += 1
+        left = left[first[left] < last[left]]
+    return found
 
 
 @cache
-def sobol(count: int, dimensions: int) -> Tensor:
+def _direction(dimensions: int) -> np.ndarray:
+    return np.random.default_rng(0).uniform(0.5, 1.5, dimensions)
+
+
+@cache
+def _sobol(count: int, dimensions: int) -> np.ndarray:
     engine = torch.quasirandom.SobolEngine(dimensions)
-    return engine.draw(count + 1, dtype=torch.float64)[1:]
+    net: np.ndarray = engine.draw(count + 1, dtype=torch.float64)[1:].numpy()
+    return net
 
 
-def uniform_points(layout: Layout, count: int, generator: torch.Generator) -> Tensor:
-    """A randomly shifted Sobol net, shape (B, count, D) (Cranley & Patterson 1976)."""
-    B, D = layout.real.shape
-    shift = torch.rand(B, 1, D, generator=generator, dtype=torch.float64)
-    return (sobol(count, D)[None] + shift) % 1.0
+def uniform_points(count: int, dimensions: int, generator: torch.Generator) -> np.ndarray:
+    """A randomly shifted Sobol net, shape (count, dimensions) (Cranley & Patterson 1976)."""
+    return (_sobol(count, dimensions) + rand(1, dimensions, generator=generator)) % 1.0
 
 
-def prior_points(layout: Layout, count: int, generator: torch.Generator) -> Tensor:
-    """Draws from the prior, shape (B, count, D), alpha from its ratio to the rank."""
-    B, D = layout.real.shape
-    density = layout.log_density.exp()
-    cells = 0.5 * (density[:, :, 1:] + density[:, :, :-1])
-    cumulative = cells.cumsum(-1) / cells.sum(-1, keepdim=True)
-    draw = torch.rand(B, D, count, generator=generator, dtype=torch.float64)
-    cell = torch.searchsorted(cumulative.contiguous(), draw).clamp_max(cells.shape[-1] - 1)
-    within = torch.rand(B, D, count, generator=generator, dtype=torch.float64)
-    x = ((cell + within) / cells.shape[-1]).transpose(1, 2)
-    return _with_alpha(layout, x, generator)
+@cache
+def _single(*values: float) -> np.ndarray:
+    """Constants rounded to single precision, as they were when the shipped policy was trained."""
+    return np.array(values, dtype=np.float32).astype(float)
 
 
-def _with_alpha(layout: Layout, x: Tensor, generator: torch.Generator) -> Tensor:
-    """Alpha set to a guide's multiple of the rank where a LoRA space has both."""
-    rank, alpha = ROLES.index("rank"), ROLES.index("alpha")
-    both = layout.has_role[:, rank] & layout.has_role[:, alpha] & layout.is_lora
-    draw = torch.randn(x.shape[:2], generator=generator, dtype=torch.float64)
-    wished = layout.role_values(x)[:, :, rank] + GUIDE_RATIO + GUIDE_RATIO_SPREAD * draw
-    table = layout.natural[:, alpha]
-    nearest = (table[:, None, :] - wished[:, :, None]).abs().argmin(-1)
-    u = nearest.to(x.dtype) / (table.shape[-1] - 1)
-    column = layout.role_column[:, alpha].clamp_min(0)[:, None, None].expand(-1, x.shape[1], 1)
-    old = x.gather(2, column)
-    return x.scatter(2, column, torch.where(both[:, None, None], u[:, :, None], old))
+@cache
+def _scales(count: int, *values: float) -> np.ndarray:
+    """The values again and again, shape (count, 1)."""
+    return np.resize(_single(*values), count)[:, None]
+
+
+def prior_points(layout: Layout, count: int, generator: torch.Generator) -> np.ndarray:
+    cumulative, D = layout.prior_cells, len(layout)
+    cells = cumulative.shape[-1]
+    draw = torch.rand(D, count, generator=generator, dtype=torch.float64)
+    cell = torch.searchsorted(cumulative, draw).clamp_max(cells - 1).numpy()
+    x = np.ascontiguousarray(((cell + rand(D, count, generator=generator)) / cells).T)
+    draw_ratio = randn(count, generator=generator)
+    if layout.turns and layout.is_lora:
+        wished = layout.ranks(x) + GUIDE_RATIO + GUIDE_RATIO_SPREAD * draw_ratio
+        x[:, layout.alpha] = layout.nearest_alpha(wished)
+    return x
 
 
 def perturb(
-    x: Tensor,
-    layout: Layout,
-    scale: Tensor,
-    probability: Tensor,
+    x: np.ndarray,
+    unordered: np.ndarray,
+    scale: np.ndarray,
+    probability: float,
     generator: torch.Generator,
-) -> Tensor:
-    """Points moved in a random subset of columns (always at least one).
+) -> np.ndarray:
+    """Points moved in a random subset of columns, always at least one.
 
     Args:
-        x: shape (B, N, D).
-        layout: of the batch.
+        x: shape (N, D).
+        unordered: columns that jump to any of their values, shape (D,).
         scale: deviation of a move, broadcastable to x.
-        probability: chance that a column moves, broadcastable to x.
+        probability: chance that a column moves.
         generator: of the random numbers.
-
-    Unordered columns jump to any of their values.
     """
-    chance = torch.rand(x.shape, generator=generator, dtype=torch.float64)
-    chance = torch.where(layout.real[:, None, :], chance, torch.full_like(chance, 2.0))
-    moves = (chance < probability) | (chance == chance.amin(-1, keepdim=True))
-    step = torch.randn(x.shape, generator=generator, dtype=torch.float64) * scale
-    jump = torch.rand(x.shape, generator=generator, dtype=torch.float64)
-    moved = torch.where(layout.unordered[:, None, :], jump, x + step)
+    chance = rand(*x.shape, generator=generator)
+    moves = (chance < probability) | (chance == chance.min(1, keepdims=True))
+    step = randn(*x.shape, generator=generator) * scale
+    jump = rand(*x.shape, generator=generator)
     # Reflected at the faces, so that the borders are met as often as the inside.
-    moved = moved.abs()
-    moved = 1.0 - (1.0 - moved).abs()
-    return torch.where(moves & layout.real[:, None, :], moved, x).clamp(0.0, 1.0)
+    moved = np.abs(np.where(unordered, jump, x + step))
+    moved = 1.0 - np.abs(1.0 - moved)
+    return np.minimum(np.maximum(np.where(moves, moved, x), 0.0), 1.0)
 
 
-def axis_points(anchors: Tensor, layout: Layout, count: int, generator: torch.Generator) -> Tensor:
+def _axis_points(
+    anchors: np.ndarray, layout: Layout, count: int, generator: torch.Generator
+) -> np.ndarray:
     """The anchors moved along one axis each, every other one along the learning rate.
 
     The learning rate goes up and down in growing steps from a third of a decade to two, since
     its scale is what a guide gets wrong.
     """
-    B, k, _ = anchors.shape
-    rows = torch.arange(count) % k
-    x = anchors[:, rows]
-    moved = perturb(x, layout, torch.tensor(0.3), torch.tensor(0.0), generator)
-    column = layout.role_column[:, _LEARNING_RATE].clamp_min(0)[:, None, None]
-    column = column.expand(-1, count, 1)
-    table = layout.natural[:, _LEARNING_RATE]
-    width = (table[:, -1] - table[:, 0]).clamp_min(0.3)[:, None]
-    size = 0.33 * 1.6 ** (4.0 * torch.rand(B, count, generator=generator, dtype=torch.float64))
-    up = torch.rand(B, count, generator=generator, dtype=torch.float64) < 0.5
-    step = torch.where(up, size, -size) / width
-    u = (x.gather(2, column)[:, :, 0] + step).clamp(0.0, 1.0)
-    along = x.scatter(2, column, u[:, :, None])
-    use = layout.has_role[:, _LEARNING_RATE, None] & (torch.arange(count) // k % 2 == 0)
-    return torch.where(use[:, :, None], along, moved)
+    rows = np.arange(count)
+    x = anchors[rows % len(anchors)]
+    moved = perturb(x, layout.unordered, _single(0.3), 0.0, generator)
+    size, up = rand(2, count, generator=generator)
+    size = 0.33 * 1.6 ** (4.0 * size)
+    column = layout.column[_LEARNING_RATE]
+    if column >= 0:
+        table = layout.natural[_LEARNING_RATE]
+        step = np.where(up < 0.5, size, -size) / max(float(table[-1] - table[0]), 0.3)
+        use = rows // len(anchors) % 2 == 0
+        along = x[use]
+        along[:, column] = np.minimum(np.maximum(along[:, column] + step[use], 0.0), 1.0)
+        moved[use] = along
+    return moved
 
 
-def improve(
-    acquisition: Acquisition,
-    start: Tensor,
+def proposals(
     layout: Layout,
+    trials: Trials,
     snap: Snap,
     generator: torch.Generator,
-    *,
-    climb: Climb,
-    rounds: int,
-    keep: int,
-) -> Tensor:
-    """Local search for the acquisition's best points, shape (B, keep, D).
-
-    Some of the best points climb; then every round perturbs the best so far, at finer and finer
-    scales, which also tries other values of what has no order, and lets the best climb again.
-    """
-    x, value = start, acquisition(start)
-    for turn in range(rounds + 1):
-        order = value.argsort(dim=1, descending=True, stable=True)[:, :keep]
-        value = value.gather(1, order)
-        x = x.gather(1, order[:, :, None].expand(-1, -1, x.shape[2]))
-        if turn == rounds:
-            break
-        climbers = snap(climb(x[:, spread_places(x.shape[1], max(keep // 4, 2))]))
-        parents = torch.cat([climbers, x], 1)
-        scale = 0.15 * 0.3**turn
-        probability = torch.full((1, 1, 1), max(0.34, 2.0 / x.shape[2]))
-        spread = torch.tensor([scale, 0.3 * scale]).repeat(parents.shape[1])[: parents.shape[1]]
-        moved = perturb(parents, layout, spread[None, :, None], probability, generator)
-        born = torch.cat([climbers, snap(moved)], 1)
-        x, value = torch.cat([x, born], 1), torch.cat([value, acquisition(born)], 1)
-    return x
+    count: int,
+    grid: np.ndarray | None,
+    earlier: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Candidates of every source but the local search: points (N, D) and their sources (N,)."""
+    share = max(count // 16, 2)
+    anchors, _ = trials.best(5, layout.default)
+    D = len(layout)
+    sets = [
+        ("default", layout.default[None]),
+        ("sweep", layout.sweep),
+        ("prior", prior_points(layout, 3 * share, generator)),
+        ("uniform", uniform_points(4 * share, D, generator)),
+        ("axis", _axis_points(anchors, layout, 3 * share, generator)),
+    ]
+    parents = anchors[np.arange(3 * share) % len(anchors)]
+    scale = _scales(3 * share, 0.03, 0.1, 0.3)
+    chance = float(_single(max(0.25, 1.5 / D))[0])
+    sets.append(("mutation", perturb(parents, layout.unordered, scale, chance, generator)))
+    if grid is not None:
+        sets.append(("uniform", grid))
+    if earlier is not None:
+        sets.append(("transfer", earlier))
+    source = _sources(tuple((name, len(points)) for name, points in sets))
+    return snap(np.concatenate([points for _, points in sets])), source
 
 
 @cache
-def spread_places(n: int, count: int) -> Tensor:
-    """``count`` places among n, dense at the beginning."""
-    places = (torch.linspace(0.0, 1.0, min(count, n)) ** 1.7 * (n - 1)).long()
-    return torch.maximum(places, torch.arange(len(places)))
+def _sources(counts: tuple[tuple[str, int], ...]) -> np.ndarray:
+    return np.repeat([SOURCES.index(name) for name, _ in counts], [count for _, count in counts])
 
 
-def is_repeat(x: Tensor, others: Tensor, mask: Tensor, within: float = SAME) -> Tensor:
-    """Which of x (B, N, D) lie within so much of a masked other (B, n, D), shape (B, N)."""
-    if not others.shape[1]:
-        return torch.zeros(x.shape[:2], dtype=torch.bool)
-    same = torch.cdist(x, others, p=torch.inf) < within
-    return (same & mask[:, None, :]).any(-1)
-
-
-def propose_candidates(
+def children(
+    x: np.ndarray,
+    climb: Callable[[np.ndarray], np.ndarray],
     layout: Layout,
-    observed: Observed,
-    acquisition: Acquisition,
     snap: Snap,
     generator: torch.Generator,
-    *,
-    climb: Climb,
-    count: int = 256,
-    rounds: int = 2,
-    grid: Tensor | None = None,
-) -> Candidates:
-    """Candidates of every source for one step.
+    turn: int,
+) -> np.ndarray:
+    """A round of the local search: what climbs from the best points x, and changes of both."""
+    climbers = snap(climb(x[_dense(len(x), max(len(x) // 4, 2))]))
+    parents = np.concatenate([climbers, x])
+    scale = 0.15 * 0.3**turn
+    widths = _scales(len(parents), scale, 0.3 * scale)
+    chance = float(_single(max(0.34, 2.0 / x.shape[1]))[0])
+    moved = perturb(parents, layout.unordered, widths, chance, generator)
+    return np.concatenate([climbers, snap(moved)])
 
-    Args:
-        layout: the spaces.
-        observed: the trials so far.
-        acquisition: what the local search maximises.
-        snap: moves points onto configurations that exist.
-        generator: of all random numbers.
-        climb: moves points towards more expected improvement.
-        count: about how many candidates.
-        rounds: of the local search.
-        grid: all configurations of a small discrete space, shape (B, k, D), added as they are.
+
+@cache
+def _dense(n: int, count: int) -> np.ndarray:
+    """``count`` places among n, dense at the beginning."""
+    share = torch.linspace(0.0, 1.0, min(count, n)) ** 1.7
+    places: np.ndarray = (share * (n - 1)).long().numpy()
+    return np.maximum(places, np.arange(len(places)))
+
+
+def climb(x: np.ndarray, layout: Layout, process: Process, best: float, steps: int) -> np.ndarray:
+    """Where steps uphill from x (K, D) lead, not yet snapped."""
+    step = _FIRST_STEP * np.minimum(np.exp(process.theta[:-2]), _LONGEST)
+    previous, apart = np.zeros(x.shape), process.apart(x)
+    for _ in range(steps):
+        coordinates, slopes = layout.model_coordinates(x)
+        gradient = process.slope(coordinates, best, apart)
+        sign = np.sign(layout.pull_back(gradient, slopes))
+        agreement = (sign * previous).astype(np.int8)
+        step = step * _GROWTH[agreement]
+        previous = sign * (agreement >= 0)
+        x = np.minimum(np.maximum(x + previous * step, 0.0), 1.0)
+    return x
+
+
+def allowed(x: np.ndarray, close: Closeness, trials: Trials) -> np.ndarray:
+    """What may be proposed, shape (N,).
+
+    No repeats and nothing close to a running trial or to failed ones; where nothing else is left,
+    what is close; then repeats of what did not fail; else anything.
     """
-    share = max(count // 16, 2)
-    anchors, real = observed.best(5)
-    if not anchors.shape[1]:
-        anchors, real = layout.default[:, None], torch.ones_like(layout.is_lora)[:, None]
-    anchors = torch.where(real[:, :, None], anchors, layout.default[:, None])
-    sets = [
-        ("default", layout.default[:, None]),
-        ("sweep", layout.sweep),
-        ("prior", prior_points(layout, 3 * share, generator)),
-        ("uniform", uniform_points(layout, 4 * share, generator)),
-        ("axis", axis_points(anchors, layout, 3 * share, generator)),
-    ]
-    parents = anchors[:, torch.arange(3 * share) % anchors.shape[1]]
-    scale = torch.tensor([0.03, 0.1, 0.3]).repeat(share)[None, :, None]
-    chance = torch.full((1, 1, 1), max(0.25, 1.5 / layout.real.shape[1]))
-    sets.append(("mutation", perturb(parents, layout, scale, chance, generator)))
-    if grid is not None:
-        sets.append(("uniform", grid))
-    everything = snap(torch.cat([points for _, points in sets], 1))
-    blocked = _blocked_acquisition(acquisition, observed)
-    best = improve(
-        blocked, everything, layout, snap, generator, climb=climb, rounds=rounds, keep=3 * share
-    )
-    sets.append(("improvement", best))
-    x = torch.cat([everything, best], 1)
-    source = torch.cat(
-        [torch.full((points.shape[1],), SOURCES.index(name)) for name, points in sets]
-    )
-    return Candidates(x, source, _allowed(x, observed))
-
-
-def _near(x: Tensor, observed: Observed) -> Tensor:
-    """Close to a running trial, or to a failed one where several have failed, shape (B, N)."""
-    near = is_repeat(x, observed.pending, observed.pending_mask, NEAR)
-    failed = observed.failed & observed.mask
-    doomed = failed & (failed.sum(1, keepdim=True) >= NO_ACCIDENT)
-    return near | is_repeat(x, observed.x, doomed, NEAR) if bool(doomed.any()) else near
-
-
-def _blocked_acquisition(acquisition: Acquisition, observed: Observed) -> Acquisition:
-    def blocked(x: Tensor) -> Tensor:
-        repeat = is_repeat(x, observed.x, observed.mask) | _near(x, observed)
-        return torch.where(repeat, -torch.inf, acquisition(x))
-
-    return blocked
-
-
-def _allowed(x: Tensor, observed: Observed) -> Tensor:
-    """No repeats and nothing close to a running trial or to failed ones; where nothing else is
-    left, what is close; then repeats of what did not fail; else anything.
-    """
-    near = _near(x, observed)
-    repeat = is_repeat(x, observed.x, observed.mask)
-    repeat_of_running = is_repeat(x, observed.pending, observed.pending_mask)
-    failed = is_repeat(x, observed.x, observed.failed & observed.mask)
-    valid = ~(repeat | near)
-    for next_best in (~(repeat | repeat_of_running), ~failed, torch.ones_like(valid)):
-        valid = torch.where(valid.any(1, keepdim=True), valid, next_best)
-    return valid
+    valid = ~close.blocked
+    if not valid.any():
+        valid = ~(close.repeat | within(x, trials.pending, SAME))
+    if not valid.any():
+        valid = ~within(x, trials.x[trials.failed], SAME)
+    return valid if valid.any() else np.ones(len(x), dtype=bool)

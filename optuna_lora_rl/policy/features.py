@@ -1,30 +1,29 @@
 """What the network sees of a candidate and of the study, free of the space's dimension.
 
 Notations
-    B, N      tasks and candidates
-    values    per candidate, shape (B, N, len(CANDIDATE_FEATURES))
-    context   per study, shape (B, len(CONTEXT_FEATURES))
+    N         candidates
+    values    per candidate, shape (N, len(CANDIDATE_FEATURES))
+    context   per study, shape (len(CONTEXT_FEATURES),)
 
-Roles come as a value and a mask, so that an absent role reads 0 and is known to be absent. The
-names below are the layout: weights carry its hash and are refused by another layout.
+An absent role reads 0, and a feature says that it is absent. The names below are the layout:
+weights carry its hash and are refused by another layout.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import math
+from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from optuna_lora_rl.policy.candidates import SOURCES
-from optuna_lora_rl.policy.candidates import Candidates
-from optuna_lora_rl.policy.candidates import Observed
+from optuna_lora_rl.policy.candidates import Trials
 from optuna_lora_rl.policy.layout import Layout
+from optuna_lora_rl.policy.layout import Points
 from optuna_lora_rl.policy.prior import GUIDE_LR
 from optuna_lora_rl.policy.roles import ROLES
-from optuna_lora_rl.policy.surrogate import Surrogate
-from optuna_lora_rl.policy.surrogate import log_expected_improvement
 
 # Centre and scale that bring each role's natural value to about [-2, 2].
 SCALES = {
@@ -86,194 +85,190 @@ CONTEXT_FEATURES = (
 LAYOUT_HASH = hashlib.sha256("|".join(CANDIDATE_FEATURES + CONTEXT_FEATURES).encode()).hexdigest()[
     :16
 ]
+_LR, _RANK, _ALPHA, _RATIO = (
+    ROLES.index(role) for role in ("learning_rate", "rank", "alpha", "alpha_ratio")
+)
+_CENTRE = np.array([SCALES[role][0] for role in ROLES])
+_SCALE = np.array([SCALES[role][1] for role in ROLES])
+_ROLES_AT = CANDIDATE_FEATURES.index(f"role_{ROLES[0]}")
+_FROM_AT = CANDIDATE_FEATURES.index(f"from_best_{ROLES[0]}")
+_PLACE_AT = CANDIDATE_FEATURES.index("place_in_learning_rate_range")
+_SOURCE_AT = _PLACE_AT + 1
 
 
-@dataclass
-class Assessment:
-    """The surrogate's and the prior's view of candidates, each of shape (B, N)."""
+class View(NamedTuple):
+    """The surrogate's and the prior's judgement of points, each of shape (N,)."""
 
-    mean: Tensor
-    deviation: Tensor
-    log_ei: Tensor
-    log_prior: Tensor
-    log_feasible: Tensor
+    mean: np.ndarray
+    deviation: np.ndarray
+    log_ei: np.ndarray
+    log_prior: np.ndarray
+    log_feasible: np.ndarray
 
+    def at(self, rows: np.ndarray) -> View:
+        """Of some of the points."""
+        return View(*(column[rows] for column in self))
 
-@dataclass
-class Features:
-    """See the module's notations."""
-
-    values: Tensor
-    context: Tensor
-    valid: Tensor
+    def with_(self, other: View) -> View:
+        """These, then those."""
+        return View(*map(np.concatenate, zip(self, other, strict=True)))
 
 
-def assess(
-    x: Tensor, layout: Layout, surrogate: Surrogate, best: Tensor, log_feasible: Tensor
-) -> Assessment:
-    """Judge points x by the surrogate (expected improvement over ``best``) and the prior."""
-    mean, deviation = surrogate.posterior(layout.model_coordinates(x))
-    log_ei = log_expected_improvement(mean, deviation, best[:, None]) + log_feasible
-    return Assessment(mean, deviation, log_ei, layout.log_prior(x), log_feasible)
-
-
-def _distance(x: Tensor, others: Tensor, mask: Tensor, layout: Layout) -> Tensor:
-    """Distance to the nearest masked point, scaled to 1 across the cube; 1 without any."""
-    if not others.shape[1]:
-        return torch.ones(x.shape[:2], dtype=x.dtype)
-    weight = layout.real.to(x.dtype)
-    p, q = x * weight[:, None], others * weight[:, None]
-    r2 = (p * p).sum(-1)[:, :, None] + (q * q).sum(-1)[:, None, :] - 2.0 * p @ q.transpose(1, 2)
-    r = (r2.clamp_min(0.0) / weight.sum(1).clamp_min(1.0)[:, None, None]).sqrt()
-    return torch.where(mask[:, None, :], r, torch.ones_like(r)).amin(-1).clamp_max(1.0)
-
-
-def _scaled_roles(layout: Layout, x: Tensor) -> Tensor:
-    centre = torch.tensor([SCALES[role][0] for role in ROLES], dtype=x.dtype)
-    scale = torch.tensor([SCALES[role][1] for role in ROLES], dtype=x.dtype)
-    values = (layout.role_values(x) - centre) / scale
-    return (values * layout.has_role[:, None, :]).clamp(-4.0, 4.0)
-
-
-def _ratio(layout: Layout, values: Tensor) -> tuple[Tensor, Tensor]:
-    """log2(alpha / rank), scaled, and where it is known."""
-    rank, alpha, given = (ROLES.index(role) for role in ("rank", "alpha", "alpha_ratio"))
-    both = layout.has_role[:, rank] & layout.has_role[:, alpha]
-    computed = values[:, :, alpha] - values[:, :, rank]
-    ratio = torch.where(both[:, None], computed, values[:, :, given]) - 1.0
-    known = both | layout.has_role[:, given]
-    ratio = torch.where(known[:, None], ratio, torch.zeros_like(ratio))
-    return ratio.clamp(-6.0, 6.0) / 2.0, known[:, None].expand_as(ratio).to(values.dtype)
-
-
-def features(
-    candidates: Candidates,
-    view: Assessment,
+def values(
+    points: Points,
+    source: np.ndarray,
+    valid: np.ndarray,
+    view: View,
     layout: Layout,
-    observed: Observed,
-    surrogate: Surrogate,
-    best: Tensor,
-) -> Features:
-    """The network's input for one step; ``best`` is the incumbent's score, shape (B,)."""
-    x = candidates.x
-    top, known = observed.best(1)
-    if not top.shape[1]:
-        top, known = layout.default[:, None], torch.zeros_like(layout.is_lora)[:, None]
-    top = torch.where(known[:, :, None], top, layout.default[:, None])
-    roles, top_roles = _scaled_roles(layout, x), _scaled_roles(layout, top)
-    ratio, ratio_known = _ratio(layout, layout.role_values(x))
-    lr = ROLES.index("learning_rate")
-    place = x.gather(
-        2, layout.role_column[:, lr].clamp_min(0)[:, None, None].expand_as(x[:, :, :1])
-    )
-    place = (place[:, :, 0] - 0.5) * 2.0 * layout.has_role[:, lr, None]
-    ei_gap = (view.log_ei - _peak(view.log_ei, candidates.valid)).clamp_min(-10.0)
-    prior_gap = (view.log_prior - _peak(view.log_prior, candidates.valid)).clamp_min(-10.0)
+    trials: Trials,
+    best: float,
+    top: Points,
+    top_roles: np.ndarray,
+    known: bool,
+) -> np.ndarray:
+    """The features of candidates, shape (N, len(CANDIDATE_FEATURES)); in single precision.
+
+    Args:
+        points: the candidates.
+        source: theirs, shape (N,).
+        valid: which may be proposed, shape (N,).
+        view: of the candidates.
+        layout: of the space.
+        trials: of the study.
+        best: the incumbent's score.
+        top: the best trial, or the default.
+        top_roles: its roles, scaled.
+        known: whether it is a trial.
+    """
+    x, N = points.x, len(points)
+    table = np.zeros((N, len(CANDIDATE_FEATURES)), dtype=np.float32)
+    lead = view.mean - best
+    z = torch.from_numpy(lead / view.deviation)
+    roles = scaled_roles(points, layout)
     columns = [
-        view.mean - best[:, None],
+        lead,
         view.deviation,
-        ei_gap / 3.0,
+        np.maximum(view.log_ei - _peak(view.log_ei, valid), -10.0) / 3.0,
         _rank(view.log_ei),
-        torch.special.ndtr((view.mean - best[:, None]) / view.deviation),
-        prior_gap / 3.0,
-        _distance(x, observed.x, observed.good, layout),
-        _distance(x, top, known, layout),
-        _distance(x, observed.x, observed.mask & observed.failed, layout),
-        _distance(x, observed.pending, observed.pending_mask, layout),
-        view.log_feasible.clamp_min(-6.0) / 3.0,
-        ratio,
-        ratio_known,
+        torch.special.ndtr(z).numpy(),
+        np.maximum(view.log_prior - _peak(view.log_prior, valid), -10.0) / 3.0,
+        _distance(x, trials.x[trials.good]),
+        _distance(x, top.x if known else top.x[:0]),
+        _distance(x, trials.x[trials.failed]),
+        _distance(x, trials.pending),
+        np.maximum(view.log_feasible, -6.0) / 3.0,
     ]
-    source = torch.nn.functional.one_hot(candidates.source, len(SOURCES)).to(x.dtype)
-    values = torch.cat(
-        [
-            torch.stack(columns, -1),
-            roles,
-            roles - top_roles,
-            place[:, :, None],
-            source[None].expand(len(x), -1, -1),
-        ],
-        -1,
-    )
-    context = _context(layout, observed, surrogate, top_roles, known[:, 0])
-    return Features(values.float().clamp(-8.0, 8.0), context.float(), candidates.valid)
+    for at, column in enumerate(columns):
+        table[:, at] = column
+    # All that follow are within the bounds as they are.
+    unbounded = table[:, : len(columns)]
+    np.minimum(np.maximum(unbounded, -8.0), 8.0, out=unbounded)
+    ratio = _ratio(points, layout)
+    if ratio is not None:
+        table[:, len(columns)] = ratio
+        table[:, len(columns) + 1] = 1.0
+    table[:, _ROLES_AT:_FROM_AT] = roles
+    table[:, _FROM_AT:_PLACE_AT] = roles - top_roles
+    if layout.column[_LR] >= 0:
+        table[:, _PLACE_AT] = (x[:, layout.column[_LR]] - 0.5) * 2.0
+    table[np.arange(N), _SOURCE_AT + source] = 1.0
+    return table
 
 
-def _peak(values: Tensor, valid: Tensor) -> Tensor:
-    return torch.where(valid, values, -torch.inf).amax(1, keepdim=True)
+def scaled_roles(points: Points, layout: Layout) -> np.ndarray:
+    """Natural values of the roles, scaled to about [-2, 2], shape (N, R); 0 where absent."""
+    scaled = np.zeros_like(points.roles)
+    present = layout.present
+    own = (points.roles.take(present, 1) - _CENTRE[present]) / _SCALE[present]
+    scaled[:, present] = np.minimum(np.maximum(own, -4.0), 4.0)
+    return scaled
 
 
-def _rank(values: Tensor) -> Tensor:
-    """Ranks among the candidates scaled to [0, 1], 1 for the largest; shape kept."""
-    order = values.argsort(1).argsort(1).to(values.dtype)
-    return order / max(values.shape[1] - 1, 1)
+def _ratio(points: Points, layout: Layout) -> np.ndarray | None:
+    """log2(alpha / rank), scaled; ``None`` where it is not known."""
+    if layout.turns:
+        ratio = points.roles[:, _ALPHA] - points.roles[:, _RANK]
+    elif layout.column[_RATIO] >= 0:
+        ratio = points.roles[:, _RATIO]
+    else:
+        return None
+    return np.minimum(np.maximum(ratio - 1.0, -6.0), 6.0) / 2.0
 
 
-def _context(
-    layout: Layout, observed: Observed, surrogate: Surrogate, top_roles: Tensor, known: Tensor
-) -> Tensor:
-    lr = ROLES.index("learning_rate")
-    n = observed.mask.sum(1).to(torch.float64)
-    horizon = observed.horizon.to(torch.float64)
-    has_horizon = (horizon > 0).to(torch.float64)
-    left = (horizon - n).clamp_min(0.0)
-    has_lr = layout.has_role[:, lr]
-    low, high = layout.natural[:, lr, 0], layout.natural[:, lr, -1]
-    width = (high - low).clamp_min(1e-3)
-    column = layout.role_column[:, lr].clamp_min(0)
-    length = surrogate.log_l.gather(1, column[:, None])[:, 0]
-    recency, gain = _progress(observed)
-    columns = [
-        layout.is_lora,
-        layout.real.sum(1) / 10.0,
-        n.add(1.0).log() / 3.0,
-        n == 0,
-        n == 1,
-        n == 2,
-        left.add(1.0).log() / 3.0 * has_horizon,
-        (n / horizon.clamp_min(1.0)).clamp_max(1.0) * has_horizon,
-        has_horizon,
-        (observed.mask & observed.failed).sum(1) / n.clamp_min(1.0),
-        observed.pending_mask.sum(1) / 4.0,
-        _agreement(layout, observed),
+def _peak(column: np.ndarray, valid: np.ndarray) -> float:
+    return float(column[valid].max())
+
+
+def _rank(column: np.ndarray) -> np.ndarray:
+    ranks = np.empty(len(column))
+    ranks[np.argsort(column, kind="stable")] = np.arange(len(column))
+    return ranks / max(len(column) - 1, 1)
+
+
+def _distance(x: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Distance to the nearest of the others (k, D), scaled to 1 across the cube; 1 without any."""
+    if not len(others):
+        return np.ones(len(x))
+    r2 = (-2.0 * others) @ x.T
+    r2 += (others * others).sum(1)[:, None]
+    nearest = r2.min(0) + (x * x).sum(1)
+    return np.minimum(np.sqrt(np.maximum(nearest, 0.0) / max(x.shape[1], 1)), 1.0)
+
+
+def context(
+    layout: Layout, trials: Trials, theta: np.ndarray, top_roles: np.ndarray, known: bool
+) -> np.ndarray:
+    """The study's features, shape (len(CONTEXT_FEATURES),), in single precision."""
+    n, horizon = len(trials), trials.horizon
+    recency, gain = _progress(trials)
+    row = [
+        float(layout.is_lora),
+        len(layout) / 10.0,
+        math.log(n + 1.0) / 3.0,
+        float(n == 0),
+        float(n == 1),
+        float(n == 2),
+        math.log(max(horizon - n, 0) + 1.0) / 3.0 if horizon else 0.0,
+        min(n / max(horizon, 1), 1.0) if horizon else 0.0,
+        float(horizon > 0),
+        float(trials.failed.sum()) / max(n, 1),
+        len(trials.pending) / 4.0,
+        _agreement(layout, trials),
         gain,
         recency,
-        surrogate.log_v / 5.0,
-        length * has_lr,
-        ((GUIDE_LR - low) / width - 0.5).clamp(-2.0, 2.0) * has_lr,
-        (0.5 * (low + high) - GUIDE_LR).clamp(-4.0, 4.0) / 2.0 * has_lr,
-        width.clamp_max(8.0) / 4.0 * has_lr,
-        top_roles[:, 0, lr] * known,
-        ((top_roles[:, 0, lr] + GUIDE_LR - low) / width - 0.5).clamp(-2.0, 2.0) * known * has_lr,
+        float(theta[-1]) / 5.0,
     ]
-    base = torch.stack([c.to(torch.float64) for c in columns], -1)
-    return torch.cat([base, layout.has_role.to(torch.float64)], -1).clamp(-8.0, 8.0)
+    if layout.column[_LR] >= 0:
+        low, high = float(layout.natural[_LR, 0]), float(layout.natural[_LR, -1])
+        width, value = max(high - low, 1e-3), float(top_roles[_LR]) * known
+        row += [
+            float(theta[layout.column[_LR]]),
+            min(max((GUIDE_LR - low) / width - 0.5, -2.0), 2.0),
+            min(max(0.5 * (low + high) - GUIDE_LR, -4.0), 4.0) / 2.0,
+            min(width, 8.0) / 4.0,
+            value,
+            min(max((value + GUIDE_LR - low) / width - 0.5, -2.0), 2.0) * known,
+        ]
+    else:
+        row += [0.0] * 6
+    row += [float(column >= 0) for column in layout.column]
+    return np.minimum(np.maximum(row, -8.0), 8.0).astype(np.float32)
 
 
-def _agreement(layout: Layout, observed: Observed) -> Tensor:
-    """How well the prior has ranked the results so far: their correlation, shape (B,)."""
-    if not observed.x.shape[1]:
-        return torch.zeros(len(layout), dtype=torch.float64)
-    mask = observed.mask.to(torch.float64)
-    count = mask.sum(1, keepdim=True).clamp_min(1.0)
-    p, y = layout.log_prior(observed.x), observed.y
-    p = (p - (p * mask).sum(1, keepdim=True) / count) * mask
-    y = (y - (y * mask).sum(1, keepdim=True) / count) * mask
-    scale = ((p * p).sum(1) * (y * y).sum(1)).sqrt()
-    return torch.where(scale > 1e-9, (p * y).sum(1) / scale.clamp_min(1e-9), 0.0 * scale)
+def _agreement(layout: Layout, trials: Trials) -> float:
+    if not len(trials):
+        return 0.0
+    p = trials.points(layout).log_prior
+    p, y = p - p.mean(), trials.y - trials.y.mean()
+    scale = math.sqrt(float((p * p).sum() * (y * y).sum()))
+    return float((p * y).sum()) / scale if scale > 1e-9 else 0.0
 
 
-def _progress(observed: Observed) -> tuple[Tensor, Tensor]:
-    """Trials since the best one (log scale) and its lead over the first trial, each (B,)."""
-    B, n = observed.mask.shape
-    if not n:
-        return torch.zeros(B, dtype=torch.float64), torch.zeros(B, dtype=torch.float64)
-    y = torch.where(observed.good, observed.y, -torch.inf)
-    best, position = y.max(1)
-    some = observed.good.any(1)
-    since = observed.mask.sum(1) - 1 - position
-    gain = torch.where(some, best, torch.zeros_like(best)) - observed.y[:, 0]
-    return (
-        torch.where(some, since.clamp_min(0).add(1.0).log() / 3.0, torch.zeros_like(gain)),
-        torch.where(some, gain, torch.zeros_like(gain)).clamp(-4.0, 4.0) / 2.0,
-    )
+def _progress(trials: Trials) -> tuple[float, float]:
+    """Trials since the best one (log scale) and its lead over the first trial."""
+    best = trials.best_at
+    if best is None:
+        return 0.0, 0.0
+    gain = float(trials.y[best] - trials.y[0])
+    since = len(trials) - 1 - best
+    return math.log(since + 1.0) / 3.0, min(max(gain, -4.0), 4.0) / 2.0

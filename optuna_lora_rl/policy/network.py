@@ -12,15 +12,38 @@ Its last layer starts at zero: untrained, it leaves the residual policy as it is
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch import nn
 
 from optuna_lora_rl.policy.features import CANDIDATE_FEATURES
 from optuna_lora_rl.policy.features import CONTEXT_FEATURES
-from optuna_lora_rl.policy.features import Features
 
-TRAINED = 40.0
+_TRAINED = 40.0
+_SPLIT = len(CANDIDATE_FEATURES)
+_LOG_TRIALS = CONTEXT_FEATURES.index("log_trials")
+
+
+@dataclass
+class Features:
+    """What the network sees of a batch of steps.
+
+    Args:
+        values: of the candidates, shape (B, N, F).
+        context: of the studies, shape (B, C).
+        valid: which candidates count, shape (B, N); at least one in each row.
+    """
+
+    values: Tensor
+    context: Tensor
+    valid: Tensor
+
+    def __getitem__(self, rows: Tensor) -> Features:
+        return Features(self.values[rows], self.context[rows], self.valid[rows])
 
 
 class Scorer(nn.Module):
@@ -62,8 +85,58 @@ def _trust(context: Tensor) -> Tensor:
     All of it for forty trials, and less and less beyond, where training has looked little and
     the policy becomes the Gaussian process that it starts from.
     """
-    trials = (3.0 * context[:, CONTEXT_FEATURES.index("log_trials")]).exp()
-    return (TRAINED / trials).clamp_max(1.0) ** 2
+    trials = (3.0 * context[:, _LOG_TRIALS]).exp()
+    return (_TRAINED / trials).clamp_max(1.0) ** 2
+
+
+class Correction(NamedTuple):
+    """The scorer as plain arrays: what a single step asks, and what goes to other processes.
+
+    Args:
+        embed: weight and bias of the first layer.
+        mix: of the second.
+        last: of the third.
+        bound: largest absolute correction.
+    """
+
+    embed: tuple[np.ndarray, np.ndarray]
+    mix: tuple[np.ndarray, np.ndarray]
+    last: tuple[np.ndarray, np.ndarray]
+    bound: float
+
+    @classmethod
+    def of(cls, network: Scorer) -> Correction:
+        """Of a network, whose memory they share."""
+        embed, mix, last = map(_arrays, (network.embed, network.mix, network.last))
+        return cls(embed, mix, last, network.bound)
+
+    def __call__(self, values: np.ndarray, context: np.ndarray, valid: np.ndarray) -> np.ndarray:
+        """Corrections of the logits, shape (N,).
+
+        Args:
+            values: of the candidates, shape (N, F), single precision.
+            context: of the study, shape (C,), single precision.
+            valid: which candidates count, shape (N,); at least one.
+        """
+        embed, mix, last = self.embed, self.mix, self.last
+        h = values @ embed[0][:, :_SPLIT].T
+        h += embed[0][:, _SPLIT:] @ context + embed[1]
+        np.tanh(h, out=h)
+        some = h if valid.all() else h[valid]
+        pool = np.concatenate([some.mean(0), some.max(0)])
+        mixed = h @ mix[0][:, : h.shape[1]].T
+        mixed += mix[0][:, h.shape[1] :] @ pool + mix[1]
+        np.tanh(mixed, out=mixed)
+        h += mixed
+        trust = min(_TRAINED / float(np.exp(3.0 * context[_LOG_TRIALS])), 1.0) ** 2
+        correction: np.ndarray = (
+            self.bound * trust * np.tanh((h @ last[0][0] + last[1]) / self.bound)
+        )
+        return correction
+
+
+def _arrays(layer: nn.Linear) -> tuple[np.ndarray, np.ndarray]:
+    return layer.weight.detach().numpy(), layer.bias.detach().numpy()
 
 
 class Critic(nn.Module):

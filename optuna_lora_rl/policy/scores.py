@@ -1,17 +1,10 @@
-"""From raw scores to what the surrogate can learn from.
-
-Notations
-    B, n      tasks and finished trials
-    scores    larger is better, shape (B, n)
-    good      trials with a score of their own, shape (B, n)
-    failed    trials that ended without one, shape (B, n)
-"""
+"""From raw scores to what the surrogate can learn from."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
-import torch
-from torch import Tensor
 
 # How far below the worst standardised score a failed trial stands.
 FAILURE_GAP = 0.25
@@ -22,77 +15,64 @@ FAILURE_GAP = 0.25
 TOP, JUMP, REACH = 3, 100.0, 3.0
 
 
-def standardise(scores: Tensor, good: Tensor, failed: Tensor) -> Tensor:
-    """Scores with mean 0 and deviation 1 over the good trials, the bad tail drawn in.
+def standardise(scores: np.ndarray, failed: np.ndarray) -> np.ndarray:
+    """Scores with mean 0 and deviation 1 over the trials that did not fail, the bad tail drawn in.
 
     A diverged run can be a million times worse than the rest. What lies further below the median
     than three times the span of the good half is moved there (and infinities with it), so that
     the scale is set by the configurations worth telling apart. Failed trials get a score a
     little below the worst, and at most -1.
 
-    Returns:
-        shape (B, n); 0 where neither good nor failed.
-    """
-    if not scores.shape[1]:
-        return scores
-    finite = good & torch.isfinite(scores)
-    zero = torch.zeros_like(scores)
-    scores = scores / power(torch.where(finite, scores.abs(), zero).amax(1, keepdim=True))
-    known = torch.where(finite, scores, torch.nan)
-    high = torch.where(finite, scores, -torch.inf).amax(1, keepdim=True)
-    low = torch.where(finite, scores, torch.inf).amin(1, keepdim=True)
-    some = finite.any(1, keepdim=True)
-    high, low = torch.where(some, high, 0.0), torch.where(some, low, 0.0)
-    clipped = torch.where(good, scores, low).nan_to_num(nan=0.0)
-    clipped = torch.minimum(torch.maximum(clipped, low - (high - low)), high)
-    clipped = torch.maximum(clipped, _floor(known, low, high, good))
-    weight = good.to(scores.dtype)
-    count = weight.sum(1, keepdim=True).clamp_min(1.0)
-    mean = (clipped * weight).sum(1, keepdim=True) / count
-    centred = (clipped - mean) * weight
-    unit = power(centred.abs().amax(1, keepdim=True))
-    centred = centred / unit
-    deviation = ((centred * centred).sum(1, keepdim=True) / count).sqrt()
-    flat = deviation * unit <= 1e-12 * high.abs()
-    y = torch.where(flat, zero, centred / deviation)
-    worst = torch.where(good, y, zero).amin(1, keepdim=True)
-    return torch.where(failed, worst.clamp_max(-1.0) - FAILURE_GAP, y)
-
-
-def _floor(known: Tensor, low: Tensor, high: Tensor, good: Tensor) -> Tensor:
-    """Where the bad tail is moved to, -inf for nowhere, shape (B, 1).
-
     Args:
-        known: finite scores, NaN elsewhere, shape (B, n).
-        low: the lowest of them, shape (B, 1).
-        high: the highest.
-        good: trials with a score of their own, shape (B, n).
+        scores: larger is better, shape (n,).
+        failed: trials without a score of their own, shape (n,).
     """
-    median, quartile, upper = _quantiles(known, low)
-    span = torch.maximum(high - median, upper - quartile)
-    use = (span > 0) & (good.sum(1, keepdim=True) >= 3)
-    usual = torch.where(use, median - 3.0 * span, -torch.inf)
-    n = known.isfinite().sum(1, keepdim=True)
-    place = torch.arange(known.shape[1] - 1)
-    among = (place >= (n // 4).clamp_min(TOP - 1)) & (place < 3 * n // 4)
-    behind = high - known.nan_to_num(nan=-torch.inf).sort(1, descending=True).values
-    before = behind[:, :-1]
-    jump = among & (before > 0) & (behind[:, 1:] > JUMP * before)
-    step = torch.where(jump, before, torch.inf)
-    step = torch.cat([step, torch.full_like(high, torch.inf)], 1).amin(1, keepdim=True)
-    return torch.where(step.isfinite(), high - REACH * step, usual)
+    good = ~failed
+    count = int(good.sum())
+    if not count:
+        return np.where(failed, -1.0 - FAILURE_GAP, 0.0)
+    finite = good & np.isfinite(scores)
+    scores = scores / power(np.abs(scores[finite]).max(initial=0.0))
+    known = np.sort(scores[finite])
+    low, high = (known[0], known[-1]) if len(known) else (0.0, 0.0)
+    clipped = np.where(good, scores, low)
+    clipped = np.where(np.isnan(clipped), 0.0, clipped)
+    clipped = np.minimum(np.maximum(clipped, low - (high - low)), high)
+    clipped = np.maximum(clipped, _floor(known, high, count))
+    centred = np.where(good, clipped - clipped[good].sum() / count, 0.0)
+    unit = power(np.abs(centred).max())
+    centred = centred / unit
+    deviation = math.sqrt((centred * centred).sum() / count)
+    flat = deviation * unit <= 1e-12 * abs(high)
+    y = np.zeros(len(scores)) if flat else centred / deviation
+    return np.where(failed, min(y[good].min(), -1.0) - FAILURE_GAP, y)
 
 
-def power(size: Tensor) -> Tensor:
-    """The power of two about each size, 1 for 0: dividing by it changes no digit."""
-    return torch.where(size > 0, size / (2.0 * torch.frexp(size).mantissa), 1.0)
+def _floor(known: np.ndarray, high: float, count: int) -> float:
+    """Where the bad tail of known scores, sorted, is moved to, -inf for nowhere."""
+    n = len(known)
+    behind = high - known[::-1][max(TOP - 1, n // 4) : 3 * n // 4 + 1]
+    jump = (behind[:-1] > 0) & (behind[1:] > JUMP * behind[:-1])
+    if jump.any():
+        return float(high - REACH * behind[:-1][jump][0])
+    median, quartile, upper = (_quantile(known, q) for q in (0.5, 0.25, 0.75))
+    span = max(high - median, upper - quartile)
+    return median - 3.0 * span if span > 0 and count >= 3 else -math.inf
 
 
-def _quantiles(known: Tensor, otherwise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    levels = torch.tensor([0.5, 0.25, 0.75], dtype=known.dtype)
-    values = torch.nanquantile(known, levels, dim=1, keepdim=True)
-    median, quartile, upper = (torch.where(v.isnan(), otherwise, v) for v in values)
-    return median, quartile, upper
+def power(size: float) -> float:
+    """The power of two about a size, 1 for 0: dividing by it changes no digit."""
+    return float(size / (2.0 * np.frexp(size)[0])) if size > 0 else 1.0
+
+
+def _quantile(known: np.ndarray, q: float) -> float:
+    """A quantile of sorted values, 0 without any."""
+    if not len(known):
+        return 0.0
+    place = q * (len(known) - 1)
+    left = int(place)
+    right = min(left + 1, len(known) - 1)
+    return float(known[left] + (known[right] - known[left]) * (place - left))
 
 
 def scalarise(scores: np.ndarray, weights: np.ndarray) -> np.ndarray:

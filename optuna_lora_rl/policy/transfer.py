@@ -35,16 +35,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from optuna_lora_rl.policy.candidates import Trials
 from optuna_lora_rl.policy.dimensions import Space
+from optuna_lora_rl.policy.layout import Layout
 from optuna_lora_rl.policy.matching import place
 from optuna_lora_rl.policy.scores import scalarise
-from optuna_lora_rl.policy.single.candidates import Trials
-from optuna_lora_rl.policy.single.process import Process
-from optuna_lora_rl.policy.single.process import evenly
-from optuna_lora_rl.policy.single.process import fit_theta
-from optuna_lora_rl.policy.single.process import incumbent
-from optuna_lora_rl.policy.single.scores import standardise
-from optuna_lora_rl.policy.single.tables import Tables
+from optuna_lora_rl.policy.scores import standardise
+from optuna_lora_rl.policy.surrogate import Process
+from optuna_lora_rl.policy.surrogate import evenly
+from optuna_lora_rl.policy.surrogate import fit_theta
+from optuna_lora_rl.policy.surrogate import incumbent
 
 MIN_TRIALS = 3
 _MAX_ROWS = 120
@@ -107,12 +107,12 @@ class SourceModel:
 
 
 def fit_source(
-    tables: Tables, space: Space, source: SourceStudy, weights: np.ndarray
+    layout: Layout, space: Space, source: SourceStudy, weights: np.ndarray
 ) -> SourceModel | None:
     """Fit one source's process; ``None`` where it says nothing about this space.
 
     Args:
-        tables: of the target.
+        layout: of the target.
         space: of the target.
         source: the earlier study.
         weights: of the target's objectives; used where the source has as many.
@@ -131,16 +131,16 @@ def fit_source(
     )
     rows = _representative(np.where(good, scores, -np.inf))
     points, scores, good = points[rows], scores[rows], good[rows]
-    x = np.where(np.isnan(points), tables.default, points)
+    x = np.where(np.isnan(points), layout.default, points)
     y = standardise(scores, ~good)
-    X, extra = np.where(shared, tables.points(x).coordinates, 0.5), np.where(good, 0.0, 0.05)
+    X, extra = np.where(shared, layout.points(x).coordinates, 0.5), np.where(good, 0.0, 0.05)
     theta = fit_theta(
-        X, y, tables.unordered, tables.log_l, extra, iterations=40, fit_rows=_MAX_ROWS
+        X, y, layout.unordered, layout.log_l, extra, iterations=40, fit_rows=_MAX_ROWS
     )
     top = x[np.argsort(np.where(good, -y, np.inf), kind="stable")[:_BEST]]
-    inside = shared & ~(tables.unordered & (top < 0))
-    best = np.where(inside, np.clip(top, 0.0, 1.0), tables.default)
-    return SourceModel(Process(X, y, tables.unordered, theta, extra), shared, best)
+    inside = shared & ~(layout.unordered & (top < 0))
+    best = np.where(inside, np.clip(top, 0.0, 1.0), layout.default)
+    return SourceModel(Process(X, y, layout.unordered, theta, extra), shared, best)
 
 
 def _representative(scores: np.ndarray) -> np.ndarray:
@@ -216,18 +216,18 @@ class Informed:
         return Informed(self.process.believe(x), self.opinion)
 
 
-def weigh(models: Sequence[SourceModel], tables: Tables, trials: Trials) -> Opinion:
+def weigh(models: Sequence[SourceModel], layout: Layout, trials: Trials) -> Opinion:
     """Judge the sources by the target's finished trials."""
     K, y = len(models), trials.y
     begun = len(trials) + len(trials.pending)
     if not len(trials):
         return Opinion(models, np.full(K, 0.0 if begun in _TESTS else 1.0 / K))
-    z = trials.points(tables).coordinates
+    z = trials.points(layout).coordinates
     means = np.stack([model.posterior(z)[0] for model in models])
     theta = fit_theta(
-        z, y, tables.unordered, tables.log_l, np.zeros(len(y)), iterations=20, fit_rows=40
+        z, y, layout.unordered, layout.log_l, np.zeros(len(y)), iterations=20, fit_rows=40
     )
-    own = Process(z, y, tables.unordered, theta, np.zeros(len(y))).leave_one_out()
+    own = Process(z, y, layout.unordered, theta, np.zeros(len(y))).leave_one_out()
     weights = _ranking_weights(means, y, own, trials.failed)
     m = weights @ means / max(float(weights.sum()), 1e-12)
     if begun in _TESTS and m.max() - m.min() < _CLEARLY_LESS:

@@ -23,9 +23,9 @@ from optuna_lora_rl.policy.scores import scalarise
 from optuna_lora_rl.samplers.memory import Memo
 
 if TYPE_CHECKING:
+    from optuna_lora_rl.policy.decision import Decision
     from optuna_lora_rl.policy.dimensions import Space
     from optuna_lora_rl.policy.network import Scorer
-    from optuna_lora_rl.policy.single.decision import Decision
     from optuna_lora_rl.samplers.history import History
 
 # Numbers of finished trials after which the policy learns; later its correction hardly counts.

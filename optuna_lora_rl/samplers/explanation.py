@@ -24,11 +24,10 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from optuna_lora_rl.errors import UserError
-from optuna_lora_rl.policy.layout import layout_of
-from optuna_lora_rl.policy.single.process import Process
-from optuna_lora_rl.policy.single.process import fit_theta
-from optuna_lora_rl.policy.single.scores import standardise
-from optuna_lora_rl.policy.single.tables import Tables
+from optuna_lora_rl.policy.layout import Layout
+from optuna_lora_rl.policy.scores import standardise
+from optuna_lora_rl.policy.surrogate import Process
+from optuna_lora_rl.policy.surrogate import fit_theta
 from optuna_lora_rl.samplers import proposal
 from optuna_lora_rl.samplers.history import History
 from optuna_lora_rl.samplers.history import read_history
@@ -286,7 +285,7 @@ class _Model:
     """The surrogate of one objective and how to read it in the objective's units."""
 
     space: Space
-    tables: Tables
+    layout: Layout
     process: Process
     points: np.ndarray
     values: np.ndarray
@@ -304,14 +303,14 @@ class _Model:
         direction: StudyDirection,
         last: Mapping[int, float],
     ) -> _Model:
-        tables = Tables(layout_of(space))
+        layout = Layout(space)
         finished = np.flatnonzero(~history.running)[-_MOST_ROWS:]
-        points = np.where(np.isnan(history.points), tables.default, history.points)
+        points = np.where(np.isnan(history.points), layout.default, history.points)
         good = history.scored[finished]
         scores = np.where(good, history.scores[finished, objective], 0.0)
         y = standardise(scores, ~good)
-        X, noise = tables.points(points[finished]).coordinates, np.where(good, 0.0, _FAILURE_NOISE)
-        theta = fit_theta(X, y, tables.unordered, tables.log_l, noise, iterations=40, fit_rows=100)
+        X, noise = layout.points(points[finished]).coordinates, np.where(good, 0.0, _FAILURE_NOISE)
+        theta = fit_theta(X, y, layout.unordered, layout.log_l, noise, iterations=40, fit_rows=100)
         sign = 1.0 if direction == StudyDirection.MAXIMIZE else -1.0
         kept = finished[good]
         # As Optuna's best trial: of those that keep the constraints, where any does.
@@ -321,8 +320,8 @@ class _Model:
         offset, unit = _scale(scores[good], y[good])
         return cls(
             space=space,
-            tables=tables,
-            process=Process(X, y, tables.unordered, theta, noise),
+            layout=layout,
+            process=Process(X, y, layout.unordered, theta, noise),
             points=history.points[kept],
             # A pruned trial's estimated end is what the surrogate learns from, and no result.
             values=np.where(
@@ -342,7 +341,7 @@ class _Model:
 
     def posterior(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and deviation in the objective's units at points (N, D)."""
-        mean, deviation = self.process.posterior(self.tables.points(x).coordinates)
+        mean, deviation = self.process.posterior(self.layout.points(x).coordinates)
         return self.offset + self.unit * mean, abs(self.unit) * deviation
 
     def parameter(self, column: int, importance: float) -> Parameter:
@@ -376,9 +375,9 @@ class _Model:
         )
 
     def _prior(self, dimension: Dimension, column: int, u: np.ndarray) -> np.ndarray | None:
-        if dimension.role is None or not self.tables.is_lora:
+        if dimension.role is None or not self.layout.is_lora:
             return None
-        table = np.exp(self.tables.log_density[column])
+        table = np.exp(self.layout.log_density[column])
         density = np.interp(u, np.linspace(0.0, 1.0, len(table)), table)
         return np.asarray(density / density.max())
 

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from optuna.study import StudyDirection
 
+from optuna_lora_rl.policy.candidates import Trials
 from optuna_lora_rl.policy.conditions import Condition
 from optuna_lora_rl.policy.conditions import learn_conditions
 from optuna_lora_rl.policy.scores import scalarise
-from optuna_lora_rl.policy.single.candidates import Trials
-from optuna_lora_rl.policy.single.scores import standardise
+from optuna_lora_rl.policy.scores import standardise
 from optuna_lora_rl.samplers.history import History
 
 if TYPE_CHECKING:

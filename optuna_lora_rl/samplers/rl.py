@@ -21,14 +21,14 @@ from optuna.trial import TrialState
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.policy import weights as weight_files
 from optuna_lora_rl.policy.conditions import settle
-from optuna_lora_rl.policy.layout import layout_of
-from optuna_lora_rl.policy.proposal import Settings
-from optuna_lora_rl.policy.proposal import draw_parameter
-from optuna_lora_rl.policy.single.decision import Decision
-from optuna_lora_rl.policy.single.decision import decide
-from optuna_lora_rl.policy.single.decision import fit_feasibility
-from optuna_lora_rl.policy.single.decision import fit_hyperparameters
-from optuna_lora_rl.policy.single.tables import Tables
+from optuna_lora_rl.policy.decision import Decision
+from optuna_lora_rl.policy.decision import Settings
+from optuna_lora_rl.policy.decision import decide
+from optuna_lora_rl.policy.decision import draw_parameter
+from optuna_lora_rl.policy.decision import fit_feasibility
+from optuna_lora_rl.policy.decision import fit_hyperparameters
+from optuna_lora_rl.policy.layout import Layout
+from optuna_lora_rl.policy.network import Correction
 from optuna_lora_rl.samplers import PROPOSAL_KEY
 from optuna_lora_rl.samplers import is_whole
 from optuna_lora_rl.samplers.adaptation import Adaptation
@@ -160,12 +160,12 @@ class RLSampler(BaseSampler):
         self._union = UnionSpace()
         self._ledger = Ledger()
         self._spaces: Memo[Space] = Memo()
-        self._tables: Memo[Tables] = Memo()
+        self._layouts: Memo[Layout] = Memo()
         self._fits: Memo[np.ndarray] = Memo()
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("_lock", "_union", "_ledger", "_spaces", "_tables", "_fits"):
+        for name in ("_lock", "_union", "_ledger", "_spaces", "_layouts", "_fits"):
             del state[name]
         return state
 
@@ -297,8 +297,8 @@ class RLSampler(BaseSampler):
 
         ``points`` (k, d) join the candidates.
         """
-        tables = self._tables.get(space.written, lambda: Tables(layout_of(space)))
-        default = tables.default
+        layout = self._layouts.get(space.written, lambda: Layout(space))
+        default = layout.default
         conditions = conditions_of(space, history)
         if conditions:
             history = replace(history, points=settle(history.points, conditions, default))
@@ -306,28 +306,28 @@ class RLSampler(BaseSampler):
         def snap(x: np.ndarray) -> np.ndarray:
             return settle(space.snap(x), conditions, default)
 
-        theta = self._hyperparameters(tables, space.written, history)
+        theta = self._hyperparameters(layout, space.written, history)
         history = recent_and_best(history)
         weights = objective_weights(len(directions), generator)
         trials = observe(history, default, self._n_trials, weights)
         constraints = constraints_of(history)[~history.running]
         with torch.no_grad():
             decision = decide(
-                tables,
+                layout,
                 trials,
-                network,
+                Correction.of(network) if network else None,
                 snap,
                 generator,
                 self._settings,
                 grid=_grid(space, default, points),
-                feasibility=fit_feasibility(tables, trials, constraints),
+                feasibility=fit_feasibility(layout, trials, constraints),
                 theta=theta,
-                sources=self._earlier.models(space, tables, directions, weights),
+                sources=self._earlier.models(space, layout, directions, weights),
             )
         return decision, history
 
     def _hyperparameters(
-        self, tables: Tables, written: str, history: History
+        self, layout: Layout, written: str, history: History
     ) -> np.ndarray | None:
         """The surrogate's, fitted to the study as it was at its last milestone, shape (D + 2,).
 
@@ -341,10 +341,10 @@ class RLSampler(BaseSampler):
         key = (written, told.points.tobytes(), told.scores.tobytes(), told.violation.tobytes())
 
         def fitted() -> np.ndarray:
-            trials = observe(told, tables.default, None, np.ones(1))
+            trials = observe(told, layout.default, None, np.ones(1))
             iterations = _FEW_ITERATIONS if len(told) <= _FEW_TRIALS else _MANY_ITERATIONS
             settings = replace(self._settings, iterations=iterations)
-            return fit_hyperparameters(tables, trials, settings)
+            return fit_hyperparameters(layout, trials, settings)
 
         return self._fits.get(key, fitted)
 

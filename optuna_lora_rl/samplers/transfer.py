@@ -14,14 +14,13 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.policy.candidates import Trials
+from optuna_lora_rl.policy.decision import Settings
+from optuna_lora_rl.policy.decision import decide
 from optuna_lora_rl.policy.dimensions import Dimension
 from optuna_lora_rl.policy.dimensions import Space
-from optuna_lora_rl.policy.layout import layout_of
+from optuna_lora_rl.policy.layout import Layout
 from optuna_lora_rl.policy.matching import place
-from optuna_lora_rl.policy.proposal import Settings
-from optuna_lora_rl.policy.single.candidates import Trials
-from optuna_lora_rl.policy.single.decision import decide
-from optuna_lora_rl.policy.single.tables import Tables
 from optuna_lora_rl.policy.transfer import MIN_TRIALS
 from optuna_lora_rl.policy.transfer import SourceModel
 from optuna_lora_rl.policy.transfer import SourceStudy
@@ -75,7 +74,7 @@ class EarlierStudies:
     def models(
         self,
         space: Space,
-        tables: Tables,
+        layout: Layout,
         directions: Sequence[StudyDirection],
         weights: np.ndarray,
     ) -> list[SourceModel]:
@@ -83,13 +82,13 @@ class EarlierStudies:
 
         Args:
             space: of the new study.
-            tables: of the space.
+            layout: of the space.
             directions: of the new study.
             weights: of its objectives in this proposal, shape (m,).
         """
 
         def fitted() -> list[SourceModel]:
-            fits = (fit_source(tables, space, s, weights) for s in self._sources(directions))
+            fits = (fit_source(layout, space, s, weights) for s in self._sources(directions))
             return [fit for fit in fits if fit is not None]
 
         key = (repr(space), tuple(directions), weights.tobytes())
@@ -114,12 +113,12 @@ class EarlierStudies:
         union = _union([source.space for source in sources])
         if not len(union):
             return None
-        tables, m = Tables(layout_of(union)), len(directions)
-        models = self.models(union, tables, directions, np.full(m, 1.0 / m))
+        layout, m = Layout(union), len(directions)
+        models = self.models(union, layout, directions, np.full(m, 1.0 / m))
         if not models:
             return None
         decision = decide(
-            tables,
+            layout,
             Trials.none(len(union)),
             None,
             union.snap,

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from optuna_lora_rl.learning import table_surfaces
 from optuna_lora_rl.learning.tables import coordinates
@@ -21,7 +20,7 @@ def test_natural_values_stand_where_the_tables_put_them() -> None:
             value = configuration[dimension.name]
             row.append(float(value) if dimension.is_ordered else dimension.levels.index(value))
         natural.append(row)
-    mine = table_surfaces._coordinates(torch.tensor(natural, dtype=torch.float64))[0].numpy()
+    mine = table_surfaces._coordinates(np.array(natural, dtype=float))[0].numpy()
     theirs = np.stack([coordinates.point(configuration) for configuration in configurations])
     assert mine == pytest.approx(theirs, abs=1e-4)
 

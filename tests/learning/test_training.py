@@ -17,8 +17,10 @@ from optuna_lora_rl.learning.training import _stages
 from optuna_lora_rl.learning.training import train
 from optuna_lora_rl.learning.training_log import TrainingLog
 from optuna_lora_rl.learning.training_log import read_metrics
+from optuna_lora_rl.learning.updates import imitate
 from optuna_lora_rl.learning.validation import bootstrap_interval
 from optuna_lora_rl.policy import weights
+from optuna_lora_rl.policy.ppo import PPOSettings
 from optuna_lora_rl.study import reading
 
 SMALL = TrainingSettings(
@@ -78,6 +80,14 @@ def test_a_run_that_was_interrupted_ends_where_it_would_have(run: Path, tmp_path
     assert read_metrics(tmp_path) == read_metrics(run)
 
 
+def test_the_weights_do_not_depend_on_the_number_of_processes(run: Path, tmp_path: Path) -> None:
+    train(tmp_path, SMALL, processes=2)
+    one, two = _final(run), _final(tmp_path)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert read_metrics(tmp_path) == read_metrics(run)
+    assert (tmp_path / "report.md").read_text() == (run / "report.md").read_text()
+
+
 def test_another_runs_folder_is_refused(run: Path) -> None:
     with pytest.raises(UserError, match="belongs to a run with other settings"):
         train(run, SMALL.model_copy(update={"seed": 1}))
@@ -96,8 +106,9 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
 
 
 def test_imitation_lowers_its_loss(trainer: Trainer) -> None:
-    rollout = collect(trainer.pool, 5, trainer.network, trainer.critic, trainer.generator)
-    losses = [trainer._imitate(rollout)["imitation_loss"] for _ in range(10)]
+    rollout = collect(trainer.pool[:10], 5, trainer.network, trainer.critic, trainer.generator)
+    learning = (trainer.network, trainer.critic, trainer.optimizer, rollout, PPOSettings())
+    losses = [imitate(*learning, trainer.generator, passes=1)["imitation_loss"] for _ in range(10)]
     assert losses[-1] < losses[0]
 
 
@@ -123,9 +134,10 @@ def test_the_curriculum_begins_with_small_tasks_and_keeps_constraints_apart() ->
     pool = draw_tasks(40, 5)
     stages = _stages(pool)
     first, rest = stages["first"], stages["all"]
-    assert all(len(pool.spaces[row]) <= 3 for row in first.tolist())
+    assert all(len(task.space) <= 3 for task in first)
     assert 0 < len(first) < len(rest) < len(pool)
-    assert pool.constrained.any() and not pool.constrained[rest].any()
+    assert not any(task.constrained for task in rest)
+    assert len(rest) + len(stages["constrained"]) == len(pool)
 
 
 def test_a_running_mean_of_the_weights_is_judged_and_kept(

@@ -18,7 +18,7 @@ from optuna_lora_rl.policy.adaptation import adapt
 from optuna_lora_rl.policy.adaptation import rewards
 from optuna_lora_rl.policy.features import CANDIDATE_FEATURES
 from optuna_lora_rl.policy.features import CONTEXT_FEATURES
-from optuna_lora_rl.policy.features import Features
+from optuna_lora_rl.policy.network import Features
 from optuna_lora_rl.policy.network import Scorer
 
 

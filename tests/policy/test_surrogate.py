@@ -5,25 +5,33 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from optuna_lora_rl.policy import surrogate as gp
-from optuna_lora_rl.policy.surrogate import Lengthscales
+from optuna_lora_rl.policy.surrogate import Posterior
+from optuna_lora_rl.policy.surrogate import Process
+from optuna_lora_rl.policy.surrogate import factor
+from optuna_lora_rl.policy.surrogate import fit_theta
+from optuna_lora_rl.policy.surrogate import log_improvement
 
-
-def _data(n: int = 9, D: int = 3, B: int = 2, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    X = torch.rand(B, n, D, generator=generator, dtype=torch.float64)
-    X[:, :, D - 1] = (X[:, :, D - 1] * 3).floor() / 3
-    y = torch.randn(B, n, generator=generator, dtype=torch.float64)
-    unordered = torch.zeros(B, D, dtype=torch.bool)
-    unordered[:, D - 1] = True
-    return X, y, unordered
+UNORDERED = np.array([False, False, True])
+PRIOR = np.tile([-0.7, 1.0], (3, 1))
+THETA = np.array([-0.5, 0.2, 0.4, 0.3, -3.0])
 
 
-def _prior(B: int, D: int) -> Lengthscales:
-    zero = torch.zeros(B, D, dtype=torch.float64)
-    return Lengthscales(zero - 0.7, zero + 1.0)
+def _data(n: int = 9, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Points and scores; the last coordinate has no order and three values."""
+    rng = np.random.default_rng(seed)
+    X = rng.random((n, 3))
+    X[:, 2] = np.floor(X[:, 2] * 3) / 3
+    return X, rng.normal(size=n)
+
+
+def _fitted(
+    X: np.ndarray, y: np.ndarray, unordered: np.ndarray = UNORDERED, **how: int
+) -> Process:
+    none = np.zeros(len(y))
+    log_l = np.tile(PRIOR[0], (X.shape[1], 1))
+    steps = {"iterations": 40, "fit_rows": 100, **how}
+    return Process(X, y, unordered, fit_theta(X, y, unordered, log_l, none, **steps), none)
 
 
 def _kernel(a: np.ndarray, b: np.ndarray, length: np.ndarray, s: float) -> np.ndarray:
@@ -37,116 +45,133 @@ def _kernel(a: np.ndarray, b: np.ndarray, length: np.ndarray, s: float) -> np.nd
     return k
 
 
+def _textbook(
+    X: np.ndarray, y: np.ndarray, x: np.ndarray, extra: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    length, (s, v) = np.exp(THETA[:3]), np.exp(THETA[3:])
+    K = _kernel(X, X, length, s) + np.diag(v + extra)
+    k = _kernel(x, X, length, s)
+    return k @ np.linalg.solve(K, y), s - np.einsum("ij,ji->i", k, np.linalg.solve(K, k.T))
+
+
 def test_the_posterior_is_the_textbooks() -> None:
-    X, y, unordered = _data()
-    mask = torch.ones(2, 9, dtype=torch.bool)
-    x = _data(n=5, seed=1)[0]
-    theta = torch.tensor([[-0.5, 0.2, 0.4, 0.3, -3.0], [0.1, -1.0, 0.0, -0.2, -2.0]]).double()
-    fitted = gp.condition(X, y, mask, unordered, theta, torch.zeros_like(y))
-    mean, deviation = fitted.posterior(x)
-    for b in range(2):
-        length, (s, v) = np.exp(theta[b, :3].numpy()), np.exp(theta[b, 3:].numpy())
-        K = _kernel(X[b].numpy(), X[b].numpy(), length, s) + v * np.eye(9)
-        k = _kernel(x[b].numpy(), X[b].numpy(), length, s)
-        assert mean[b].numpy() == pytest.approx(k @ np.linalg.solve(K, y[b].numpy()), abs=1e-9)
-        variance = s - np.einsum("ij,ji->i", k, np.linalg.solve(K, k.T))
-        assert deviation[b].numpy() ** 2 == pytest.approx(variance, abs=1e-9)
+    (X, y), x = _data(), _data(5, 1)[0]
+    extra = np.arange(9) % 2 * 0.05
+    process = Process(X, y, UNORDERED, THETA, extra)
+    mean, deviation = process.posterior(x)
+    wanted, variance = _textbook(X, y, x, extra)
+    assert mean == pytest.approx(wanted, abs=1e-9)
+    assert deviation**2 == pytest.approx(variance, abs=1e-9)
+    assert process.at_trials == pytest.approx(_textbook(X, y, X, extra)[0], abs=1e-9)
 
 
-def test_the_gradient_is_the_slope() -> None:
-    X, y, unordered = _data()
-    mask = torch.ones(2, 9, dtype=torch.bool)
-    mask[1, 6:] = False
-    y = torch.where(mask, y, 0.0)
-    sqd = gp._squared_differences(X, unordered)
-    arguments = (sqd, y, mask, torch.full_like(y, 0.01), _prior(2, 3))
-    theta = torch.tensor([[-0.5, 0.2, 0.4, 0.3, -3.0], [0.1, -1.0, 0.0, -0.2, -2.0]]).double()
-    _, gradient = gp.negative_log_posterior(theta, *arguments)
+def test_each_score_is_predicted_from_the_others() -> None:
+    (X, y), none = _data(), np.zeros(8)
+    left_out = Process(X, y, UNORDERED, THETA, np.zeros(9)).leave_one_out()
+    for i in range(9):
+        others = np.arange(9) != i
+        wanted, _ = _textbook(X[others], y[others], X[i : i + 1], none)
+        assert left_out[i] == pytest.approx(wanted[0], abs=1e-9)
+
+
+def test_the_value_and_the_gradient_of_the_fit_are_right() -> None:
+    (X, y), extra = _data(), np.arange(9) % 2 * 0.05
+    difference = X[:, None] - X[None]
+    sqd = np.where(UNORDERED, difference != 0, difference**2).reshape(-1, 3)
+    prior = np.concatenate([PRIOR, [[0.0, 1.0], [-5.0, 1.5]]])
+    posterior = Posterior(sqd, y, extra, prior)
+    theta = np.stack([THETA, [0.1, -1.0, 0.0, -0.2, -2.0]])
+    values, gradient = posterior.negative_log(theta)
+    K = _kernel(X, X, np.exp(THETA[:3]), np.exp(THETA[3])) + np.diag(np.exp(THETA[4]) + extra)
+    wanted = 0.5 * (y @ np.linalg.solve(K, y) + np.linalg.slogdet(K)[1])
+    wanted += 0.5 * np.square((THETA - prior[:, 0]) / prior[:, 1]).sum()
+    assert values[0] == pytest.approx(wanted, abs=1e-9)
     for j in range(5):
-        e = torch.zeros_like(theta)
+        e = np.zeros((2, 5))
         e[:, j] = 1e-5
-        above, _ = gp.negative_log_posterior(theta + e, *arguments)
-        below, _ = gp.negative_log_posterior(theta - e, *arguments)
-        assert gradient[:, j].numpy() == pytest.approx(((above - below) / 2e-5).numpy(), abs=1e-6)
+        above, below = posterior.negative_log(theta + e)[0], posterior.negative_log(theta - e)[0]
+        assert gradient[:, j] == pytest.approx((above - below) / 2e-5, abs=1e-6)
 
 
-def test_the_slope_of_the_expected_improvement_is_its_slope() -> None:
-    X, y, unordered = _data(n=20)
-    unordered[0] = False
-    mask = torch.ones(2, 20, dtype=torch.bool)
-    fitted = gp.fit(X, y, mask, unordered, _prior(2, 3))
-    best = fitted.incumbent(mask)
-    x = torch.rand(2, 6, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    value, slope = fitted.slope(x, best)
-    expected = gp.log_expected_improvement(*fitted.posterior(x), best[:, None])
-    assert value.numpy() == pytest.approx(expected.numpy(), abs=1e-6)
-    for j in range(3):
-        e = torch.zeros_like(x)
-        e[:, :, j] = 1e-6
-        difference = (fitted.slope(x + e, best)[0] - fitted.slope(x - e, best)[0]) / 2e-6
-        ordered = ~unordered[:, j]
-        assert slope[ordered, :, j].numpy() == pytest.approx(
-            difference[ordered].numpy(), rel=1e-4, abs=1e-4
-        )
-    assert not slope[1, :, 2].any()
+@pytest.mark.parametrize("unordered", [UNORDERED, np.zeros(3, dtype=bool)])
+def test_the_slope_of_the_expected_improvement_is_its_slope(unordered: np.ndarray) -> None:
+    process = _fitted(*_data(20), unordered)
+    best = process.incumbent(np.ones(20, dtype=bool))
+    x = np.random.default_rng(2).random((6, 3))
+    x[:, 2] = 1 / 3
+    slope = process.slope(x, best, process.apart(x))
 
+    def value(x: np.ndarray) -> np.ndarray:
+        return log_improvement(*process.posterior(x), best).value
 
-def test_padding_changes_nothing() -> None:
-    X, y, unordered = _data()
-    short = torch.ones(2, 9, dtype=torch.bool)
-    wide, wide_y = torch.cat([X, X + 7], 1), torch.cat([y, y * 100], 1)
-    long = torch.cat([short, ~short], 1)
-    x = _data(n=5, seed=1)[0]
-    plain = gp.fit(X, y, short, unordered, _prior(2, 3)).posterior(x)
-    padded = gp.fit(wide, wide_y, long, unordered, _prior(2, 3)).posterior(x)
-    assert padded[0].numpy() == pytest.approx(plain[0].numpy(), abs=1e-6)
-    assert padded[1].numpy() == pytest.approx(plain[1].numpy(), abs=1e-6)
+    for j in np.flatnonzero(~unordered):
+        e = np.zeros(3)
+        e[j] = 1e-6
+        difference = (value(x + e) - value(x - e)) / 2e-6
+        assert slope[:, j] == pytest.approx(difference, rel=1e-4, abs=1e-4)
+    assert not slope[:, unordered].any()
 
 
 def test_fitting_finds_which_coordinate_matters() -> None:
-    generator = torch.Generator().manual_seed(3)
-    X = torch.rand(1, 40, 4, generator=generator, dtype=torch.float64)
-    y = torch.sin(7 * X[:, :, 1])
-    y = (y - y.mean()) / y.std()
-    mask, unordered = torch.ones(1, 40, dtype=torch.bool), torch.zeros(1, 4, dtype=torch.bool)
-    fitted = gp.fit(X, y, mask, unordered, _prior(1, 4))
-    length = fitted.log_l[0].exp()
+    rng = np.random.default_rng(3)
+    X, x = rng.random((40, 4)), rng.random((50, 4))
+    y = np.sin(7 * X[:, 1])
+    process = _fitted(X, (y - y.mean()) / y.std(), np.zeros(4, dtype=bool))
+    length = np.exp(process.theta[:4])
     assert length[1] < 0.2 * length[[0, 2, 3]].min()
-    x = torch.rand(1, 50, 4, generator=generator, dtype=torch.float64)
-    truth = torch.sin(7 * x[:, :, 1])
-    mean = fitted.posterior(x)[0]
-    assert np.corrcoef(mean[0], truth[0])[0, 1] > 0.99
+    assert np.corrcoef(process.posterior(x)[0], np.sin(7 * x[:, 1]))[0, 1] > 0.99
+
+
+def test_a_fit_that_goes_on_comes_nearer() -> None:
+    X, y = _data(15)
+    none, whole = np.zeros(15), {"iterations": 100, "fit_rows": 15}
+    arguments = (X, y, UNORDERED, PRIOR, none)
+    end = fit_theta(*arguments, **whole)
+    begun = fit_theta(*arguments, iterations=12, fit_rows=15)
+    further = fit_theta(*arguments, iterations=20, fit_rows=15, start=begun)
+    assert np.abs(further - end).max() < np.abs(begun - end).max()
+    assert np.array_equal(
+        fit_theta(X[:0], y[:0], UNORDERED, PRIOR, none[:0], **whole)[:3], PRIOR[:, 0]
+    )
+
+
+def test_a_long_history_is_fitted_by_rows_that_are_evenly_spread() -> None:
+    X, y = _data(50)
+    some = _fitted(X, y, fit_rows=25).theta
+    every = np.linspace(0, 49, 25).round().astype(int)
+    assert some == pytest.approx(_fitted(X[every], y[every]).theta, abs=1e-9)
 
 
 def test_a_believed_trial_keeps_the_mean_and_loses_its_uncertainty() -> None:
-    X, y, unordered = _data(B=1)
-    mask = torch.ones(1, 9, dtype=torch.bool)
-    x = _data(n=2, B=1, seed=5)[0]
-    fitted = gp.fit(X, y, mask, unordered, _prior(1, 3))
-    believed = gp.believe(fitted, y, torch.zeros_like(y), x, torch.tensor([[True, False]]))
-    mean, deviation = fitted.posterior(x)
+    process, x = _fitted(*_data()), _data(2, 5)[0]
+    believed = process.believe(x[:1])
+    mean, deviation = process.posterior(x)
     later_mean, later = believed.posterior(x)
-    assert later_mean.numpy() == pytest.approx(mean.numpy(), abs=1e-6)
-    assert later[0, 0] < 0.5 * deviation[0, 0]
+    assert later_mean == pytest.approx(mean, abs=1e-6)
+    assert later[0] < 0.5 * deviation[0]
 
 
 def test_without_data_it_is_the_prior() -> None:
-    X = torch.zeros(1, 0, 2, dtype=torch.float64)
-    none = torch.zeros(1, 0, dtype=torch.bool)
-    unordered = torch.zeros(1, 2, dtype=torch.bool)
-    fitted = gp.fit(X, X[:, :, 0], none, unordered, _prior(1, 2))
-    mean, deviation = fitted.posterior(torch.rand(1, 3, 2).double())
-    assert mean.tolist() == [[0.0] * 3]
-    assert deviation.numpy() == pytest.approx(1.0)
+    process = _fitted(np.zeros((0, 3)), np.zeros(0))
+    mean, deviation = process.posterior(np.random.default_rng(0).random((3, 3)))
+    assert mean.tolist() == [0.0] * 3
+    assert deviation == pytest.approx(1.0)
+    assert process.incumbent(np.zeros(0, dtype=bool)) == 0.0
+
+
+def test_without_a_good_trial_everything_promises_to_improve() -> None:
+    process = _fitted(*_data())
+    none = process.incumbent(np.zeros(9, dtype=bool))
+    assert none == pytest.approx(process.at_trials.min() - 1.0)
 
 
 def test_equal_points_do_not_break_the_fit() -> None:
-    X = torch.full((1, 30, 2), 0.5, dtype=torch.float64)
-    y = torch.zeros(1, 30, dtype=torch.float64)
-    mask, unordered = torch.ones(1, 30, dtype=torch.bool), torch.zeros(1, 2, dtype=torch.bool)
-    mean, deviation = gp.fit(X, y, mask, unordered, _prior(1, 2)).posterior(X[:, :1] + 0.1)
-    assert torch.isfinite(mean).all()
-    assert torch.isfinite(deviation).all()
+    X = np.full((30, 3), 0.5)
+    mean, deviation = _fitted(X, np.zeros(30)).posterior(X[:1] + 0.1)
+    assert np.isfinite([mean, deviation]).all()
+    singular = torch.ones((1, 4, 4), dtype=torch.float64)
+    L = factor(singular)
+    torch.testing.assert_close(L @ L.mT, singular, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(("mean", "deviation", "best"), [(0.3, 0.7, 0.0), (-1.0, 0.8, 0.5)])
@@ -155,15 +180,26 @@ def test_expected_improvement_against_monte_carlo(
 ) -> None:
     draws = mean + deviation * np.random.default_rng(0).normal(size=2_000_000)
     expected = np.maximum(draws - best, 0).mean()
-    arguments = (torch.tensor([v], dtype=torch.float64) for v in (mean, deviation, best))
-    assert gp.log_expected_improvement(*arguments).exp().item() == pytest.approx(
-        expected, rel=0.02
-    )
+    value = log_improvement(np.array([mean]), np.array([deviation]), best).value
+    assert math.exp(value[0]) == pytest.approx(expected, rel=0.02)
 
 
-def test_expected_improvement_stays_finite_and_rising_far_below_the_best() -> None:
-    mean = torch.linspace(-1e5, 5.0, 4001, dtype=torch.float64)
-    one, zero = torch.ones_like(mean), torch.zeros_like(mean)
-    value = gp.log_expected_improvement(mean, one, zero)
-    assert torch.isfinite(value).all()
-    assert (value.diff() > 0).all()
+def test_expected_improvement_is_right_from_far_below_to_far_above() -> None:
+    mean = np.linspace(-1e5, 5.0, 4001)
+    value = log_improvement(mean, np.ones(4001), 0.0).value
+    assert np.isfinite(value).all()
+    assert (np.diff(value) > 0).all()
+    # Far below, phi(z) / z^2; far above, the mean itself.
+    far = log_improvement(np.array([-1e4, 26.0, 400.0]), np.full(3, 0.5), 0.0).value
+    z = 2e4
+    below = math.log(0.5) - 0.5 * z * z - 0.5 * math.log(2 * math.pi) - 2 * math.log(z)
+    assert far == pytest.approx([below, math.log(26.0), math.log(400.0)], rel=1e-9)
+
+
+def test_expected_improvement_knows_its_slopes() -> None:
+    mean, deviation = np.array([-50.0, -3.0, -1.0, 0.0, 0.7, 5.0]), np.full(6, 0.5)
+    gain, step = log_improvement(mean, deviation, 0.1), 1e-6
+    by_mean = log_improvement(mean + step, deviation, 0.1).value - gain.value
+    by_deviation = log_improvement(mean, deviation + step, 0.1).value - gain.value
+    assert gain.by_mean == pytest.approx(by_mean / step, rel=1e-3)
+    assert gain.by_deviation == pytest.approx(by_deviation / step, rel=1e-2, abs=1e-6)

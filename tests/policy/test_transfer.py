@@ -6,18 +6,17 @@ import numpy as np
 import pytest
 import torch
 
+from optuna_lora_rl.policy.candidates import Trials
+from optuna_lora_rl.policy.decision import Decision
+from optuna_lora_rl.policy.decision import Settings
+from optuna_lora_rl.policy.decision import decide
 from optuna_lora_rl.policy.dimensions import Dimension
 from optuna_lora_rl.policy.dimensions import make_space
-from optuna_lora_rl.policy.layout import layout_of
-from optuna_lora_rl.policy.network import Scorer
-from optuna_lora_rl.policy.proposal import Settings
-from optuna_lora_rl.policy.single.candidates import Trials
-from optuna_lora_rl.policy.single.decision import Decision
-from optuna_lora_rl.policy.single.decision import decide
-from optuna_lora_rl.policy.single.process import Process
-from optuna_lora_rl.policy.single.process import fit_theta
-from optuna_lora_rl.policy.single.scores import standardise
-from optuna_lora_rl.policy.single.tables import Tables
+from optuna_lora_rl.policy.layout import Layout
+from optuna_lora_rl.policy.network import Correction
+from optuna_lora_rl.policy.scores import standardise
+from optuna_lora_rl.policy.surrogate import Process
+from optuna_lora_rl.policy.surrogate import fit_theta
 from optuna_lora_rl.policy.transfer import Informed
 from optuna_lora_rl.policy.transfer import SourceModel
 from optuna_lora_rl.policy.transfer import SourceStudy
@@ -30,7 +29,7 @@ SPACE = make_space(
         Dimension("lora_rank", "int", 2, 128, log=True),
     ]
 )
-TABLES = Tables(layout_of(SPACE))
+LAYOUT = Layout(SPACE)
 Score = Callable[[np.ndarray], np.ndarray]
 
 
@@ -47,7 +46,7 @@ def _source(score: Score, seed: int = 0) -> SourceModel:
     points = _points(25, seed)
     params = tuple(SPACE.decode(point) for point in points)
     study = SourceStudy("s", SPACE, params, score(points)[:, None], np.zeros(25, dtype=bool))
-    model = fit_source(TABLES, SPACE, study, np.ones(1))
+    model = fit_source(LAYOUT, SPACE, study, np.ones(1))
     assert model is not None
     return model
 
@@ -57,9 +56,9 @@ def _trials(points: np.ndarray, score: Score = _peaked) -> Trials:
     return Trials(points, standardise(score(points), none), none, none, np.zeros((0, 2)))
 
 
-def _decide(trials: Trials, sources: list[SourceModel], network: Scorer | None) -> Decision:
+def _decide(trials: Trials, sources: list[SourceModel], network: Correction | None) -> Decision:
     generator, settings = torch.Generator().manual_seed(0), Settings(candidates=64)
-    return decide(TABLES, trials, network, SPACE.snap, generator, settings, sources=sources)
+    return decide(LAYOUT, trials, network, SPACE.snap, generator, settings, sources=sources)
 
 
 def test_without_results_the_sources_are_believed_and_their_best_is_proposed() -> None:
@@ -77,7 +76,7 @@ def test_a_misleading_source_loses_its_weight_and_leaves_the_policy_as_it_was(
     trials = _trials(_points(8, 5))
     misled = _decide(trials, [_source(mislead)], None)
     assert misled.trust < 0.05
-    opinion = weigh([_source(mislead), _source(_peaked, 1)], TABLES, trials)
+    opinion = weigh([_source(mislead), _source(_peaked, 1)], LAYOUT, trials)
     assert opinion.weights[0] < 0.05
     assert opinion.weights[1] > 0.8
 
@@ -85,16 +84,16 @@ def test_a_misleading_source_loses_its_weight_and_leaves_the_policy_as_it_was(
 def test_an_opinion_is_put_to_the_test_until_a_trial_has_gone_against_it() -> None:
     source = _source(_peaked)
     near, far = np.array([[0.8, 0.5], [0.79, 0.5], [0.81, 0.5]]), np.array([[0.2, 0.5]])
-    assert weigh([source], TABLES, _trials(near[:1])).trust == 0
-    assert weigh([source], TABLES, _trials(near)).trust == 0
-    assert weigh([source], TABLES, _trials(np.concatenate([near[:2], far]))).trust > 0.9
+    assert weigh([source], LAYOUT, _trials(near[:1])).trust == 0
+    assert weigh([source], LAYOUT, _trials(near)).trust == 0
+    assert weigh([source], LAYOUT, _trials(np.concatenate([near[:2], far]))).trust > 0.9
 
 
 def test_no_trust_is_the_policy_without_transfer() -> None:
     trials, model = _trials(_points(6, 3)), _source(_peaked)
-    opinion = weigh([model], TABLES, trials)
+    opinion = weigh([model], LAYOUT, trials)
     opinion.weights = np.zeros(1)
-    z = trials.points(TABLES).coordinates
+    z = trials.points(LAYOUT).coordinates
     assert opinion.residual(z, trials.y).tolist() == trials.y.tolist()
     assert not opinion(z)[0].any()
 
@@ -111,20 +110,20 @@ def test_the_surrogate_follows_the_results_where_there_are_some_and_the_sources_
 
 def _informed_mean(points: np.ndarray) -> np.ndarray:
     trials, none = _trials(points), np.zeros(len(points))
-    opinion = weigh([_source(_peaked)], TABLES, trials)
-    z = trials.points(TABLES).coordinates
+    opinion = weigh([_source(_peaked)], LAYOUT, trials)
+    z = trials.points(LAYOUT).coordinates
     y = opinion.residual(z, trials.y)
     theta = fit_theta(
-        z, y, TABLES.unordered, TABLES.log_l, none, iterations=40, fit_rows=len(points)
+        z, y, LAYOUT.unordered, LAYOUT.log_l, none, iterations=40, fit_rows=len(points)
     )
-    return Informed(Process(z, y, TABLES.unordered, theta, none), opinion).posterior(z)[0]
+    return Informed(Process(z, y, LAYOUT.unordered, theta, none), opinion).posterior(z)[0]
 
 
 def test_a_source_about_other_things_is_left_out() -> None:
     space = make_space([Dimension("temperature", "float", 0.0, 1.0)])
     params = tuple({"temperature": float(v)} for v in np.linspace(0, 1, 5))
     study = SourceStudy("s", space, params, np.arange(5.0)[:, None], np.zeros(5, dtype=bool))
-    assert fit_source(TABLES, SPACE, study, np.ones(1)) is None
+    assert fit_source(LAYOUT, SPACE, study, np.ones(1)) is None
 
 
 def test_what_failed_in_the_sources_is_expected_to_be_bad() -> None:
@@ -132,7 +131,7 @@ def test_what_failed_in_the_sources_is_expected_to_be_bad() -> None:
     bad = points[:, 0] > 0.6
     scores = np.where(bad, np.nan, _peaked(points))[:, None]
     params = tuple(SPACE.decode(point) for point in points)
-    model = fit_source(TABLES, SPACE, SourceStudy("s", SPACE, params, scores, bad), np.ones(1))
+    model = fit_source(LAYOUT, SPACE, SourceStudy("s", SPACE, params, scores, bad), np.ones(1))
     assert model is not None
     mean, _ = model.posterior(np.array([[0.5, 0.5], [0.8, 0.5]]))
     assert mean[0] > mean[1] + 0.5

@@ -13,8 +13,7 @@ from optuna.study import StudyDirection
 from optuna_lora_rl import RLSampler
 from optuna_lora_rl import samplers
 from optuna_lora_rl.errors import UserError
-from optuna_lora_rl.policy.layout import layout_of
-from optuna_lora_rl.policy.single.tables import Tables
+from optuna_lora_rl.policy.layout import Layout
 from optuna_lora_rl.samplers.history import space_of
 from optuna_lora_rl.samplers.transfer import EarlierStudies
 
@@ -68,10 +67,10 @@ def test_proposals_are_a_function_of_the_sources_and_the_history() -> None:
 
 def test_a_list_of_trials_is_read_anew_for_another_direction() -> None:
     trials, space = _source().trials, space_of(X)
-    tables, weights = Tables(layout_of(space)), np.ones(1)
+    layout, weights = Layout(space), np.ones(1)
     earlier = EarlierStudies([trials], {})
     best = {
-        direction: earlier.models(space, tables, [direction], weights)[0].best[0].tolist()
+        direction: earlier.models(space, layout, [direction], weights)[0].best[0].tolist()
         for direction in (StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE)
     }
     assert best[StudyDirection.MAXIMIZE] != best[StudyDirection.MINIMIZE]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from optuna.distributions import BaseDistribution
 from optuna.distributions import CategoricalDistribution
 from optuna.distributions import FloatDistribution
@@ -14,7 +13,7 @@ from optuna.distributions import IntDistribution
 from optuna_lora_rl.learning.comparison.problem import LORA
 from optuna_lora_rl.learning.comparison.problem import OTHER
 from optuna_lora_rl.learning.comparison.problem import Problem
-from optuna_lora_rl.learning.tasks import Tasks
+from optuna_lora_rl.learning.tasks import Task
 from optuna_lora_rl.learning.tasks import draw_tasks
 from optuna_lora_rl.policy.dimensions import Dimension
 
@@ -33,30 +32,28 @@ def distribution(dimension: Dimension) -> BaseDistribution:
     return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
 
 
-def synthetic_problem(tasks: Tasks, row: int) -> Problem:
+def synthetic_problem(task: Task, number: int) -> Problem:
     """A task of the training families as a problem for any Optuna sampler."""
-    task = tasks[torch.tensor([row])]
-    space, width = task.spaces[0], task.layout.real.shape[1]
-    is_lora_space, is_lora = bool(task.truth[0, 3] > 0), bool(task.truth[0, 0] > 0)
-    shifted = is_lora_space and is_lora and abs(float(task.truth[0, 1])) > _ANOTHER_SCALE
+    space = task.space
+    is_lora, shift, _, lora_space = task.truth.tolist()
+    is_lora_space = lora_space > 0
+    shifted = is_lora_space and is_lora > 0 and abs(shift) > _ANOTHER_SCALE
     group = "LoRA, other scale" if shifted else "LoRA, usual scale" if is_lora_space else OTHER
 
     def evaluate(params: dict[str, Any], rng: np.random.Generator) -> tuple[float, float]:
-        x = np.full((1, 1, width), 0.5)
-        x[0, 0, : len(space)] = space.encode(params)
-        score, failed = task.score(torch.from_numpy(x))
-        if bool(failed):
+        score, failed = task.score(space.encode(params)[None])
+        if failed[0]:
             raise FloatingPointError
-        value = float(score)
-        return value + float(task.noise) * rng.normal(), max(0.0, 1.0 - value)
+        value = float(score[0])
+        return value + task.noise * rng.normal(), max(0.0, 1.0 - value)
 
     distributions = {d.name: distribution(d) for d in space.dimensions}
     domain = LORA if is_lora_space else OTHER
-    return Problem(f"synthetic-{row}", f"synthetic: {group}", domain, distributions, evaluate)
+    return Problem(f"synthetic-{number}", f"synthetic: {group}", domain, distributions, evaluate)
 
 
 def synthetic_problems(count: int, seed: int) -> list[Problem]:
     """So many tasks of a seed."""
     # What a task may not exceed is not told to the samplers, so no task has a constraint here.
     tasks = draw_tasks(count, seed=seed, constrained=False)
-    return [synthetic_problem(tasks, row) for row in range(count)]
+    return [synthetic_problem(task, number) for number, task in enumerate(tasks)]

@@ -70,17 +70,14 @@ def _folds(table: Table) -> NDArray[np.int64]:
 def _fit(
     X: NDArray[np.float64], y: NDArray[np.float64], fold: NDArray[np.int64] | None
 ) -> tuple[list[float], NDArray[np.float64]]:
-    """Return hyperparameters of all runs, and predictions of each run without its fold."""
+    """Return hyperparameters of all runs, and predictions of each run without its fold, if any."""
     standard = (y - y.mean()) / y.std()
-    kept = [] if fold is None else [fold != one for one in range(FOLDS)]
-    masks = np.stack([np.ones(len(y), dtype=bool), *kept])
-    fitted = surfaces.fit(X, standard, torch.from_numpy(masks))
-    theta = torch.cat([fitted.log_l[0], fitted.log_s[:1], fitted.log_v[:1]])
-    seen = coordinates.turned(torch.from_numpy(X))
-    mean, _ = fitted.posterior(seen.expand(len(masks), -1, -1))
-    own = np.zeros(len(y), dtype=np.int64) if fold is None else 1 + fold
-    without = mean.numpy()[own, np.arange(len(y))]
-    return [round(value, 4) for value in theta.tolist()], y.mean() + y.std() * without
+    whole, without = surfaces.fit(X, standard), np.zeros(len(y))
+    seen = coordinates.turned(torch.from_numpy(X)).numpy()
+    for one in range(FOLDS) if fold is not None else ():
+        left = fold == one
+        without[left] = surfaces.fit(X[~left], standard[~left]).posterior(seen[left])[0]
+    return [round(value, 4) for value in whole.theta.tolist()], y.mean() + y.std() * without
 
 
 def _rank_correlation(y: NDArray[np.float64], predicted: NDArray[np.float64]) -> float:

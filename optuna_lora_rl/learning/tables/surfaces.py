@@ -82,11 +82,22 @@ class Process:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the means at coordinates x (T, N, D), shape (T, N, P)."""
-        unordered = torch.from_numpy(coordinates.UNORDERED).expand(len(x), -1)
         z = coordinates.turned(x)
-        r2 = surrogate.squared_distance(z, self.Z, unordered, -self.scale.log())
-        k = self.variance[:, None, None] * surrogate.matern52(r2)
+        k = self.variance[:, None, None] * _matern52(z, self.Z, self.scale)
         return self.shift[:, None] + self.stretch[:, None] * (k @ self.alpha.transpose(1, 2))
+
+
+def _matern52(z: Tensor, Z: Tensor, scale: Tensor) -> Tensor:
+    """Correlations of z (T, N, D) with Z (T, n, D), shape (T, N, n)."""
+    ordered = torch.from_numpy(~coordinates.UNORDERED)
+    p, q = ((side * scale[:, None])[..., ordered] for side in (z, Z))
+    r2 = (p * p).sum(-1)[:, :, None] + (q * q).sum(-1)[:, None] - 2.0 * p @ q.mT
+    r2 = r2.clamp_min(0.0)
+    for j in np.flatnonzero(coordinates.UNORDERED).tolist():
+        differs = (z[:, :, None, j] - Z[:, None, :, j]).abs() > 1e-6
+        r2 = r2 + scale[:, j, None, None] ** 2 * differs
+    r = math.sqrt(5.0) * (r2 + 1e-18).sqrt()
+    return (1.0 + r + r * r / 3.0) * torch.exp(-r)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,34 +155,30 @@ def targets(table: Table) -> dict[str, NDArray[np.float64]]:
     return {"curve": curve, "divergence": np.where(diverged, 1.0, -1.0)[:, None]}
 
 
-def prior(width: int) -> surrogate.Lengthscales:
-    """Return the prior of the lengthscales for ``width`` processes at once.
+def prior() -> NDArray[np.float64]:
+    """Return the prior of the log lengthscales, mean and deviation, shape (D, 2).
 
     It grows with the square root of D (Hvarfner et al. 2024, "Vanilla Bayesian optimization
     performs great in high dimensions", section 5), so that complexity does not.
     """
     D = len(coordinates.NAMES)
-    mean = torch.full((width, D), math.log(0.5) + 0.5 * math.log(D / 3), dtype=torch.float64)
-    return surrogate.Lengthscales(mean, torch.ones_like(mean))
+    return np.tile([math.log(0.5) + 0.5 * math.log(D / 3), 1.0], (D, 1))
 
 
-def fit(X: NDArray[np.float64], y: NDArray[np.float64], masks: Tensor) -> surrogate.Surrogate:
-    """Fit one output under several masks at once: on all runs, and without each fold of them.
+def fit(X: NDArray[np.float64], y: NDArray[np.float64]) -> surrogate.Process:
+    """Return a process fitted to one output.
 
     Args:
-        X: Coordinates of one table, shape (n, D).
+        X: Coordinates, shape (n, D).
         y: Standardised output, shape (n,).
-        masks: Runs to learn from, shape (B, n).
     """
-    B = len(masks)
-    return surrogate.fit(
-        coordinates.turned(torch.from_numpy(X))[None].expand(B, -1, -1).contiguous(),
-        torch.from_numpy(y)[None].expand(B, -1).contiguous(),
-        masks,
-        torch.from_numpy(coordinates.UNORDERED)[None].expand(B, -1),
-        prior(B),
-        iterations=30,
+    z, none, unordered = (
+        coordinates.turned(torch.from_numpy(X)).numpy(),
+        np.zeros(len(y)),
+        coordinates.UNORDERED,
     )
+    theta = surrogate.fit_theta(z, y, unordered, prior(), none, iterations=30, fit_rows=len(y))
+    return surrogate.Process(z, y, unordered, theta, none)
 
 
 def condition(
@@ -186,18 +193,12 @@ def condition(
     """
     shift, stretch = torch.from_numpy(y.mean(0)), torch.from_numpy(np.maximum(y.std(0), 1e-9))
     standard = (torch.from_numpy(y) - shift) / stretch
-    log = torch.tensor(theta or [0.0] * (X.shape[1] + 2), dtype=torch.float64)
-    fitted = surrogate.condition(
-        coordinates.turned(torch.from_numpy(X))[None],
-        standard.T[:1],
-        torch.ones((1, len(X)), dtype=torch.bool),
-        torch.from_numpy(coordinates.UNORDERED)[None],
-        log[None],
-        torch.zeros((1, len(X)), dtype=torch.float64),
-    )
-    alpha = torch.cholesky_solve(standard, fitted.L[0]).T
-    scale, variance = (-log[:-2]).exp(), log[-2].exp()
-    return Process(*(t[None] for t in (fitted.X[0], alpha, scale, variance, shift, stretch)))
+    log = np.array(theta or [0.0] * (X.shape[1] + 2))
+    Z, none = coordinates.turned(torch.from_numpy(X)), np.zeros(len(X))
+    fitted = surrogate.Process(Z.numpy(), standard[:, 0].numpy(), coordinates.UNORDERED, log, none)
+    alpha = torch.from_numpy(fitted.solve(standard.numpy())).T
+    scale, variance = torch.from_numpy(np.exp(-log[:-2])), torch.tensor(fitted.s, dtype=Z.dtype)
+    return Process(*(t[None] for t in (Z, alpha, scale, variance, shift, stretch)))
 
 
 def stack(processes: Sequence[Process]) -> Process:

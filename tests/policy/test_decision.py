@@ -10,26 +10,31 @@ from safetensors.torch import save_file
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.policy import weights
-from optuna_lora_rl.policy.ascent import climb
+from optuna_lora_rl.policy.candidates import SAME
 from optuna_lora_rl.policy.candidates import SOURCES
-from optuna_lora_rl.policy.candidates import Observed
-from optuna_lora_rl.policy.candidates import is_repeat
+from optuna_lora_rl.policy.candidates import Trials
+from optuna_lora_rl.policy.candidates import climb
 from optuna_lora_rl.policy.candidates import prior_points
+from optuna_lora_rl.policy.candidates import same
+from optuna_lora_rl.policy.candidates import within
+from optuna_lora_rl.policy.decision import Decision
+from optuna_lora_rl.policy.decision import Settings
+from optuna_lora_rl.policy.decision import decide
+from optuna_lora_rl.policy.decision import fit_feasibility
+from optuna_lora_rl.policy.decision import fit_hyperparameters
+from optuna_lora_rl.policy.decision import room
 from optuna_lora_rl.policy.dimensions import Dimension
 from optuna_lora_rl.policy.dimensions import Space
 from optuna_lora_rl.policy.dimensions import make_space
-from optuna_lora_rl.policy.layout import exact_snap
-from optuna_lora_rl.policy.layout import layout_of
-from optuna_lora_rl.policy.layout import stack
+from optuna_lora_rl.policy.layout import Layout
+from optuna_lora_rl.policy.network import Correction
+from optuna_lora_rl.policy.network import Features
 from optuna_lora_rl.policy.network import Scorer
 from optuna_lora_rl.policy.prior import coverage
 from optuna_lora_rl.policy.prior import space_prior
-from optuna_lora_rl.policy.proposal import Decision
-from optuna_lora_rl.policy.proposal import Settings
-from optuna_lora_rl.policy.proposal import decide
-from optuna_lora_rl.policy.proposal import fit_feasibility
-from optuna_lora_rl.policy.proposal import fit_surrogate
 from optuna_lora_rl.policy.scores import standardise
+from optuna_lora_rl.policy.surrogate import Process
+from optuna_lora_rl.policy.surrogate import log_improvement
 
 LORA = make_space(
     [
@@ -44,36 +49,32 @@ PLAIN = make_space([Dimension("x", "float"), Dimension("y", "int", 0, 9)])
 SETTINGS = Settings(candidates=64)
 
 
-def _observed(
+def _trials(
     space: Space, points: list[list[float]], scores: list[float], failed: list[bool] | None = None
-) -> Observed:
-    x = space.snap(np.array(points, dtype=float).reshape(1, -1, len(space)))
-    bad = torch.tensor([failed or [False] * len(scores)], dtype=torch.bool)
-    y = torch.tensor([scores], dtype=torch.float64)
-    return Observed(
-        x=torch.from_numpy(x),
-        y=standardise(y, ~bad, bad),
-        mask=torch.ones_like(bad),
-        failed=bad,
-        infeasible=torch.zeros_like(bad),
-        pending=torch.zeros((1, 0, len(space)), dtype=torch.float64),
-        pending_mask=torch.zeros((1, 0), dtype=torch.bool),
-        horizon=torch.tensor([0]),
-    )
+) -> Trials:
+    x = space.snap(np.array(points, dtype=float).reshape(-1, len(space)))
+    bad = np.array(failed or [False] * len(scores), dtype=bool)
+    y, none = standardise(np.array(scores), bad), np.zeros_like(bad)
+    return Trials(x, y, bad, none, np.zeros((0, len(space))))
 
 
-def _decide(space: Space, observed: Observed, network: Scorer | None = None) -> Decision:
+def _decide(space: Space, trials: Trials, network: Scorer | None = None) -> Decision:
     generator = torch.Generator().manual_seed(0)
-    layout = layout_of(space)
-    return decide(layout, observed, network, exact_snap(space), generator, SETTINGS)
+    correction = None if network is None else Correction.of(network)
+    return decide(Layout(space), trials, correction, space.snap, generator, SETTINGS)
 
 
 def _params(space: Space, decision: Decision) -> dict:
-    return space.decode(decision.candidates.x[0, int(decision.logits[0].argmax())].numpy())
+    return space.decode(decision.x[int(decision.logits.argmax())])
+
+
+def _features(decision: Decision) -> Features:
+    arrays = (decision.values, decision.context, decision.valid)
+    return Features(*(torch.from_numpy(array)[None] for array in arrays))
 
 
 def test_the_first_proposal_is_what_guides_recommend() -> None:
-    params = _params(LORA, _decide(LORA, _observed(LORA, [], [])))
+    params = _params(LORA, _decide(LORA, _trials(LORA, [], [])))
     assert 1e-4 <= params["learning_rate"] <= 5e-4
     assert 16 <= params["lora_rank"] <= 32
     assert 1 <= params["lora_alpha"] / params["lora_rank"] <= 2.2
@@ -107,21 +108,20 @@ def test_the_range_draws_the_prior_to_it() -> None:
 
 
 def test_a_space_that_is_not_lora_has_a_flat_prior_and_starts_in_the_middle() -> None:
-    layout = layout_of(PLAIN)
-    x = torch.rand(1, 50, 2, dtype=torch.float64)
-    assert layout.log_prior(x).unique().numel() == 1
-    assert _params(PLAIN, _decide(PLAIN, _observed(PLAIN, [], []))) in (
+    x = np.random.default_rng(0).random((50, 2))
+    assert len(set(Layout(PLAIN).points(x).log_prior.tolist())) == 1
+    assert _params(PLAIN, _decide(PLAIN, _trials(PLAIN, [], []))) in (
         {"x": 0.5, "y": 4},
         {"x": 0.5, "y": 5},
     )
-    spread = _decide(PLAIN, _observed(PLAIN, [[0.5, 0.5]], [0.0]))
-    assert SOURCES[spread.candidates.source[int(spread.logits.argmax())]] == "uniform"
+    spread = _decide(PLAIN, _trials(PLAIN, [[0.5, 0.5]], [0.0]))
+    assert SOURCES[spread.source[spread.logits.argmax()]] == "uniform"
 
 
 def test_alpha_is_drawn_and_judged_by_its_ratio_to_the_rank() -> None:
-    layout = layout_of(LORA)
+    layout = Layout(LORA)
     x = prior_points(layout, 400, torch.Generator().manual_seed(0))
-    drawn = [LORA.decode(point) for point in x[0].numpy()]
+    drawn = [LORA.decode(point) for point in x]
     ratio = np.array([p["lora_alpha"] / p["lora_rank"] for p in drawn])
     assert 1.0 < np.median(ratio) < 2.5
     same = {"learning_rate": 2e-4, "lora_dropout": 0.0, "target_modules": "qv"}
@@ -129,44 +129,52 @@ def test_alpha_is_drawn_and_judged_by_its_ratio_to_the_rank() -> None:
         LORA.encode({**same, "lora_rank": rank, "lora_alpha": alpha})
         for rank, alpha in ((32, 64), (32, 512), (32, 1))
     ]
-    usual, large, small = layout.log_prior(torch.tensor(np.array([points])))[0]
+    usual, large, small = layout.points(np.array(points)).log_prior
     assert usual > large + 1
     assert usual > small + 1
 
 
 def test_an_untrained_network_leaves_the_residual_policy_as_it_is() -> None:
-    observed = _observed(LORA, [[0.5] * 5, [0.6] * 5, [0.4] * 5], [0.1, 0.9, 0.2])
-    with_network, without = _decide(LORA, observed, Scorer()), _decide(LORA, observed)
-    assert torch.equal(with_network.logits, without.logits)
+    trials = _trials(LORA, [[0.5] * 5, [0.6] * 5, [0.4] * 5], [0.1, 0.9, 0.2])
+    with_network, without = _decide(LORA, trials, Scorer()), _decide(LORA, trials)
+    assert np.array_equal(with_network.logits, without.logits)
 
 
 def test_candidates_exist_are_new_and_come_from_every_source() -> None:
-    observed = _observed(LORA, [[0.5] * 5, [0.6] * 5], [0.1, 0.9])
-    decision = _decide(LORA, observed)
-    x = decision.candidates.x
-    assert torch.equal(exact_snap(LORA)(x), x)
-    repeats = is_repeat(x, observed.x, observed.mask)
-    assert not (repeats & decision.candidates.valid).any()
-    own = set(range(len(SOURCES))) - {SOURCES.index("transfer")}
-    assert set(decision.candidates.source.tolist()) == own
-    assert 77 <= x.shape[1] <= 97
+    trials = _trials(LORA, [[0.5] * 5, [0.6] * 5], [0.1, 0.9])
+    decision = _decide(LORA, trials)
+    assert np.array_equal(LORA.snap(decision.x), decision.x)
+    assert not (same(decision.x, trials.x) & decision.valid).any()
+    assert set(decision.source.tolist()) == set(range(len(SOURCES))) - {SOURCES.index("transfer")}
+    assert 77 <= len(decision.x) <= 97
+
+
+def test_the_same_point_is_found_among_many() -> None:
+    rng = np.random.default_rng(0)
+    others = rng.uniform(size=(500, 4)).round(1)
+    x = np.concatenate([others[::50] + 5e-8, others[1::50] + 3e-7, rng.uniform(size=(50, 4))])
+    expected = within(x, others, SAME)
+    assert expected[:10].all() and not expected[20:].any()
+    assert (same(x, others) == expected).all()
 
 
 def test_climbing_finds_more_expected_improvement_than_a_thousand_draws() -> None:
     rng = np.random.default_rng(0)
     points = rng.random((30, 5))
     scores = -((points - 0.37) ** 2).sum(axis=1)
-    observed = _observed(LORA, points.tolist(), scores.tolist())
-    layout, settings = layout_of(LORA), Settings(candidates=64)
-    surrogate = fit_surrogate(layout, observed, settings)
-    best = surrogate.incumbent(observed.good)
+    trials, layout = _trials(LORA, points.tolist(), scores.tolist()), Layout(LORA)
+    theta = fit_hyperparameters(layout, trials, SETTINGS)
+    X = trials.points(layout).coordinates
+    process = Process(X, trials.y, layout.unordered, theta, np.zeros(30))
+    best = process.incumbent(trials.good)
 
-    def value(x: torch.Tensor) -> torch.Tensor:
-        return surrogate.slope(layout.model_coordinates(x), best)[0]
+    def value(x: np.ndarray) -> np.ndarray:
+        mean, deviation = process.posterior(layout.points(x).coordinates)
+        return log_improvement(mean, deviation, best).value
 
-    drawn = torch.from_numpy(LORA.snap(rng.random((1, 1000, 5))))
-    start = drawn[:, value(drawn)[0, :50].topk(5).indices]
-    climbed = climb(start, layout, surrogate, best, steps=20)
+    drawn = LORA.snap(rng.random((1000, 5)))
+    start = drawn[np.argsort(-value(drawn[:50]))[:5]]
+    climbed = climb(start, layout, process, best, steps=20)
     assert (value(climbed) >= value(start)).all()
     assert value(climbed).max() > value(drawn).max()
 
@@ -175,69 +183,77 @@ def test_the_region_of_failures_is_left() -> None:
     """Everything above 0.6 of the learning rate's range failed: go below."""
     points = [[u, 0.5, 0.5, 0.0, 0.9] for u in (0.55, 0.7, 0.8, 0.9)]
     failed = [False, True, True, True]
-    params = _params(LORA, _decide(LORA, _observed(LORA, points, [1.0, 0, 0, 0], failed)))
+    params = _params(LORA, _decide(LORA, _trials(LORA, points, [1.0, 0, 0, 0], failed)))
     assert LORA.encode(params)[0] < 0.6
 
 
 def test_pending_trials_are_not_proposed_again() -> None:
     points = [[i / 9, 0.5] for i in range(10)]
-    observed = _observed(PLAIN, points, [-((i - 4.0) ** 2) for i in range(10)])
-    first = _decide(PLAIN, observed)
-    chosen = first.candidates.x[:, int(first.logits.argmax())][:, None]
-    observed.pending, observed.pending_mask = chosen, torch.ones((1, 1), dtype=torch.bool)
-    second = _decide(PLAIN, observed)
-    again = second.candidates.x[:, int(second.logits.argmax())]
-    assert (again - chosen[:, 0]).abs().max() > 1e-3
+    trials = _trials(PLAIN, points, [-((i - 4.0) ** 2) for i in range(10)])
+    first = _decide(PLAIN, trials)
+    trials.pending = first.x[[first.logits.argmax()]]
+    second = _decide(PLAIN, trials)
+    assert np.abs(second.x[second.logits.argmax()] - trials.pending[0]).max() > 1e-3
 
 
 def test_an_exhausted_space_repeats_what_did_not_fail() -> None:
     space = make_space([Dimension("x", "categorical", choices=("a", "b"))])
-    observed = _observed(space, [[0.25], [0.75]], [0.0, 0.0], [True, False])
+    observed = _trials(space, [[0.25], [0.75]], [0.0, 0.0], [True, False])
     assert _params(space, _decide(space, observed)) == {"x": "b"}
 
 
 @pytest.mark.parametrize("unit", [1e-307, 1e-160, 1e6, 1e160, 1e307])
 @pytest.mark.parametrize("farthest", [1.0, math.inf])
 def test_feasibility_follows_the_constraint(unit: float, farthest: float) -> None:
-    observed = _observed(PLAIN, [[i / 9, 0.5] for i in range(10)], [0.0] * 10)
-    constraint = (observed.x[:, :, :1] - 0.4) * unit
-    constraint[0, -2:] *= farthest
-    feasible = fit_feasibility(layout_of(PLAIN), observed, constraint)
+    trials, layout = _trials(PLAIN, [[i / 9, 0.5] for i in range(10)], [0.0] * 10), Layout(PLAIN)
+    constraint = (trials.x[:, :1] - 0.4) * unit
+    constraint[-2:] *= farthest
+    feasible = fit_feasibility(layout, trials, constraint)
     assert feasible is not None
-    low, high = feasible(torch.tensor([[[0.15, 0.5], [0.85, 0.5]]], dtype=torch.float64))[0].exp()
+    low, high = np.exp(feasible(layout.points(np.array([[0.15, 0.5], [0.85, 0.5]]))))
     assert low > 0.9
     assert high < 0.1
-    assert fit_feasibility(layout_of(PLAIN), observed, constraint[:, :, :0]) is None
+    assert fit_feasibility(layout, trials, constraint[:, :0]) is None
+    assert fit_feasibility(layout, trials, constraint * np.nan) is None
 
 
 @pytest.mark.parametrize(("broken", "kept"), [(1.0, -1.0), (math.inf, -1.0), (2.0, -math.inf)])
 def test_two_values_are_a_flag_whatever_they_are(broken: float, kept: float) -> None:
-    observed = _observed(PLAIN, [[i / 9, 0.5] for i in range(10)], [0.0] * 10)
-    over = observed.x[:, :, :1] > 0.4
+    trials, layout = _trials(PLAIN, [[i / 9, 0.5] for i in range(10)], [0.0] * 10), Layout(PLAIN)
+    over = trials.x[:, :1] > 0.4
     models = [
-        fit_feasibility(layout_of(PLAIN), observed, torch.where(over, a, b).double())
+        fit_feasibility(layout, trials, np.where(over, a, b))
         for a, b in ((1.0, 0.0), (broken, kept))
     ]
-    x = torch.rand((1, 9, 2), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    flag, told = (model(x) for model in models if model is not None)
-    torch.testing.assert_close(told, flag)
+    points = layout.points(np.random.default_rng(0).random((9, 2)))
+    flag, told = (model(points) for model in models if model is not None)
+    assert told == pytest.approx(flag)
 
 
-def test_a_batch_of_spaces_scores_as_each_alone() -> None:
-    x = torch.rand(1, 20, 5, dtype=torch.float64)
-    both = stack([layout_of(LORA), layout_of(PLAIN)])
-    alone = layout_of(LORA)
-    wide = torch.cat([x, x])
-    assert both.log_prior(wide)[0].numpy() == pytest.approx(alone.log_prior(x)[0].numpy())
-    assert both.log_prior(wide)[1].abs().max() == 0
-    assert torch.equal(both.snap(wide.clone())[0], alone.snap(x.clone())[0])
+@pytest.mark.parametrize(
+    "values", [[0.0, 0.0, 0.0], [-1.0, -2.0, 1.0, 3.0], [1e300, -1e-300, 5.0]]
+)
+def test_room_is_kept_below_the_limit_and_broken_above(values: list[float]) -> None:
+    left = room(np.array(values))
+    assert np.isfinite(left).all() and np.abs(left).max() <= 3.0
+    assert (np.sign(left) * np.sign(values) <= 0).all()
+
+
+def test_the_arrays_of_the_scorer_say_what_it_says() -> None:
+    network, trials = weights.load(), _trials(LORA, [[0.5] * 5, [0.6] * 5], [0.0, 1.0])
+    decision = _decide(LORA, trials)
+    assert not decision.valid.all()
+    arrays = (decision.values, decision.context, decision.valid)
+    said = Correction.of(network)(*arrays)
+    assert said == pytest.approx(network(_features(decision))[0].numpy(), abs=1e-4)
+    assert np.abs(said).max() > 0.1
 
 
 def test_the_scorer_does_not_care_about_the_order_of_candidates() -> None:
     torch.manual_seed(0)
     network = Scorer()
     torch.nn.init.normal_(network.last.weight)
-    seen = _decide(LORA, _observed(LORA, [[0.5] * 5], [0.0])).features
+    seen = _features(_decide(LORA, _trials(LORA, [[0.5] * 5], [0.0])))
     order = torch.randperm(seen.values.shape[1])
     value = network(seen)
     seen.values, seen.valid = seen.values[:, order], seen.valid[:, order]
@@ -291,8 +307,8 @@ def test_the_network_fades_in_long_studies() -> None:
 
     def correction(space: Space, trials: int) -> float:
         points = np.random.default_rng(0).random((trials, len(space)))
-        decision = _decide(space, _observed(space, points.tolist(), points[:, 0].tolist()))
-        return network(decision.features).abs().max().item()
+        decision = _decide(space, _trials(space, points.tolist(), points[:, 0].tolist()))
+        return network(_features(decision)).abs().max().item()
 
     for space in (PLAIN, LORA):
         assert correction(space, 5) > 0.1

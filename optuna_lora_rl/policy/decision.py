@@ -21,30 +21,26 @@ import numpy as np
 import torch
 
 from optuna_lora_rl.policy.candidates import SOURCES
-from optuna_lora_rl.policy.network import Scorer
-from optuna_lora_rl.policy.proposal import ALIKE
-from optuna_lora_rl.policy.proposal import CARE
-from optuna_lora_rl.policy.proposal import FIRST
-from optuna_lora_rl.policy.proposal import SPREAD
-from optuna_lora_rl.policy.proposal import Settings
-from optuna_lora_rl.policy.single.candidates import Snap
-from optuna_lora_rl.policy.single.candidates import Trials
-from optuna_lora_rl.policy.single.candidates import allowed
-from optuna_lora_rl.policy.single.candidates import children
-from optuna_lora_rl.policy.single.candidates import climb
-from optuna_lora_rl.policy.single.candidates import closeness
-from optuna_lora_rl.policy.single.candidates import proposals
-from optuna_lora_rl.policy.single.features import View
-from optuna_lora_rl.policy.single.features import context
-from optuna_lora_rl.policy.single.features import scaled_roles
-from optuna_lora_rl.policy.single.features import values
-from optuna_lora_rl.policy.single.network import score
-from optuna_lora_rl.policy.single.process import Process
-from optuna_lora_rl.policy.single.process import fit_theta
-from optuna_lora_rl.policy.single.process import log_improvement
-from optuna_lora_rl.policy.single.scores import power
-from optuna_lora_rl.policy.single.tables import Points
-from optuna_lora_rl.policy.single.tables import Tables
+from optuna_lora_rl.policy.candidates import Snap
+from optuna_lora_rl.policy.candidates import Trials
+from optuna_lora_rl.policy.candidates import allowed
+from optuna_lora_rl.policy.candidates import children
+from optuna_lora_rl.policy.candidates import climb
+from optuna_lora_rl.policy.candidates import closeness
+from optuna_lora_rl.policy.candidates import proposals
+from optuna_lora_rl.policy.dimensions import Space
+from optuna_lora_rl.policy.features import View
+from optuna_lora_rl.policy.features import context
+from optuna_lora_rl.policy.features import scaled_roles
+from optuna_lora_rl.policy.features import values
+from optuna_lora_rl.policy.layout import Layout
+from optuna_lora_rl.policy.layout import Points
+from optuna_lora_rl.policy.network import Correction
+from optuna_lora_rl.policy.prior import space_prior
+from optuna_lora_rl.policy.scores import power
+from optuna_lora_rl.policy.surrogate import Process
+from optuna_lora_rl.policy.surrogate import fit_theta
+from optuna_lora_rl.policy.surrogate import log_improvement
 from optuna_lora_rl.policy.transfer import Informed
 from optuna_lora_rl.policy.transfer import SourceModel
 from optuna_lora_rl.policy.transfer import weigh
@@ -55,10 +51,42 @@ _IMPROVEMENT = SOURCES.index("improvement")
 _LEAST_TRUST = 0.05
 # More rounds of the local search where it has no gradient to go by.
 _BLIND_ROUNDS = 3
+# In nats. The first trial is the default, whatever the network says: a define-by-run study's first
+# trial has no joint proposal anyway. The space-filling start is a bias that it may overrule.
+_FIRST, _SPREAD = 60.0, 3.0
 # Most units that a constraint is kept or broken by.
 _FARTHEST = 3.0
+# A constraint that only says kept or broken is taken as +1 or -1. Its limit may lie anywhere
+# between the two, and improvement lures beyond it: a point has to look more like what was kept
+# by so much, and that counts so many times.
+_ALIKE, _CARE = 0.5, 8.0
 # Log-probability that points keep the constraints, shape (N,).
 Feasibility = Callable[[Points], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Constants of the residual policy.
+
+    Args:
+        beta: weight of the log expected improvement.
+        prior_trials: after about so many trials the prior has lost most of its weight.
+        failure_noise: noise variance of the score that a failed trial is given.
+        candidates: about how many candidates a step.
+        rounds: of the local search for expected improvement.
+        steps: uphill in each of them.
+        iterations: of the surrogate's fit.
+        fit_rows: most trials that its hyperparameters are fitted to.
+    """
+
+    beta: float = 1.0
+    prior_trials: float = 1.5
+    failure_noise: float = 0.05
+    candidates: int = 256
+    rounds: int = 1
+    steps: int = 3
+    iterations: int = 40
+    fit_rows: int = 100
 
 
 @dataclass
@@ -114,16 +142,19 @@ class Decision:
         }
 
 
-def fit_hyperparameters(tables: Tables, trials: Trials, settings: Settings) -> np.ndarray:
-    """The surrogate's, shape (D + 2,)."""
+def fit_hyperparameters(
+    layout: Layout, trials: Trials, settings: Settings, start: np.ndarray | None = None
+) -> np.ndarray:
+    """The surrogate's, shape (D + 2,); ``start`` as for ``surrogate.fit_theta``."""
     return fit_theta(
-        trials.points(tables).coordinates,
+        trials.points(layout).coordinates,
         trials.y,
-        tables.unordered,
-        tables.log_l,
+        layout.unordered,
+        layout.log_l,
         _noise(trials, settings),
         iterations=settings.iterations,
         fit_rows=settings.fit_rows,
+        start=start,
     )
 
 
@@ -131,11 +162,11 @@ def _noise(trials: Trials, settings: Settings) -> np.ndarray:
     return np.where(trials.failed, settings.failure_noise, 0.0)
 
 
-def fit_feasibility(tables: Tables, trials: Trials, constraints: np.ndarray) -> Feasibility | None:
+def fit_feasibility(layout: Layout, trials: Trials, constraints: np.ndarray) -> Feasibility | None:
     """The log-probability that all constraints are kept, from a process for each of them.
 
     Args:
-        tables: of the space.
+        layout: of the space.
         trials: of the study.
         constraints: values, feasible when all <= 0, shape (n, number of constraints); NaN where
             unknown.
@@ -144,22 +175,22 @@ def fit_feasibility(tables: Tables, trials: Trials, constraints: np.ndarray) -> 
         ``None`` without any known value (Gardner et al. 2014, constraints taken as independent).
     """
     models = []
-    x = trials.points(tables).coordinates
+    x = trials.points(layout).coordinates
     for column in constraints.T:
         known = ~np.isnan(column)
         if not known.any():
             continue
         y, X, none = room(column[known]), x[known], np.zeros(int(known.sum()))
-        theta = fit_theta(X, y, tables.unordered, tables.log_l, none, iterations=40, fit_rows=100)
-        models.append((is_flag(column[known]), Process(X, y, tables.unordered, theta, none)))
+        theta = fit_theta(X, y, layout.unordered, layout.log_l, none, iterations=40, fit_rows=100)
+        models.append((is_flag(column[known]), Process(X, y, layout.unordered, theta, none)))
 
     def log_feasible(points: Points) -> np.ndarray:
         total = np.zeros(len(points))
         for flag, model in models:
             mean, deviation = model.posterior(points.coordinates)
-            z = torch.from_numpy((mean - (ALIKE if flag else 0.0)) / deviation)
+            z = torch.from_numpy((mean - (_ALIKE if flag else 0.0)) / deviation)
             log_kept = torch.special.log_ndtr(z).numpy()
-            total += CARE * log_kept if flag else log_kept
+            total += _CARE * log_kept if flag else log_kept
         return np.maximum(total, -50.0)
 
     return log_feasible if models else None
@@ -195,15 +226,15 @@ def room(values: np.ndarray) -> np.ndarray:
     usual = some[(len(some) - 1) // 2] if len(some) else 0.0
     # Squares of values of any size must neither overflow nor vanish.
     about = power(usual)
-    typical = size[size <= 1e3 * usual] / about
+    typical = size[size / 1e3 <= usual] / about
     unit = about * np.sqrt(np.square(typical).mean()) if usual else 1.0
     return -np.minimum(np.maximum(values / unit, -_FARTHEST), _FARTHEST)
 
 
 def decide(
-    tables: Tables,
+    layout: Layout,
     trials: Trials,
-    network: Scorer | None,
+    network: Correction | None,
     snap: Snap,
     generator: torch.Generator,
     settings: Settings,
@@ -216,7 +247,7 @@ def decide(
     """Condition the surrogate, generate candidates and score them.
 
     Args:
-        tables: of the space.
+        layout: of the space.
         trials: of the study.
         network: the learned scorer, ``None`` for the residual policy alone.
         snap: moves points (N, D) onto configurations that exist.
@@ -227,21 +258,21 @@ def decide(
         theta: the surrogate's hyperparameters, shape (D + 2,); fitted here where not given.
         sources: what earlier studies know of this space.
     """
-    opinion = weigh(sources, tables, trials) if sources else None
+    opinion = weigh(sources, layout, trials) if sources else None
     if opinion and opinion.trust < _LEAST_TRUST:
         opinion = None
     trust = opinion.trust if opinion else 0.0
-    seen = trials.points(tables).coordinates
+    seen = trials.points(layout).coordinates
     fitted = replace(trials, y=opinion.residual(seen, trials.y)) if opinion else trials
     if theta is None:
-        theta = fit_hyperparameters(tables, fitted, settings)
-    own = Process(seen, fitted.y, tables.unordered, theta, _noise(trials, settings))
+        theta = fit_hyperparameters(layout, fitted, settings)
+    own = Process(seen, fitted.y, layout.unordered, theta, _noise(trials, settings))
     process: Process | Informed = Informed(own, opinion) if opinion else own
     best = process.incumbent(trials.good)
     if len(trials.pending):
         # What is believed of a running trial is also what there is to improve on: else the next
         # proposal would gain once more what that trial gains, from right beside it.
-        pending = tables.points(trials.pending).coordinates
+        pending = layout.points(trials.pending).coordinates
         best = max(best, float(process.posterior(pending)[0].max()))
         process = process.believe(pending)
 
@@ -255,12 +286,12 @@ def decide(
         # What earlier studies add has no gradient here.
         if isinstance(process, Informed):
             return x
-        return climb(x, tables, process, best, settings.steps)
+        return climb(x, layout, process, best, settings.steps)
 
     weight = (1.0 - trust) * (1.0 + len(trials) / settings.prior_trials) ** -2
     earlier = np.concatenate([source.best for source in sources]) if opinion else None
-    x, source = proposals(tables, trials, snap, generator, settings.candidates, grid, earlier)
-    points = tables.points(x)
+    x, source = proposals(layout, trials, snap, generator, settings.candidates, grid, earlier)
+    points = layout.points(x)
     view, close = look(points), closeness(x, trials)
     rows, keep = np.arange(len(x)), 3 * max(settings.candidates // 16, 2)
     rounds = settings.rounds + (_BLIND_ROUNDS if opinion else 0)
@@ -270,7 +301,7 @@ def decide(
         rows = rows[np.argsort(value, kind="stable")[:keep]]
         if turn == rounds:
             break
-        born = tables.points(children(points.x[rows], uphill, tables, snap, generator, turn))
+        born = layout.points(children(points.x[rows], uphill, layout, snap, generator, turn))
         rows = np.concatenate([rows, np.arange(len(points), len(points) + len(born))])
         points, view = points.with_(born), view.with_(look(born))
         close = close.with_(closeness(born.x, trials))
@@ -279,12 +310,12 @@ def decide(
     source = np.concatenate([source, np.full(len(rows) - len(x), _IMPROVEMENT)])
     valid = allowed(points.x, close, trials)
     # With earlier studies the first trial is theirs; the guides' is what it is compared with.
-    opening = (1.0 - trust) * _opening(source, tables, trials, 1 if sources else 0)
+    opening = (1.0 - trust) * _opening(source, layout, trials, 1 if sources else 0)
     residual = _residual(valid, view, settings, weight) + opening
-    each, whole = _features(points, source, valid, view, tables, trials, theta, best)
+    each, whole = _features(points, source, valid, view, layout, trials, theta, best)
     logits = residual
     if network is not None:
-        logits = residual + (1.0 - trust) * score(network, each, whole, valid)
+        logits = residual + (1.0 - trust) * network(each, whole, valid)
     return Decision(
         trials, points.x, source, valid, view, each, whole, residual, logits, theta, trust
     )
@@ -297,15 +328,15 @@ def _residual(valid: np.ndarray, view: View, settings: Settings, weight: float) 
     return np.where(valid, logits, -np.inf)
 
 
-def _opening(source: np.ndarray, tables: Tables, trials: Trials, default_at: int) -> np.ndarray:
+def _opening(source: np.ndarray, layout: Layout, trials: Trials, default_at: int) -> np.ndarray:
     """The opening moves, shape (N,): the default first; a spread start where nothing is known.
 
     Without a prior the first trials come from the quasi-random points (the least explored of
     them), since expected improvement by two or three trials only visits corners.
     """
     begun = len(trials) + len(trials.pending)
-    spread = 0 < begun < min(len(tables) + 2, 8) and not tables.is_lora
-    return FIRST * ((source == _DEFAULT) & (begun == default_at)) + SPREAD * (
+    spread = 0 < begun < min(len(layout) + 2, 8) and not layout.is_lora
+    return _FIRST * ((source == _DEFAULT) & (begun == default_at)) + _SPREAD * (
         (source == _UNIFORM) & spread
     )
 
@@ -315,14 +346,34 @@ def _features(
     source: np.ndarray,
     valid: np.ndarray,
     view: View,
-    tables: Tables,
+    layout: Layout,
     trials: Trials,
     theta: np.ndarray,
     best: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     at = trials.best_at
     known = at is not None
-    top_points = tables.usual if at is None else trials.points(tables)[np.array([at])]
-    top = scaled_roles(top_points, tables)
-    each = values(points, source, valid, view, tables, trials, best, top_points, top, known)
-    return each, context(tables, trials, theta, top[0], known)
+    top_points = layout.usual if at is None else trials.points(layout)[np.array([at])]
+    top = scaled_roles(top_points, layout)
+    each = values(points, source, valid, view, layout, trials, best, top_points, top, known)
+    return each, context(layout, trials, theta, top[0], known)
+
+
+def draw_parameter(
+    space: Space, given: np.ndarray, column: int, generator: torch.Generator | None
+) -> float:
+    """The unit coordinate of one parameter, the others given or unknown.
+
+    Args:
+        space: the parameter with those that the trial already has.
+        given: their point, shape (d,); NaN where unknown.
+        column: of the parameter.
+        generator: for a draw from the prior; ``None`` for the guides' value.
+    """
+    prior = space_prior(space, lora=True)
+    if generator is None:
+        return float(prior.point(given)[column])
+    weight = torch.from_numpy(prior.log_density_given(given)[column]).exp()
+    cell = int(torch.multinomial(weight, 1, generator=generator))
+    within = float(torch.rand(1, generator=generator)) - 0.5
+    return min(max((cell + within) / (len(weight) - 1), 0.0), 1.0)
