@@ -24,8 +24,7 @@ _AT_A_TIME = 4
 def processes(count: int) -> Iterator[Map]:
     """What applies a function to jobs in so many processes; in this one where it is 1.
 
-    When the block is left early, what has begun ends, which takes less than a second, and nothing
-    further begins.
+    When the block is left early, the few studies that have begun end, and nothing further begins.
     """
     if count == 1:
         yield map
