@@ -57,7 +57,7 @@ def test_status_best_and_the_report_show_the_front(
     assert all(f"<tr><td>{number}<td>" in section for number in numbers)
     assert f"<p class=quiet>{said}" in section
     heads = re.findall("<h2>(.*?)</h2>", page)
-    assert heads[:2] == ["The best configuration", "Pareto front"]
+    assert heads.index("Pareto front") == heads.index("The best configuration") + 1
 
 
 def test_a_front_shows_what_differs_and_says_the_rest_once(make_spec: MakeSpec) -> None:
