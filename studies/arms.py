@@ -125,8 +125,7 @@ class Bench:
             "learning_rate": rate,
             "max_steps": self._steps,
         }
-        training = self.shared.training
-        self.shared.training = training.model_copy(update={"evaluations": evaluations})
+        self._evaluate(evaluations)
         self.probe_seconds(str(parameters.get("rank_allocation", "uniform")))
         began = time.process_time()
         course = _KINDS.get(arm.peft, _Seen)(self.shared, Run(0, parameters, seed))
@@ -139,6 +138,14 @@ class Bench:
             return {"failure": error.reason, **nothing, "cpu_seconds": seconds}
         seconds = round(time.process_time() - began, 3)
         return {**course.outcome(result), "cpu_seconds": seconds}
+
+    def _evaluate(self, evaluations: int) -> None:
+        """Has the runs that follow evaluated so often, each time on everything."""
+        training, shared = self.shared.training, self.shared
+        if training.evaluations != evaluations:
+            shared.training = training.model_copy(update={"evaluations": evaluations})
+            for made in ("rows_read", "stages"):
+                shared.__dict__.pop(made, None)
 
     def _probe_seconds(self, kind: str) -> float:
         """Makes the probe of an allocation, once; returns the CPU seconds it took."""

@@ -20,6 +20,7 @@ from optuna_lora_rl.activity import Activity
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning import process
 from optuna_lora_rl.finetuning.failure import FineTuningError
+from optuna_lora_rl.finetuning.failure import MachineError
 from optuna_lora_rl.finetuning.trackers import TENSORBOARD_FOLDER
 from optuna_lora_rl.study import adapters
 from optuna_lora_rl.study import answering
@@ -286,6 +287,10 @@ class _Worker:
                 reason = wording.first_line(error)
                 self.display.says(f"a typical trial could not be measured: {reason}")
                 return
+            except MachineError as error:
+                raise UserError(
+                    f"the machine failed as two steps were measured: {error}"
+                ) from error
         self.display.says(fine_tuner.forecast(found, self.spec.budget))
 
     def _may_begin(self) -> bool:

@@ -101,7 +101,7 @@ def test_validate_measures_and_leaves_nothing(
     file = study_file({"budget": 3})
     with pytest.raises(SystemExit) as ended:
         cli.main(["validate", str(file), "--measure"])
-    said = capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
     assert ended.value.code in (0, None)
     assert "a trial will take about" in said and "; 3 trials" in said
     assert "training on CPU" in said and "evaluations read" in said

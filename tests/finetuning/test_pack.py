@@ -223,12 +223,10 @@ def test_saved_adapters_load_onto_the_original_model(tuner: FineTuner, tmp_path:
 
 
 def test_one_that_diverges_and_one_that_is_pruned_leave_the_others_alone(
-    tuner: FineTuner, base_hash: Hash, monkeypatch: pytest.MonkeyPatch
+    make_tuner: Make, base_hash: Hash
 ) -> None:
+    tuner = make_tuner(evaluations=3)
     before = base_hash(tuner)
-    monkeypatch.setattr(
-        tuner._shared, "training", tuner.training.model_copy(update={"evaluations": 3})
-    )
     order: list[int] = []
 
     def prune(step: int, score: float, metrics: Mapping[str, float]) -> None:

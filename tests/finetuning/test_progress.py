@@ -32,11 +32,9 @@ def test_each_evaluation_is_scored_and_reported() -> None:
     seen: list[Any] = []
     run = progress(report=lambda *report: seen.append(report))
     assert not run.evaluated(50, 0.5, metrics(3.0))
-    assert run.curve == [
-        {"step": 50, "epoch": 0.5, "loss": 3.0, "token_accuracy": 0.5, "quality": 0.25, "score": 0}
-    ]
-    told = {"loss": 3.0, "token_accuracy": 0.5, "quality": 0.25, "evaluation": 3}
-    assert seen == [(50, 0.0, told)]
+    told = {"loss": 3.0, "token_accuracy": 0.5, "quality": 0.25}
+    assert run.curve == [{"step": 50, "epoch": 0.5, **told, "score": 0, "untuned_loss": 4.0}]
+    assert seen == [(50, 0.0, {**told, "evaluation": 3})]
 
 
 @pytest.mark.parametrize(

@@ -115,9 +115,9 @@ def test_answers_are_given_once_for_each_final_best(
     paper: type[PaperTuner], make_spec: MakeSpec
 ) -> None:
     paper.says = staticmethod(_says)
-    runner.run(make_spec({"budget": 2}))
+    runner.run(make_spec({"budget": 2, "answers": 16}))
     assert len(paper.answered) == 2
-    runner.run(make_spec({"budget": 2}))
+    runner.run(make_spec({"budget": 2, "answers": 16}))
     assert len(paper.answered) == 2
     runner.run(make_spec({"budget": 2, "answers": 3}))
     assert len(paper.answered) == 4
@@ -132,9 +132,10 @@ def test_nothing_is_asked_where_nobody_wants_it(
 
 
 def test_data_that_ask_nothing_show_nothing(paper: type[PaperTuner], make_spec: MakeSpec) -> None:
-    spec = make_spec({"budget": 1})
+    asking = {"budget": 1, "answers": 16}
+    spec = make_spec(asking)
     result = runner.run(spec)
     assert paper.answered == [None]
-    assert "Exact match" not in _shown(result, make_spec, {"budget": 1})
+    assert "Exact match" not in _shown(result, make_spec, asking)
     page = (spec.folder / report.FILE).read_text(encoding="utf-8")
     assert "Answers before and after" not in page and "Before and after" in page

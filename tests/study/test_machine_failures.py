@@ -10,10 +10,13 @@ from optuna.trial import TrialState
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning import sft
+from optuna_lora_rl.finetuning.forecast import Forecast
+from optuna_lora_rl.finetuning.trial import FineTuner
 from optuna_lora_rl.study import runner
 from optuna_lora_rl.study.budget import Usage
 from tests.study.conftest import MakeSpec
 
+MEASURED = Forecast(seconds=1.0, evaluating=0.1, peak_bytes=1)
 FAILURES = {
     "GPU": RuntimeError(
         "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might ..."
@@ -38,6 +41,7 @@ def test_a_machine_that_fails_ends_the_run_and_the_trial_is_repeated(
         return trains(*arguments, **named)
 
     monkeypatch.setattr(sft, "train", breaks_once)
+    monkeypatch.setattr(FineTuner, "forecast", lambda tuner: MEASURED)
     spec = make_spec({"packing": packing})
     with pytest.raises(UserError) as ended:
         runner.run(spec)
@@ -66,6 +70,7 @@ def test_a_configuration_that_breaks_the_gpu_twice_is_not_tried_for_ever(
         return trains(*arguments, **named)
 
     monkeypatch.setattr(sft, "train", breaks_twice)
+    monkeypatch.setattr(FineTuner, "forecast", lambda tuner: MEASURED)
     spec = make_spec()
     for _ in range(2):
         with pytest.raises(UserError, match="the machine failed in trial"):
@@ -73,3 +78,19 @@ def test_a_configuration_that_breaks_the_gpu_twice_is_not_tried_for_ever(
     trials = runner.run(spec).study.trials
     assert [trial.user_attrs.get("failure") for trial in trials[:2]] == ["interrupted", "error"]
     assert [trial.state for trial in trials[2:]] == [TrialState.COMPLETE] * 2
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_a_machine_that_fails_before_the_first_trial_ends_the_run(
+    case: str, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(*arguments: Any, **named: Any) -> int:
+        raise FAILURES[case]
+
+    monkeypatch.setattr(sft, "train", breaks)
+    spec = make_spec()
+    with pytest.raises(UserError) as ended:
+        runner.run(spec)
+    assert "\n" not in str(ended.value)
+    monkeypatch.undo()
+    assert Usage.of(runner.run(spec).study.trials).trials == 3
