@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Narrower models are no faster in bfloat16: studies/precision.py measured it, and wrote
 # studies/results/precision.md.
-_BF16_WIDTH = 256
+_BF16_WIDTH = 384
 
 
 def device_of(use_cpu: bool | None) -> torch.device:

@@ -259,7 +259,7 @@ class TrainingOptions(Section):
         default="auto",
         description="Arithmetic of training. `auto` is bf16 on a GPU that has it, else fp16; on "
         "a CPU it is bf16 where the processor has instructions for it and the model is wide "
-        "enough to gain by them (256), else fp32. A study keeps what it began with, also on "
+        "enough to gain by them (384), else fp32. A study keeps what it began with, also on "
         "other machines that can; two studies on different processors may differ by it.",
         examples=["auto"],
     )
