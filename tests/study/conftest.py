@@ -84,6 +84,13 @@ def make_spec(study_file: Callable[..., Path]) -> MakeSpec:
     return lambda changes=None: study_spec.load(study_file(changes))
 
 
+@pytest.fixture(autouse=True)
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No study in this process measures two steps first: what is trained is the trials."""
+    forecast = Forecast(seconds=1.0, evaluating=0.1, peak_bytes=1)
+    monkeypatch.setattr(trial_module.FineTuner, "forecast", lambda tuner: forecast)
+
+
 class PaperTuner:
     """A fine-tuner on paper: quality is best at learning rate 1e-3, cost grows with rank.
 

@@ -10,13 +10,12 @@ from optuna.trial import TrialState
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning import sft
-from optuna_lora_rl.finetuning.forecast import Forecast
 from optuna_lora_rl.finetuning.trial import FineTuner
 from optuna_lora_rl.study import runner
 from optuna_lora_rl.study.budget import Usage
 from tests.study.conftest import MakeSpec
 
-MEASURED = Forecast(seconds=1.0, evaluating=0.1, peak_bytes=1)
+FORECAST = FineTuner.forecast
 FAILURES = {
     "GPU": RuntimeError(
         "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might ..."
@@ -41,7 +40,6 @@ def test_a_machine_that_fails_ends_the_run_and_the_trial_is_repeated(
         return trains(*arguments, **named)
 
     monkeypatch.setattr(sft, "train", breaks_once)
-    monkeypatch.setattr(FineTuner, "forecast", lambda tuner: MEASURED)
     spec = make_spec({"packing": packing})
     with pytest.raises(UserError) as ended:
         runner.run(spec)
@@ -70,7 +68,6 @@ def test_a_configuration_that_breaks_the_gpu_twice_is_not_tried_for_ever(
         return trains(*arguments, **named)
 
     monkeypatch.setattr(sft, "train", breaks_twice)
-    monkeypatch.setattr(FineTuner, "forecast", lambda tuner: MEASURED)
     spec = make_spec()
     for _ in range(2):
         with pytest.raises(UserError, match="the machine failed in trial"):
@@ -88,6 +85,7 @@ def test_a_machine_that_fails_before_the_first_trial_ends_the_run(
         raise FAILURES[case]
 
     monkeypatch.setattr(sft, "train", breaks)
+    monkeypatch.setattr(FineTuner, "forecast", FORECAST)
     spec = make_spec()
     with pytest.raises(UserError) as ended:
         runner.run(spec)
