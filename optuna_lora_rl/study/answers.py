@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from optuna_lora_rl.errors import shortened
+from optuna_lora_rl.finetuning.evaluation import is_exact
 
 if TYPE_CHECKING:
     import optuna
@@ -58,7 +59,7 @@ def table(known: Mapping[str, Any]) -> Table:
         rows.add_row("expected", _line(expected))
         for name, one in known["of"].items():
             given = one["given"][number]
-            right = given.strip() == expected.strip()
+            right = is_exact(given, expected)
             rows.add_row(WORDS[name], _line(given, "green" if right else ""))
     return rows
 
@@ -76,7 +77,7 @@ def section(study: optuna.Study, trial: FrozenTrial) -> str:
         body += f"<tr><td>{_cell(question)}</td><td>{_cell(expected)}</td>"
         for one in known["of"].values():
             given = one["given"][number]
-            kind = " class=right" if given.strip() == expected.strip() else ""
+            kind = " class=right" if is_exact(given, expected) else ""
             body += f"<td{kind}>{_cell(given)}</td>"
         body += "</tr>"
     return (
