@@ -169,28 +169,9 @@ class FineTuner:
         (nothing left to learn), ``cut`` and ``special`` (holds the text of a special token).
         ``evaluations`` are the examples that each reads, ``evaluated`` their share of the work.
         """
-        prepared = self._prepared
-        splits, tokens = prepared.splits, prepared.tokens
-        known = {}
-        for name, counts in splits.counts.items():
-            emptied = tokens.emptied.get(name, 0)
-            known[name] = {
-                **asdict(counts),
-                "used": counts.used - emptied,
-                "emptied": emptied,
-                "cut": tokens.cut.get(name, 0),
-                "special": tokens.special.get(name, 0),
-            }
-        return {
-            "kind": splits.kind,
-            "learns": _learns(splits.kind, self.training.extra),
-            "unread": list(splits.unread),
-            "max_length": tokens.max_length,
-            "answered": None if prepared.asked is None else len(prepared.asked.answers),
-            "splits": known,
-            "evaluations": self._shared.rows_read,
-            "evaluated": self._shared.work.share(self._shared.rows_read),
-        }
+        from optuna_lora_rl.finetuning.data_facts import facts
+
+        return facts(self._shared)
 
     @process.alone()
     def baseline(self) -> Evaluation:
@@ -444,14 +425,3 @@ class FineTuner:
 
     def _measures_reference(self, activity: Activity) -> None:
         self._on_activity(replace(activity, what=f"the reference run: {activity.what}"))
-
-
-def _learns(kind: str, extra: Mapping[str, Any]) -> str:
-    """Which tokens of an example are learnt, as TRL decides it."""
-    if extra.get("assistant_only_loss"):
-        return "the assistant's turns"
-    if kind == "messages":
-        return "every turn, the user's among them"
-    if kind == "prompt-completion" and extra.get("completion_only_loss") is not False:
-        return "the completion"
-    return "every token"
