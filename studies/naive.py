@@ -11,6 +11,7 @@ small models; the evaluation batch is as large as the package's; nothing is save
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Callable
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from typing import Any
 
 import optuna
 import torch
+from datasets import Dataset
 from datasets import DatasetDict
-from datasets import load_dataset
+from datasets import load_from_disk
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from transformers import AutoTokenizer
@@ -66,9 +68,14 @@ class Setup:
 
 
 def read(train: Path, validation: Path, cache: Path) -> DatasetDict:
-    """Read the data, once for all trials."""
-    files = {"train": str(train), "validation": str(validation)}
-    return load_dataset("json", data_files=files, cache_dir=str(cache))
+    """Read the data, once for all trials.
+
+    Not by ``load_dataset("json")``, which takes answers such as 2045-07-07 for points in time.
+    """
+    for name, file in (("train", train), ("validation", validation)):
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        Dataset.from_list(rows).save_to_disk(cache / name)
+    return DatasetDict({name: load_from_disk(cache / name) for name in ("train", "validation")})
 
 
 def suggest(trial: optuna.Trial, steps: int) -> dict[str, Any]:

@@ -22,8 +22,9 @@ arms of the package read all of it each time, but on smollm2. Arms "x2" are two 
 that share the list, each with half of the cores.
 
 On ``smollm2`` the naive arm evaluates once, at the end, as TRL's guide has it, in float32 and in
-mixed bfloat16, and the package as it does by default: four times, the last time on all of the same
-examples. Each of its parts is also left out alone: bfloat16, rows end to end, small early
+mixed bfloat16, with TRL's defaults and without gradient checkpointing, and the package as it does
+by default: four times, the last time on all of the same examples. Each of its parts is also left
+out alone: bfloat16, products that cast once and few logits, rows end to end, small early
 evaluations, and the one base for all trials.
 
 Model ``30m`` is a Llama of 31.5 million parameters with random weights, made on the spot: time
@@ -66,12 +67,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "trials": 1,
         "steps": 24,
         "validation": 70,
-        "sets": ["mixed"],
+        "sets": ["uniform"],
         "pairs": [],
-        "data": "real:extraction",
+        "data": "real:dates",
     },
 }
-PARTS = ("bfloat16", "rows end to end", "small evaluations", "the shared base")
+PARTS = ("bfloat16", "own products", "rows end to end", "small evaluations", "the shared base")
 BATCH = 8
 
 
@@ -119,7 +120,7 @@ def arms(model: str, sizes: Sequence[int], pairs: Sequence[int]) -> list[Arm]:
         pairs: Of packs in two processes; with any, the other arms run in two processes as well.
     """
     if model == "smollm2":
-        naive = [Arm("naive"), Arm("naive", bf16=True)]
+        naive = [Arm("naive", defaults=d, bf16=b) for d in (True, False) for b in (False, True)]
         return [*naive, Arm("shared"), *(Arm("shared", without=part) for part in PARTS)]
     chosen = [Arm("naive"), Arm("naive", one_thread=True), Arm("naive", defaults=True)]
     chosen += [Arm("shared"), Arm("shared", growing=True)]
@@ -218,6 +219,12 @@ def _package(job: measuring.Job, chosen: list[dict[str, Any]]) -> Callable[[], m
         from optuna_lora_rl.finetuning import learnt
 
         learnt._saves = lambda model, inputs: False
+    elif job["without"] == "own products":
+        from optuna_lora_rl.finetuning import heads
+        from optuna_lora_rl.finetuning import products
+
+        products._autocast = lambda x: None
+        heads.FEW = 0
 
     def once() -> measuring.Result:
         tuner.prepare()

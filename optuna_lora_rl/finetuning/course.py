@@ -164,8 +164,9 @@ class Course:
             else None,
             merges=adapter.has_base,
             follower=self._follower,
-            # In a pack the base model takes all runs' batches together, padded to one length.
-            call=replace(call, end_to_end=call.end_to_end and adapter.has_base),
+            # In a pack the base model takes all runs' batches together, padded to one length, and
+            # gives back nothing but hidden states.
+            call=call if adapter.has_base else replace(call, end_to_end=False, few=False),
             on_activity=run.on_activity,
         )
         if not adapter.changed():

@@ -37,11 +37,14 @@ class ModelCall:
             those of some architectures wrong.
         end_to_end: Whether the rows of a batch may be laid end to end in one.
         always: Whether they are, even where padding would be less work.
+        few: Whether logits of few positions come from the model's own forward, since TRL's head
+            takes longer.
     """
 
     own_head: bool = False
     end_to_end: bool = False
     always: bool = False
+    few: bool = False
 
 
 PLAIN = ModelCall()
@@ -115,8 +118,7 @@ def _saves(model: PreTrainedModel, inputs: dict[str, Any]) -> bool:
         seen = length
     elif kernel == attention.BY_BLOCKS:
         lengths = inputs["attention_mask"].sum(dim=1).tolist()
-        parts = attention.blocks(lengths, inputs["labels"].device)
-        seen = max(end - begin for begin, end in parts)
+        seen = attention.Rows.of(lengths, inputs["labels"].device).seen
     return tokens * _work(hidden, seen) < rows * length * _work(hidden, length)
 
 
@@ -138,7 +140,7 @@ def _end_to_end(model: PreTrainedModel, ids: Tensor, present: Tensor) -> dict[st
         "use_cache": False,
     }
     if _kernel(model) == attention.BY_BLOCKS:
-        laid["row_blocks"] = attention.blocks(present.sum(dim=1).tolist(), ids.device)
+        laid["row_blocks"] = attention.Rows.of(present.sum(dim=1).tolist(), ids.device)
     return laid
 
 

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.finetuning import products
 from optuna_lora_rl.finetuning.architecture import Architecture
 from optuna_lora_rl.finetuning.architecture import LinearModule
 from optuna_lora_rl.finetuning.configuration import Configuration
@@ -226,7 +227,9 @@ def attached(
     CPU, and the patches of trainer and gradient checkpointing are removed.
     """
     with restored(base, _at_risk(base, config, chosen, start)):
-        yield replace(placed(base, config, start), has_base=True)
+        adapter = replace(placed(base, config, start), has_base=True)
+        with products.cast_once(adapter.model):
+            yield adapter
 
 
 def placed(model: PreTrainedModel, config: LoraConfig, start: OwnStart | None = None) -> Adapter:

@@ -38,6 +38,7 @@ from optuna_lora_rl.finetuning.member import Forward
 from optuna_lora_rl.finetuning.packed_lora import PackedBatch
 from optuna_lora_rl.finetuning.packed_lora import Share
 from optuna_lora_rl.finetuning.price import Measured
+from optuna_lora_rl.finetuning.products import cast_once
 from optuna_lora_rl.finetuning.seat import Job
 from optuna_lora_rl.finetuning.seat import Seat
 
@@ -109,11 +110,12 @@ class Pack:
             BaseException: What ``jobs`` and ``done`` raise; the runs are abandoned.
         """
         try:
-            while self._fill(jobs):
-                looking = [seat for seat in self._seats if not seat.takes().trains]
-                # First those that only evaluate, so that all take the next step together.
-                for alike in _alike(looking or self._seats):
-                    self._serve(alike)
+            with cast_once(self._base):
+                while self._fill(jobs):
+                    looking = [seat for seat in self._seats if not seat.takes().trains]
+                    # First those that only evaluate, so that all take the next step together.
+                    for alike in _alike(looking or self._seats):
+                        self._serve(alike)
         finally:
             for seat in self._seats:
                 seat.coroutine.abandon()

@@ -312,8 +312,9 @@ def _trainer(
         raise FineTuningError("configuration", first_line(error)) from error
     trainer.remove_callback(PrinterCallback)
     trainer.call = call
-    if call.own_head:
-        heads.use_own(model.get_base_model() if isinstance(model, PeftModel) else model)
+    if call.own_head or call.few:
+        whole = model.get_base_model() if isinstance(model, PeftModel) else model
+        heads.use_own(whole, None if call.own_head else heads.FEW)
     return trainer
 
 

@@ -38,6 +38,7 @@ from optuna_lora_rl.finetuning.options import TrainingOptions
 from optuna_lora_rl.finetuning.preparation import Prepared
 from optuna_lora_rl.finetuning.preparation import prepare
 from optuna_lora_rl.finetuning.price import Price
+from optuna_lora_rl.finetuning.products import cast_once
 from optuna_lora_rl.finetuning.quiet import quiet
 from optuna_lora_rl.finetuning.stages import Stage
 from optuna_lora_rl.finetuning.stages import Stages
@@ -181,7 +182,7 @@ class Shared:
     ) -> dict[str, float]:
         """Evaluates the untuned model."""
         base = self.prepared.base.model
-        with own_randomness(), restored(base, {}):
+        with own_randomness(), restored(base, {}), cast_once(base):
             return self.evaluate(base, dataset, asked, what)
 
     def evaluate(

@@ -143,7 +143,8 @@ def test_rows_end_to_end_give_what_each_gives_alone(
         assert laid(selected) and selected["input_ids"].shape == (1, 10)
         assert selected["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 0, 1, 2]]
         assert selected.pop("shift_labels").tolist() == [following.tolist()]
-        assert selected.get("row_blocks") == ([(0, 5), (5, 10)] if by_blocks else None)
+        if by_blocks:
+            assert selected["row_blocks"].parts == [(0, 5), (5, 10)]
         together = model(**selected).logits[0]
     # Left-padded rows begin with a token that is nobody's next: both cases learn the same ones.
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from peft import get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from optuna_lora_rl.finetuning import attention
+from optuna_lora_rl.finetuning import heads
+from optuna_lora_rl.finetuning.products import cast_once
+
+
+class Two(nn.Module):
+    """Two layers with one input, as queries and keys have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(24, 32), nn.Linear(24, 16, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.q(x), self.k(x)], dim=-1)
+
+
+def adapted(**changes: Any) -> Any:
+    torch.manual_seed(0)
+    config = LoraConfig(**{"r": 4, "lora_alpha": 12, "target_modules": ["q", "k"], **changes})
+    model = get_peft_model(Two(), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def outcome(model: Any, x: torch.Tensor, *, mixed: bool = True) -> list[torch.Tensor]:
+    """The outputs, and the gradients of the input and of all that is trained."""
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    torch.manual_seed(1)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+        y = model(x + 0)
+    y.float().square().sum().backward()
+    assert x.grad is not None
+    return [y, x.grad, *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"lora_dropout": 0.4}, {"use_rslora": True}, {"use_dora": True}, {"lora_bias": True}],
+)
+def test_outputs_and_gradients_are_pefts(changes: dict[str, Any]) -> None:
+    model, x = adapted(**changes), torch.randn(2, 7, 24)
+    plain = outcome(model, x)
+    with cast_once(model):
+        found = outcome(model, x)
+        exact = outcome(model, x, mixed=False)
+    for ours, theirs in zip(found, plain, strict=True):
+        assert ours.dtype == theirs.dtype
+        scale = float(theirs.float().abs().max())
+        torch.testing.assert_close(ours / scale, theirs / scale, rtol=0, atol=0.02)
+    # Without autocast nothing is changed, and afterwards nothing is left.
+    for ours, theirs in zip(exact, outcome(model, x, mixed=False), strict=True):
+        assert torch.equal(ours, theirs)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_an_adapter_that_is_off_adds_nothing_and_one_input_is_cast_once() -> None:
+    model, x = adapted(), torch.randn(5, 24)
+    base = model.get_base_model()
+    with cast_once(model), torch.autocast("cpu", dtype=torch.bfloat16):
+        with model.disable_adapter():
+            off = model(x)
+        assert torch.equal(off[:, :32], base.q.base_layer(x))
+        seen: list[torch.Tensor] = []
+        for layer in (base.q, base.k):
+            layer.base_layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        model(x)
+    assert seen[0] is seen[1]
+
+
+def test_weights_that_change_are_cast_again() -> None:
+    model, x = adapted(), torch.randn(5, 24)
+    layer = model.get_base_model().k.base_layer
+    with cast_once(model), torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        before = layer(x)
+        layer.weight.mul_(2)
+        assert torch.equal(layer(x), 2 * before)
+        layer.weight.data = layer.weight.data * 2
+        assert torch.equal(layer(x), 4 * before)
+
+
+def test_an_input_without_a_graph_is_not_taken_for_one_with() -> None:
+    model = adapted()
+    x = torch.randn(5, 24).requires_grad_()
+    with cast_once(model), torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.no_grad():
+            model(x)
+        model(x).float().sum().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0
+
+
+def test_scores_of_few_logits_are_those_of_all() -> None:
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(1, 45, 60)).requires_grad_()
+    labels = torch.randint(60, (1, 45))
+    labels[0, ::5] = -100
+    found = heads._scored(logits, labels, None)
+    learnt = labels != -100
+    scores = logits[learnt].log_softmax(-1)
+    expected = scores.gather(-1, labels[learnt][:, None])[:, 0]
+    torch.testing.assert_close(found.log_probs[learnt], expected)
+    torch.testing.assert_close(found.entropy[learnt], -(scores.exp() * scores).sum(-1))
+    assert torch.equal(found.is_top1[learnt], scores.argmax(-1) == labels[learnt])
+    assert found.log_probs[~learnt].abs().sum() == 0
+    weights = torch.randn_like(expected)
+    (ours,) = torch.autograd.grad((found.log_probs[learnt] * weights).sum(), logits)
+    (theirs,) = torch.autograd.grad((expected * weights).sum(), logits)
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("short", [0, 256])
+@pytest.mark.parametrize("window", [None, 2])
+def test_rows_side_by_side_attend_as_each_alone(
+    monkeypatch: pytest.MonkeyPatch, short: int, window: int | None
+) -> None:
+    monkeypatch.setattr(attention, "_SHORT", short)
+    torch.manual_seed(0)
+    lengths, heads_, width = [4, 9, 5, 8, 1], 4, 8
+    tokens = sum(lengths)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rows = attention.Rows.of(lengths, torch.device("cpu"))
+    assert [group.places.shape for group in rows.groups] == [(2, 9), (2, 5), (1, 1)]
+    number = torch.repeat_interleave(torch.arange(5), torch.tensor(lengths))
+    place = torch.cat([torch.arange(length) for length in lengths])
+    apart = place[:, None] - place[None]
+    mask = (number[:, None] == number[None]) & (apart >= 0)
+    if window is not None:
+        mask &= apart < window
+    module = nn.Module()
+    module.num_key_value_groups = 2  # type: ignore[assignment]
+    q = torch.randn(1, heads_, tokens, width, dtype=torch.bfloat16)
+    k, v = torch.randn(2, 1, heads_ // 2, tokens, width, dtype=torch.bfloat16)
+    whole = mask[None, None]
+    found, _ = attention._attention(module, q, k, v, whole, row_blocks=rows, scaling=0.3)
+    score = torch.einsum("hqd,hkd->hqk", q[0].float(), k[0].float().repeat_interleave(2, 0))
+    weights = (0.3 * score).masked_fill(~mask, -torch.inf).softmax(-1)
+    expected = torch.einsum("hqk,hkd->qhd", weights, v[0].float().repeat_interleave(2, 0))
+    torch.testing.assert_close(found[0].float(), expected, rtol=0.03, atol=0.03)
+
+
+def test_a_model_learns_the_same_in_mixed_precision(random_llama: Any) -> None:
+    """Rows end to end and products that cast once, against each row alone and PEFT's layers."""
+    from optuna_lora_rl.finetuning.learnt import ModelCall
+    from optuna_lora_rl.finetuning.learnt import learnt_only
+
+    model: Any = AutoModelForCausalLM.from_pretrained(random_llama, attn_implementation="sdpa")
+    attention.use_blocks(model)
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+    rows = [[5, 6, 7, 8, 2], [9, 2], [11, 12, 13]]
+    ids, mask = torch.zeros(3, 5, dtype=torch.long), torch.zeros(3, 5, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
+    labels = ids.masked_fill(mask == 0, -100)
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def gradients(logits: torch.Tensor) -> torch.Tensor:
+        following = torch.tensor([token for row in rows for token in row[1:]])
+        loss = nn.functional.cross_entropy(logits.float(), following)
+        found = torch.autograd.grad(loss, trained)
+        return torch.cat([gradient.flatten() for gradient in found])
+
+    alone = torch.cat([model(torch.tensor([row])).logits[0, :-1] for row in rows])
+    expected = gradients(alone)
+    with cast_once(model), torch.autocast("cpu", dtype=torch.bfloat16):
+        call = ModelCall(end_to_end=True, always=True)
+        with learnt_only(model, inputs, call) as selected:
+            assert selected["row_blocks"].groups
+            selected.pop("shift_labels")
+            found = gradients(model(**selected).logits[0])
+    apart = (found - expected).norm() / expected.norm()
+    assert apart < 0.02, apart
