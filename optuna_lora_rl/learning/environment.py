@@ -222,6 +222,7 @@ def rollout_regret(
     seed: int,
     *,
     opening: Opening = no_opening,
+    settings: Settings = SETTINGS,
     run: Map = map,
 ) -> np.ndarray:
     """Regret after each trial of one greedy study a task, shape (B, length).
@@ -232,20 +233,27 @@ def rollout_regret(
         network: the learned scorer; ``None`` for the residual policy.
         seed: of candidates and noise; the same seed pairs policies.
         opening: makes the first choices.
+        settings: of the policy's step.
         run: applies a function to jobs.
     """
     correction = None if network is None else Correction.of(network)
-    study = partial(_greedy, length=length, network=correction, opening=opening)
+    study = partial(_greedy, length=length, network=correction, opening=opening, settings=settings)
     seeds = np.random.default_rng(seed).integers(2**62, size=len(tasks)).tolist()
     return np.stack(list(run(study, list(zip(tasks, seeds, strict=True)))))
 
 
 def _greedy(
-    job: tuple[Task, int], *, length: int, network: Correction | None, opening: Opening
+    job: tuple[Task, int],
+    *,
+    length: int,
+    network: Correction | None,
+    opening: Opening,
+    settings: Settings,
 ) -> np.ndarray:
     """Regret after each trial of a study that takes the best candidates, shape (length,)."""
     task, seed = job
-    environment = TuningEnvironment(task, length, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    environment = TuningEnvironment(task, length, generator, settings=settings)
     regrets = np.zeros(length)
     for t in range(length):
         chosen = opening(environment)

@@ -89,6 +89,11 @@ class Trials:
     def __len__(self) -> int:
         return len(self.x)
 
+    @property
+    def begun(self) -> int:
+        """How many trials there are, running ones included."""
+        return len(self.x) + len(self.pending)
+
     @cached_property
     def good(self) -> np.ndarray:
         """Shape (n,): finished within the constraints, with a score of their own."""

@@ -6,12 +6,21 @@ With n finished trials lambda_n = 1 / (1 + n / prior_trials)^2 fades, so that th
 is "defaults, then a Gaussian process" (compare pi-BO, Hvarfner et al. 2022). The network's last
 layer starts at zero: training can only move on from there.
 
+With ``Settings.bank`` and in a LoRA space, what the trials leave of a bank of response surfaces
+(:mod:`~optuna_lora_rl.policy.bank`) takes the prior's place for the first ten trials: the default
+stands at the bank's learning rate, and
+
+    EI = share * EI of the bank + (1 - share) * EI of the process
+
+with the share that the results so far give it. Afterwards nothing of it is left.
+
 Earlier studies (:mod:`~optuna_lora_rl.policy.transfer`) change what the surrogate expects; as far
 as they are trusted, prior and network, which know nothing of them, are silent.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +29,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from optuna_lora_rl.policy.bank import Bank
+from optuna_lora_rl.policy.bank import Posterior
 from optuna_lora_rl.policy.candidates import SOURCES
 from optuna_lora_rl.policy.candidates import Snap
 from optuna_lora_rl.policy.candidates import Trials
@@ -36,6 +47,7 @@ from optuna_lora_rl.policy.features import values
 from optuna_lora_rl.policy.layout import Layout
 from optuna_lora_rl.policy.layout import Points
 from optuna_lora_rl.policy.network import Correction
+from optuna_lora_rl.policy.prior import is_lora
 from optuna_lora_rl.policy.prior import space_prior
 from optuna_lora_rl.policy.scores import power
 from optuna_lora_rl.policy.surrogate import Process
@@ -54,6 +66,8 @@ _BLIND_ROUNDS = 3
 # In nats. The first trial is the default, whatever the network says: a define-by-run study's first
 # trial has no joint proposal anyway. The space-filling start is a bias that it may overrule.
 _FIRST, _SPREAD = 60.0, 3.0
+# Trials, running ones included, for which a bank of surfaces is asked.
+_BANKED = 10
 # Most units that a constraint is kept or broken by.
 _FARTHEST = 3.0
 # A constraint that only says kept or broken is taken as +1 or -1. Its limit may lie anywhere
@@ -77,6 +91,8 @@ class Settings:
         steps: uphill in each of them.
         iterations: of the surrogate's fit.
         fit_rows: most trials that its hyperparameters are fitted to.
+        bank: whether LoRA spaces begin with a bank of response surfaces. The shipped network was
+            trained without.
     """
 
     beta: float = 1.0
@@ -87,6 +103,7 @@ class Settings:
     steps: int = 3
     iterations: int = 40
     fit_rows: int = 100
+    bank: bool = False
 
 
 @dataclass
@@ -105,6 +122,7 @@ class Decision:
         logits: logits with it.
         theta: the surrogate's hyperparameters, shape (D + 2,).
         trust: how far earlier studies are believed, from 0 (or none) to 1.
+        share: how far the bank of surfaces is, likewise.
     """
 
     trials: Trials
@@ -118,6 +136,7 @@ class Decision:
     logits: np.ndarray
     theta: np.ndarray
     trust: float = 0.0
+    share: float = 0.0
 
     def explain(self, choice: int) -> dict[str, float | str]:
         """Why a candidate was chosen, as plain values.
@@ -126,10 +145,10 @@ class Decision:
         ``log_ei``: log expected improvement, ``log_feasible`` included; ``log_prior``: log-density
         of the guides' prior; ``log_feasible``: log-probability that it neither fails nor breaks a
         constraint; ``residual`` + ``network`` = ``logit``: what the fixed part and the trained
-        one say, in nats.
+        one say, in nats; ``surfaces``, where a bank of them was asked: its share in ``log_ei``.
         """
         residual, logit = float(self.residual[choice]), float(self.logits[choice])
-        return {
+        why: dict[str, float | str] = {
             "source": SOURCES[int(self.source[choice])],
             "mean": float(self.view.mean[choice]),
             "std": float(self.view.deviation[choice]),
@@ -140,6 +159,9 @@ class Decision:
             "network": logit - residual,
             "logit": logit,
         }
+        if self.share:
+            why["surfaces"] = self.share
+        return why
 
 
 def fit_hyperparameters(
@@ -276,9 +298,15 @@ def decide(
         best = max(best, float(process.posterior(pending)[0].max()))
         process = process.believe(pending)
 
+    banked = _banked(layout, trials, settings)
+    surfaces = Posterior(layout.bank, trials) if banked and trials.begun else None
+    share = (1.0 - trust) * surfaces.share if surfaces else 0.0
+
     def look(points: Points) -> View:
         mean, deviation = process.posterior(points.coordinates)
         log_ei = log_improvement(mean, deviation, best).value
+        if surfaces:
+            log_ei = _mixed(surfaces.log_gain(points), log_ei, share)
         sure = feasibility(points) if feasibility else np.zeros(len(points))
         return View(mean, deviation, log_ei + sure, points.log_prior, sure)
 
@@ -288,9 +316,11 @@ def decide(
             return x
         return climb(x, layout, process, best, settings.steps)
 
-    weight = (1.0 - trust) * (1.0 + len(trials) / settings.prior_trials) ** -2
+    weight = (1.0 - trust) * (1.0 - share) * (1.0 + len(trials) / settings.prior_trials) ** -2
     earlier = np.concatenate([source.best for source in sources]) if opinion else None
     x, source = proposals(layout, trials, snap, generator, settings.candidates, grid, earlier)
+    if banked and not trials.begun:
+        x[source == _DEFAULT] = snap(layout.first[None])
     points = layout.points(x)
     view, close = look(points), closeness(x, trials)
     rows, keep = np.arange(len(x)), 3 * max(settings.candidates // 16, 2)
@@ -317,8 +347,20 @@ def decide(
     if network is not None:
         logits = residual + (1.0 - trust) * network(each, whole, valid)
     return Decision(
-        trials, points.x, source, valid, view, each, whole, residual, logits, theta, trust
+        trials, points.x, source, valid, view, each, whole, residual, logits, theta, trust, share
     )
+
+
+def _banked(layout: Layout, trials: Trials, settings: Settings) -> bool:
+    """Whether a bank of surfaces is asked."""
+    asked = settings.bank and layout.is_lora and trials.begun < _BANKED
+    return asked and layout.bank.speaks
+
+
+def _mixed(one: np.ndarray, other: np.ndarray, share: float) -> np.ndarray:
+    """The log of a share of exp(one) and the rest of exp(other), shape (N,)."""
+    few = 1e-12
+    return np.logaddexp(one + math.log(max(share, few)), other + math.log(max(1.0 - share, few)))
 
 
 def _residual(valid: np.ndarray, view: View, settings: Settings, weight: float) -> np.ndarray:
@@ -334,7 +376,7 @@ def _opening(source: np.ndarray, layout: Layout, trials: Trials, default_at: int
     Without a prior the first trials come from the quasi-random points (the least explored of
     them), since expected improvement by two or three trials only visits corners.
     """
-    begun = len(trials) + len(trials.pending)
+    begun = trials.begun
     spread = 0 < begun < min(len(layout) + 2, 8) and not layout.is_lora
     return _FIRST * ((source == _DEFAULT) & (begun == default_at)) + _SPREAD * (
         (source == _UNIFORM) & spread
@@ -360,7 +402,12 @@ def _features(
 
 
 def draw_parameter(
-    space: Space, given: np.ndarray, column: int, generator: torch.Generator | None
+    space: Space,
+    given: np.ndarray,
+    column: int,
+    generator: torch.Generator | None,
+    *,
+    bank: bool = False,
 ) -> float:
     """The unit coordinate of one parameter, the others given or unknown.
 
@@ -369,11 +416,21 @@ def draw_parameter(
         given: their point, shape (d,); NaN where unknown.
         column: of the parameter.
         generator: for a draw from the prior; ``None`` for the guides' value.
+        bank: whether a bank of surfaces chooses the learning rate instead of the guides, as long
+            as nothing but what LoRA runs tune has been asked for.
     """
     prior = space_prior(space, lora=True)
     if generator is None:
-        return float(prior.point(given)[column])
+        point = prior.point(given)
+        if bank and space.dimensions[column].role == "learning_rate" and _may_be_lora(space):
+            point = space.snap(Bank(Layout(space)).at_best_rate(point))
+        return float(point[column])
     weight = torch.from_numpy(prior.log_density_given(given)[column]).exp()
     cell = int(torch.multinomial(weight, 1, generator=generator))
     within = float(torch.rand(1, generator=generator)) - 0.5
     return min(max((cell + within) / (len(weight) - 1), 0.0), 1.0)
+
+
+def _may_be_lora(space: Space) -> bool:
+    """Whether a space that is not yet known whole is a LoRA one as far as it is."""
+    return is_lora(space) or all(dimension.role for dimension in space.dimensions)

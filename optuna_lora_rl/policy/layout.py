@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from optuna_lora_rl.policy.bank import Bank
 from optuna_lora_rl.policy.dimensions import Space
 from optuna_lora_rl.policy.prior import GUIDE_RATIO
 from optuna_lora_rl.policy.prior import GUIDE_RATIO_SPREAD
@@ -183,6 +184,16 @@ class Layout:
         density = torch.from_numpy(self.log_density).exp()
         cells = 0.5 * (density[:, 1:] + density[:, :-1])
         return (cells.cumsum(-1) / cells.sum(-1, keepdim=True)).contiguous()
+
+    @cached_property
+    def bank(self) -> Bank:
+        """Response surfaces that a study of the space may have."""
+        return Bank(self)
+
+    @cached_property
+    def first(self) -> np.ndarray:
+        """The guides' configuration at the learning rate that the bank would try first, (D,)."""
+        return self.bank.at_best_rate(self.default)
 
     @cached_property
     def usual(self) -> Points:

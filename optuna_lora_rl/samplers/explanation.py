@@ -50,6 +50,8 @@ _GRID = 49
 # Deviations of a prediction from which little is known; 1 before any result.
 _UNKNOWN = 0.8
 _FAILURE_NOISE = 0.05
+# Share of the bank of response surfaces that is worth a word.
+_HEARD = 0.05
 # Deviations on either side of the mean that hold 90% of a normal density.
 _BAND = 1.6449
 
@@ -275,6 +277,8 @@ def origin(trial: FrozenTrial) -> Origin:
         remarks.append("little is known there")
     if (likely := math.exp(found.get("log_feasible", 0.0))) < 0.8:
         remarks.append(f"{likely:.0%} likely to work")
+    if found.get("surfaces", 0.0) >= _HEARD:
+        remarks.append(f"{found['surfaces']:.0%} by what LoRA runs usually respond to")
     if abs(found.get("network", 0.0)) >= 0.1:
         remarks.append(f"the network gave {found['network']:+.1f}")
     return Origin(said, (found["mean"], found["std"]), tuple(remarks))

@@ -106,8 +106,9 @@ class RLSampler(BaseSampler):
             usual ones: ``{"my_r": "rank", "alpha": "none"}``.
         weights: a file written by ``optuna-lora-rl train-policy``; by default the policy that is
             shipped with the package.
-        learned: ``False`` switches the network off and leaves what training started from:
-            the guides' defaults, then a Gaussian process.
+        learned: ``False`` switches the network off. In a LoRA space a posterior over response
+            surfaces then chooses the first ten trials, the guides' defaults at the learning rate
+            that the range speaks for to begin with; everything else is left to a Gaussian process.
         n_candidates: about how many candidates each proposal scores.
         source_studies: earlier studies to start from, in any storage: Optuna studies, or lists of
             their trials (whose directions are then taken to be those of the new study). Other
@@ -148,7 +149,8 @@ class RLSampler(BaseSampler):
         self._n_trials = n_trials
         self._roles = checked_roles(roles)
         self._network = weight_files.load(weights) if learned else None
-        self._settings = Settings(candidates=n_candidates)
+        # The shipped network was trained without the bank, and together they are worse.
+        self._settings = Settings(candidates=n_candidates, bank=not learned)
         self._earlier = EarlierStudies(source_studies, self._roles)
         # It keeps the first seed: reseeding for every thread would undo what was learnt.
         network, seed = self._network, self._seed
@@ -257,7 +259,10 @@ class RLSampler(BaseSampler):
             if opening is not None:
                 coordinate, source = opening, "transfer"
             else:
-                coordinate = draw_parameter(space, given, column, None if first else generator)
+                draw = None if first else generator
+                # The surfaces know of one score a trial.
+                bank = self._settings.bank and len(study.directions) == 1
+                coordinate = draw_parameter(space, given, column, draw, bank=bank)
         if PROPOSAL_KEY not in trial.system_attrs or source == "transfer":
             study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL_KEY, {"source": source})
         return space.dimensions[column].decode(coordinate)
@@ -299,6 +304,8 @@ class RLSampler(BaseSampler):
         """
         layout = self._layouts.get(space.written, lambda: Layout(space))
         default = layout.default
+        # The surfaces know of one score a trial.
+        bank = self._settings.bank and len(directions) == 1
         conditions = conditions_of(space, history)
         if conditions:
             history = replace(history, points=settle(history.points, conditions, default))
@@ -318,7 +325,7 @@ class RLSampler(BaseSampler):
                 Correction.of(network) if network else None,
                 snap,
                 generator,
-                self._settings,
+                replace(self._settings, bank=bank),
                 grid=_grid(space, default, points),
                 feasibility=fit_feasibility(layout, trials, constraints),
                 theta=theta,

@@ -15,6 +15,7 @@ SamplerFactory = Callable[..., BaseSampler]
 
 FACTORIES: dict[str, SamplerFactory] = {
     "rl": lambda **options: optuna_lora_rl.RLSampler(**options),
+    "rl-network-off": lambda **options: optuna_lora_rl.RLSampler(learned=False, **options),
     "thompson": BanditSampler,
     "linear-ucb": lambda **options: BanditSampler(algorithm="ucb", contextual=True, **options),
 }

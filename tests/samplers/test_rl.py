@@ -16,8 +16,10 @@ import torch
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
+import optuna_lora_rl
 from optuna_lora_rl import RLSampler
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.policy.decision import Settings
 from optuna_lora_rl.policy.dimensions import Dimension
 from optuna_lora_rl.policy.dimensions import make_space
 from optuna_lora_rl.policy.prior import is_lora
@@ -226,8 +228,37 @@ def test_roles_and_the_horizon_can_be_given() -> None:
 
 def test_without_its_network_it_still_proposes() -> None:
     with_network, without = _study(_lora(1e-3), 6), _study(_lora(1e-3), 6, learned=False)
-    assert with_network.trials[0].params == without.trials[0].params
+    # The guides' configuration, once at their learning rate and once at the surfaces'.
+    guides, surfaces = (dict(study.trials[0].params) for study in (with_network, without))
+    assert surfaces.pop("learning_rate") > guides.pop("learning_rate")
+    assert surfaces == guides
     assert [t.params for t in with_network.trials] != [t.params for t in without.trials]
+
+
+def test_the_surfaces_tell_their_share_in_a_proposal_for_ten_trials() -> None:
+    study = _study(_lora(1e-3), 12, learned=False)
+    shares = [(proposal(trial) or {}).get("surfaces") for trial in study.trials]
+    assert shares[0] is None  # proposed parameter by parameter
+    assert all(0 < share <= 1 for share in shares[1:10])
+    assert shares[10:] == [None, None]
+    told = optuna_lora_rl.explain(study).origins[1]
+    assert any("what LoRA runs usually respond to" in remark for remark in told.remarks)
+
+
+def test_the_surfaces_are_silent_with_several_objectives() -> None:
+    def objective(trial: optuna.Trial) -> tuple[float, float]:
+        return _lora(1e-3)(trial), float(trial.params["lora_rank"])
+
+    proposed = []
+    for silenced in (False, True):
+        study = optuna.create_study(
+            directions=["minimize", "minimize"], sampler=RLSampler(seed=0, learned=False)
+        )
+        if silenced:
+            study.sampler._settings = Settings(bank=False)
+        study.optimize(objective, n_trials=5)
+        proposed.append([trial.params for trial in study.trials])
+    assert proposed[0] == proposed[1]
 
 
 def test_its_network_is_silent_where_it_recognises_nothing() -> None:
