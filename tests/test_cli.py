@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -131,6 +132,8 @@ def test_the_dashboard_serves_the_study_and_no_argument_shows_its_storage(begun:
         [sys.executable, "-m", "optuna_lora_rl", "dashboard", str(begun), "--port", "0"],
         stdout=subprocess.PIPE,
         text=True,
+        # Tests that a shell runs in the background hand down that it is ignored.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     try:
         assert process.stdout is not None

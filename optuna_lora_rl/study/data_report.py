@@ -52,7 +52,7 @@ def line(facts: Mapping[str, Any]) -> str:
 
 
 def evaluations(facts: Mapping[str, Any]) -> str:
-    """How many rows evaluations read, and what that costs; empty where it was not recorded."""
+    """How many rows evaluations read; empty where it was not recorded."""
     rows = facts.get("evaluations")
     if not rows:
         return ""
@@ -61,8 +61,12 @@ def evaluations(facts: Mapping[str, Any]) -> str:
     if len(set(rows)) == 1:
         counts = f"{last} each time" if early else last
     used = facts["splits"]["validation"]["used"]
-    share = f"{facts['evaluated']:.0%}"
-    return f"evaluations read {counts} of {used} validation rows, about {share} of a trial's work"
+    return f"evaluations read {counts} of {used} validation rows"
+
+
+def _cost(facts: Mapping[str, Any]) -> str:
+    read = evaluations(facts)
+    return f"{read}, {facts['evaluated']:.0%} of a trial's work as tokens count it" if read else ""
 
 
 def warnings(facts: Mapping[str, Any]) -> list[str]:
@@ -104,7 +108,7 @@ def section(facts: Mapping[str, Any]) -> str:
     notes = [
         f"{_FORMS[facts['kind']].capitalize()}, learnt in {facts['learns']}; at most "
         f"{facts['max_length']} tokens each.",
-        *filter(None, [_sentence(evaluations(facts))]),
+        *filter(None, [_sentence(_cost(facts))]),
         *map(_sentence, warnings(facts)),
     ]
     if facts["unread"]:

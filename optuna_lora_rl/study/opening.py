@@ -125,6 +125,17 @@ def _read_whole(study: optuna.Study, spec: StudySpec) -> None:
     with quiet(), read(spec.storage_url):
         attributes.check(study)
         _ = study.metric_names
+        _check_values(study, len(spec.objective.objectives))
+
+
+def _check_values(study: optuna.Study, objectives: int) -> None:
+    """Raises ``ValueError`` where results are not of the file's objectives."""
+    count = len(study.directions)
+    if count != objectives:
+        raise ValueError(f"its study has {count} objectives, and the file {objectives}")
+    for trial in study.get_trials(deepcopy=False):
+        if trial.values is not None and len(trial.values) != count:
+            raise ValueError(f"trial {trial.number} has {len(trial.values)} of {count} values")
 
 
 def create_sampler(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 
 from optuna_lora_rl import tiny
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.study import opening
 from optuna_lora_rl.study import runner
 from optuna_lora_rl.study.problem import PROBLEM
 from tests.study.conftest import MakeSpec
@@ -188,3 +191,24 @@ def test_a_study_whose_losses_were_means_over_batches_does_not_go_on(make_spec: 
     study.set_user_attr(PROBLEM, before)
     with pytest.raises(UserError, match="is now 'cross-entropy, mean over tokens'"):
         runner.run(make_spec({"budget": 2}))
+
+
+def test_results_of_another_number_of_objectives_are_one_sentence(make_spec: MakeSpec) -> None:
+    spec = make_spec({"budget": 1})
+    runner.run(spec)
+    with closing(sqlite3.connect(spec.folder / "study.db")) as database:
+        database.execute(
+            "INSERT INTO trial_values (trial_id, objective, value, value_type)"
+            " VALUES (1, 1, 0.5, 'FINITE')"
+        )
+        database.commit()
+    with pytest.raises(UserError, match=r"damaged .*\(trial 0 has 2 of 1 values\)"):
+        opening.load_study(spec)
+    with closing(sqlite3.connect(spec.folder / "study.db")) as database:
+        database.execute(
+            "INSERT INTO study_directions (direction, study_id, objective)"
+            " VALUES ('MINIMIZE', 1, 1)"
+        )
+        database.commit()
+    with pytest.raises(UserError, match=r"its study has 2 objectives, and the file 1"):
+        opening.load_study(spec)
