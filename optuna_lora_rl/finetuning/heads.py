@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
 _IGNORED = -100
-# Logits that are held at once where tiles would do: 256 MB in float32, and their gradient.
-FEW = 2**26
+# Logits that are held at once where tiles would do: 1 GB in bfloat16, and as much of gradient.
+# TRL's tiles on a CPU take some 2.7 GB themselves.
+FEW = 2**29
 # Positions whose scores are computed at once: what is made of them stays in the cache.
 _TILE = 16
 
@@ -57,7 +58,9 @@ def use_own(model: PreTrainedModel, most: int | None = None) -> None:
 def _scored(logits: Tensor, labels: Tensor, aux_loss: Tensor | None) -> FusedCausalLMOutput:
     """Makes what TRL's fused head makes: of each learnt position, and 0 at all others."""
     learnt = labels != _IGNORED
-    found, entropy, is_top1 = _Scores.apply(logits[learnt], labels[learnt])
+    # Where all are learnt, not a copy.
+    chosen = logits.flatten(0, 1) if learnt.all() else logits[learnt]
+    found, entropy, is_top1 = _Scores.apply(chosen, labels[learnt])
 
     def placed(values: Tensor) -> Tensor:
         return values.new_zeros(labels.shape).masked_scatter(learnt, values)
