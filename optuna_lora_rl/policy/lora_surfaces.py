@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # How often a range is drawn round the best rate; how often the guides' rate is right, how closely
 # and by how much too low (decades); likewise where it is not.
-_BELIEVED, _GUIDES_RIGHT = 0.65, 0.2
+_BELIEVED, _GUIDES_RIGHT = 0.65, 0.4
 _NEAR_GUIDES, _FROM_GUIDES = (0.1, 0.4), (0.3, 1.2)
 # Decades from a range's centre to the best rate, mean and deviation, on the measured tables.
 _TABLES_CENTRE = (0.4, 0.4)
