@@ -263,6 +263,8 @@ def losses_of(
 
 def _spare_walks(model: PeftModel) -> None:
     """Remembers what a trainer would walk all modules for, three times in every step."""
+    # The base comes as it evaluates: without its dropout, and with nothing computed again.
+    model.train()
     parameters, train = list(model.parameters()), model.train
 
     def switch(mode: bool = True) -> nn.Module:

@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning.shared import Shared
+from optuna_lora_rl.finetuning.trainer import Trainer
 from optuna_lora_rl.finetuning.trial import FineTuner
 from optuna_lora_rl.finetuning.trial import TrialResult
 from tests.finetuning.runs import QUICK
@@ -287,3 +289,41 @@ def test_traits_say_what_there_is(tuner: FineTuner) -> None:
     assert traits["train_examples"] + traits["validation_examples"] == 60
     assert traits["model_layers"] == 2 and traits["hidden_size"] == 32
     assert 5 < traits["mean_tokens"] <= traits["longest_tokens"] <= 8
+
+
+@pytest.mark.parametrize("rank_change", ["none", "loss"])
+def test_all_of_a_model_trains_from_the_first_step(
+    make_tuner: Make, monkeypatch: pytest.MonkeyPatch, rank_change: str
+) -> None:
+    """A base that is left as it evaluates has no dropout, and keeps all activations."""
+    seen: list[set[bool]] = []
+    own = Trainer.compute_loss
+
+    def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append({module.training for module in self.model.modules()})
+        return own(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "compute_loss", compute_loss)
+    make_tuner().run({"max_steps": 2, "rank_change": rank_change})
+    assert seen == [{True}, {True}]
+
+
+def test_checkpointed_layers_are_computed_twice(
+    make_tuner: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+    own = LlamaMLP.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        counts[-1] += self.training
+        return own(self, *args, **kwargs)
+
+    tuners = [make_tuner(gradient_checkpointing=again) for again in (False, True)]
+    for tuner in tuners:
+        tuner.baseline()
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    for tuner in tuners:
+        counts.append(0)
+        tuner.run({"max_steps": 3})
+    layers, steps = 2, 3
+    assert counts == [steps * layers, 2 * steps * layers]
