@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 from dataclasses import asdict
 from dataclasses import dataclass
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
@@ -171,7 +170,6 @@ def advise(
         if by_weight:
             spectra = spectrum.of_weights(base, names, on_activity=on_activity)
             found = importance.of_spectra(spectra)
-    workload = replace(workload, itemsize=base.dtype.itemsize)
     advice = advisor.advise(
         base,
         complexity=complexity,

@@ -112,6 +112,10 @@ def advise(
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences in one forward pass.")] = 8,
     length: Annotated[int, typer.Option(min=1, help="Their length in tokens.")] = 512,
+    learnt: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Share of the tokens that is learnt, the completions'."),
+    ] = 1.0,
     examples: Annotated[
         int | None, typer.Option(min=1, help="How many training examples there are.")
     ] = None,
@@ -142,7 +146,11 @@ def advise(
         complexity=task_complexity.value,
         memory_gb=memory_gb,
         workload=advisor.Workload(
-            batch_size=batch_size, length=length, checkpointing=checkpointing, examples=examples
+            batch_size=batch_size,
+            length=length,
+            learnt=learnt,
+            checkpointing=checkpointing,
+            examples=examples,
         ),
         modules=split(modules),
         by_weight=by_weight,

@@ -27,16 +27,20 @@ from optuna_lora_rl.rank.allocation import patterns
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from optuna_lora_rl.finetuning.options import Precision
+
 Complexity = Literal["low", "medium", "high"]
 RANKS: dict[Complexity, int] = {"low": 8, "medium": 16, "high": 64}
 FEW_EXAMPLES = 1000
 _ALPHA_RATIO = 2
 _FACTOR_BYTES, _GRADIENT_BYTES, _ADAM_BYTES = 4, 4, 8
 _GIGABYTE = 1e9
-# Measured over counted activations, and how often the logits of all positions are in memory on a
-# CPU, where TRL's loss is not computed tile by tile (studies/results/advised_memory.md).
-_TAKEN = 1.7
-_CPU_LOGITS = 8
+# Measured over counted activations (studies/results/advised_memory.md), by the bytes of a number, and
+# once more where a block is computed again beside its gradients. How often logits are in memory on a
+# CPU: those of learnt positions where the model's own head makes them, else of a tile of TRL's, in
+# float32 and as wide.
+_TAKEN, _RECOMPUTED = {4: 1.7, 2: 1.27}, 2.7
+_OWN_LOGITS, _TILED_LOGITS, _TILE = 2.2, 8, (4096, 32768)
 # How far a layer's rank may go over the mean: a few layers must not take all.
 _MOST_OVER_MEAN = 4
 
@@ -71,15 +75,17 @@ class Workload:
     Attributes:
         batch_size: Sequences in one forward pass.
         length: Their length in tokens.
+        learnt: Share of the tokens that is learnt; of prompts and completions the completions'.
         checkpointing: Whether activations are recomputed.
-        itemsize: Bytes of an activation's number.
+        precision: Arithmetic, as ``training.precision`` of a study.
         examples: Training examples, if known.
     """
 
     batch_size: int = 8
     length: int = 512
+    learnt: float = 1.0
     checkpointing: bool = False
-    itemsize: int = 4
+    precision: Literal["auto"] | Precision = "auto"
     examples: int | None = None
 
 
@@ -305,18 +311,24 @@ def _activations(
 ) -> float:
     from optuna_lora_rl.finetuning import architecture
     from optuna_lora_rl.finetuning import cost
+    from optuna_lora_rl.finetuning import device
+    from optuna_lora_rl.finetuning import heads
     from optuna_lora_rl.finetuning.configuration import Configuration
 
     read = architecture.read(model)
     wanted = set(names)
     chosen = [linear for linear in read.linears if linear.name in wanted]
+    precision = workload.precision
+    if precision == "auto":
+        precision = device.precision_of(model.device, read.hidden)
+    itemsize = min(4 if precision == "fp32" else 2, model.dtype.itemsize)
     work = cost.Work(
         steps=1,
         sequences=workload.batch_size,
         micro_batch_size=workload.batch_size,
         length=workload.length,
         checkpointing=workload.checkpointing,
-        itemsize=workload.itemsize,
+        itemsize=itemsize,
         weight_itemsize=0,
     )
     mean = max(1, round(sum(ranks.values()) / len(ranks)))
@@ -326,6 +338,13 @@ def _activations(
     trained = found.trainable_parameters * (_FACTOR_BYTES + _GRADIENT_BYTES + _ADAM_BYTES)
     logits = found.memory_bytes - headless.memory_bytes
     if model.device.type == "cpu":
-        positions = workload.batch_size * workload.length
-        logits = _CPU_LOGITS * positions * read.vocabulary * workload.itemsize
-    return _TAKEN * (headless.memory_bytes - trained) + logits
+        learnt = workload.batch_size * workload.length * workload.learnt
+        if itemsize == 2 and learnt * read.vocabulary <= heads.FEW:
+            logits = _OWN_LOGITS * learnt * read.vocabulary * itemsize
+        else:
+            tile = min(learnt, _TILE[0]) * min(read.vocabulary, _TILE[1])
+            logits = _TILED_LOGITS * tile * 4
+    # In mixed precision the frozen weights are there a second time.
+    cast = itemsize * read.parameters if model.dtype.itemsize > itemsize else 0
+    taken = _TAKEN[itemsize] * (_RECOMPUTED if workload.checkpointing else 1)
+    return taken * (headless.memory_bytes - trained) + logits + cast
