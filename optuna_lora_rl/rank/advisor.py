@@ -36,9 +36,9 @@ _ALPHA_RATIO = 2
 _FACTOR_BYTES, _GRADIENT_BYTES, _ADAM_BYTES = 4, 4, 8
 _GIGABYTE = 1e9
 # Measured over counted activations (studies/results/advised_memory.md), by the bytes of a number,
-# and once more where a block is computed again beside its gradients. How often logits are in memory
-# on a CPU: those of learnt positions where the model's own head makes them, else of a tile of
-# TRL's, in float32 and as wide.
+# and once more where a block is computed again beside its gradients. How often logits are held on
+# a CPU: those of learnt positions where the model's own head makes them, else of a tile of TRL's,
+# in float32 and as wide.
 _TAKEN, _RECOMPUTED = {4: 1.7, 2: 1.27}, 2.7
 _OWN_LOGITS, _TILED_LOGITS, _TILE = 2.2, 8, (4096, 32768)
 # How far a layer's rank may go over the mean: a few layers must not take all.
