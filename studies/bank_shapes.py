@@ -1,4 +1,4 @@
-"""The shapes of the measured tables' surfaces, from which the sampler's bank draws half of its own.
+"""The shapes of the measured tables' surfaces, which half of the sampler's bank is drawn from.
 
     python studies/bank_shapes.py
 
