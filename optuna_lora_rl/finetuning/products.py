@@ -96,6 +96,7 @@ class _Add(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        ctx.kept_in = a.dtype
         rows, a, b = x.reshape(-1, x.shape[-1]), a.to(x.dtype), b.to(x.dtype)
         h = rows @ a.mT
         y.view(-1, y.shape[-1]).addmm_(h, b.mT, alpha=scale)
@@ -112,8 +113,8 @@ class _Add(torch.autograd.Function):
         g2, rows = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
         gh = (g2 @ b).mul_(ctx.scale)
         gx = (gh @ a).view(x.shape) if needs_x else None
-        ga = (gh.mT @ rows).float() if needs_a else None
-        gb = (g2.mT @ h).float().mul_(ctx.scale) if needs_b else None
+        ga = (gh.mT @ rows).to(ctx.kept_in) if needs_a else None
+        gb = (g2.mT @ h).to(ctx.kept_in).mul_(ctx.scale) if needs_b else None
         return g, gx, ga, gb, None
 
 

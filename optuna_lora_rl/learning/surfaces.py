@@ -22,25 +22,13 @@ from typing import Any
 import numpy as np
 
 from optuna_lora_rl.policy.layout import Layout
-from optuna_lora_rl.policy.prior import GUIDE_LR
+from optuna_lora_rl.policy.lora_surfaces import USUAL
 from optuna_lora_rl.policy.roles import ROLES
 
 FEATURES = 48
 _LOG10_2 = math.log10(2.0)
 # Natural value of a role that the space does not tune.
-_ABSENT = {
-    "learning_rate": GUIDE_LR,
-    "rank": 4.0,
-    "alpha": 5.0,
-    "alpha_ratio": 1.0,
-    "dropout": 0.0,
-    "targets": 1.0,
-    "layers": 1.0,
-    "batch_size": 3.0,
-    "weight_decay": 0.0,
-    "warmup": 0.03,
-    "steps": 6.0,
-}
+_ABSENT = {**USUAL, "weight_decay": 0.0, "warmup": 0.03}
 
 
 @dataclass(frozen=True, eq=False)

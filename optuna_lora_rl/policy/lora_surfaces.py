@@ -35,7 +35,7 @@ _TABLES_CENTRE = (0.4, 0.4)
 _LOG10_2 = math.log10(2.0)
 _RATE, _ALPHA = ROLES.index("learning_rate"), ROLES.index("alpha")
 # Natural values of what a space does not tune.
-_USUAL = {
+USUAL = {
     "learning_rate": GUIDE_LR,
     "rank": 4.0,
     "alpha": 5.0,
@@ -156,7 +156,7 @@ class Shapes:
 def natural_values(points: Points, layout: Layout) -> _Values:
     """What the surfaces ask of points, by role, shape (N,) each, in single precision."""
     v = {}
-    for role, usual in _USUAL.items():
+    for role, usual in USUAL.items():
         number = ROLES.index(role)
         tuned = layout.column[number] >= 0
         v[role] = points.roles[:, number] if tuned else np.full(len(points), usual)

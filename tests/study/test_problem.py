@@ -196,19 +196,23 @@ def test_a_study_whose_losses_were_means_over_batches_does_not_go_on(make_spec: 
 def test_results_of_another_number_of_objectives_are_one_sentence(make_spec: MakeSpec) -> None:
     spec = make_spec({"budget": 1})
     runner.run(spec)
-    with closing(sqlite3.connect(spec.folder / "study.db")) as database:
-        database.execute(
-            "INSERT INTO trial_values (trial_id, objective, value, value_type)"
-            " VALUES (1, 1, 0.5, 'FINITE')"
-        )
-        database.commit()
+    change(
+        spec.folder / "study.db",
+        "INSERT INTO trial_values (trial_id, objective, value, value_type)"
+        " VALUES (1, 1, 0.5, 'FINITE')",
+    )
     with pytest.raises(UserError, match=r"damaged .*\(trial 0 has 2 of 1 values\)"):
         opening.load_study(spec)
-    with closing(sqlite3.connect(spec.folder / "study.db")) as database:
-        database.execute(
-            "INSERT INTO study_directions (direction, study_id, objective)"
-            " VALUES ('MINIMIZE', 1, 1)"
-        )
-        database.commit()
+    change(
+        spec.folder / "study.db",
+        "INSERT INTO study_directions (direction, study_id, objective) VALUES ('MINIMIZE', 1, 1)",
+    )
     with pytest.raises(UserError, match=r"its study has 2 objectives, and the file 1"):
         opening.load_study(spec)
+
+
+def change(file: Path, command: str) -> None:
+    """Changes a database behind Optuna's back."""
+    with closing(sqlite3.connect(file)) as database:
+        database.execute(command)
+        database.commit()
