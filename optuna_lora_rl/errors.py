@@ -7,6 +7,7 @@ both when it is made, and the command line passes everything else through them.
 
 from __future__ import annotations
 
+import errno
 import re
 import reprlib
 from typing import Any
@@ -48,6 +49,33 @@ _BEARER = re.compile(r"(?i)\b(bearer\s+)[\w.~+/-]{8,}=*")
 _TOKEN = re.compile(
     r"\b(hf_|api_org_|gh[opsur]_|github_pat_|glpat-|sk-|xox[abpr]-|AKIA|wandb_v1_)[\w-]{12,}"
 )
+
+# What a machine or a network does to a run, whatever its configuration: errors of these kinds,
+# numbers and packages.
+_OUTSIDE_KINDS = (ImportError, ConnectionError, TimeoutError)
+_OUTSIDE_NUMBERS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE),
+    *(errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+}
+_OUTSIDE_PACKAGES = {"socket", "requests", "urllib3", "httpx", "aiohttp", "sqlalchemy"}
+
+
+def is_outside(error: BaseException) -> bool:
+    """Whether an error has a cause outside the configuration that was run.
+
+    A package that cannot be imported, a network that is lost, a disk that is full or broken. What
+    an error was raised from counts as well.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        packages = {kind.__module__.partition(".")[0] for kind in type(cause).__mro__}
+        number = cause.errno if isinstance(cause, OSError) else None
+        if isinstance(cause, _OUTSIDE_KINDS) or number in _OUTSIDE_NUMBERS:
+            return True
+        if packages & _OUTSIDE_PACKAGES:
+            return True
+        cause = cause.__cause__
+    return False
 
 
 class UserError(ValueError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-Reason = Literal["diverged", "out-of-memory", "configuration", "error"]
+Reason = Literal["diverged", "out-of-memory", "configuration", "outside", "error"]
 
 
 class FineTuningError(RuntimeError):
@@ -12,7 +12,8 @@ class FineTuningError(RuntimeError):
 
     Args:
         reason: ``"diverged"`` (the loss is no finite number), ``"out-of-memory"``,
-            ``"configuration"`` (the parameters do not go together) or ``"error"`` (anything else).
+            ``"configuration"`` (the parameters do not go together), ``"outside"`` (a missing
+            package, a lost network, a broken disk) or ``"error"`` (anything else).
         message: One sentence for the report.
     """
 

@@ -16,8 +16,10 @@ import torch
 from transformers import set_seed
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.errors import is_outside
 from optuna_lora_rl.finetuning.failure import FineTuningError
 from optuna_lora_rl.finetuning.failure import MachineError
+from optuna_lora_rl.finetuning.failure import Reason
 
 # What torch says when the GPU or its driver fails; the process cannot use the GPU again.
 _BROKEN_GPU = re.compile(r"CUDA (error|driver)|CUDNN_STATUS_|CUBLAS_STATUS_|NCCL error")
@@ -58,7 +60,8 @@ def failures(is_callers: Callable[[BaseException], bool]) -> Iterator[None]:
             raise FineTuningError("out-of-memory", text or "out of memory") from error
         if _BROKEN_GPU.search(text):
             raise MachineError(text.splitlines()[0]) from error
-        raise FineTuningError("error", f"{type(error).__name__}: {text}") from error
+        reason: Reason = "outside" if is_outside(error) else "error"
+        raise FineTuningError(reason, f"{type(error).__name__}: {text}") from error
 
 
 def is_out_of_memory(error: Exception) -> bool:

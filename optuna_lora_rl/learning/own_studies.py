@@ -25,7 +25,6 @@ from optuna_lora_rl.policy.dimensions import Space
 from optuna_lora_rl.policy.dimensions import make_space
 from optuna_lora_rl.policy.layout import Layout
 from optuna_lora_rl.policy.matching import place
-from optuna_lora_rl.policy.prior import is_lora
 from optuna_lora_rl.policy.scores import scalarise
 from optuna_lora_rl.policy.scores import standardise
 from optuna_lora_rl.policy.surrogate import Process
@@ -90,7 +89,7 @@ def surfaces_of(study: SourceStudy, count: int, seed: int) -> list[StudySurface]
             "are needed to learn a policy from it"
         )
     space = make_space([_plain(dimension) for dimension in study.space.dimensions])
-    if not is_lora(space):
+    if not space.is_lora:
         raise UserError(
             f"{study.name} tunes {', '.join(space.names)}, which does not look like LoRA; outside "
             "LoRA the policy has nothing to learn"

@@ -47,7 +47,6 @@ from optuna_lora_rl.policy.features import values
 from optuna_lora_rl.policy.layout import Layout
 from optuna_lora_rl.policy.layout import Points
 from optuna_lora_rl.policy.network import Correction
-from optuna_lora_rl.policy.prior import is_lora
 from optuna_lora_rl.policy.prior import space_prior
 from optuna_lora_rl.policy.scores import power
 from optuna_lora_rl.policy.surrogate import Process
@@ -416,21 +415,15 @@ def draw_parameter(
         given: their point, shape (d,); NaN where unknown.
         column: of the parameter.
         generator: for a draw from the prior; ``None`` for the guides' value.
-        bank: whether a bank of surfaces chooses the learning rate instead of the guides, as long
-            as nothing but what LoRA runs tune has been asked for.
+        bank: whether a bank of surfaces chooses the learning rate instead of the guides.
     """
-    prior = space_prior(space, lora=True)
+    prior = space_prior(space)
     if generator is None:
         point = prior.point(given)
-        if bank and space.dimensions[column].role == "learning_rate" and _may_be_lora(space):
+        if bank and space.dimensions[column].role == "learning_rate":
             point = space.snap(Bank(Layout(space)).at_best_rate(point))
         return float(point[column])
     weight = torch.from_numpy(prior.log_density_given(given)[column]).exp()
     cell = int(torch.multinomial(weight, 1, generator=generator))
     within = float(torch.rand(1, generator=generator)) - 0.5
     return min(max((cell + within) / (len(weight) - 1), 0.0), 1.0)
-
-
-def _may_be_lora(space: Space) -> bool:
-    """Whether a space that is not yet known whole is a LoRA one as far as it is."""
-    return is_lora(space) or all(dimension.role for dimension in space.dimensions)

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from optuna_lora_rl.policy.roles import is_lora
 from optuna_lora_rl.policy.roles import recognise
 
 Choice = None | bool | int | float | str
@@ -242,9 +243,15 @@ class Dimension:
 
 @dataclass(frozen=True)
 class Space:
-    """An ordered tuple of dimensions: the unit cube that a policy works in."""
+    """An ordered tuple of dimensions: the unit cube that a policy works in.
+
+    Args:
+        dimensions: in the order of the columns.
+        said: whether somebody who knows says that it is a LoRA study's, whatever the names.
+    """
 
     dimensions: tuple[Dimension, ...]
+    said: bool = False
     names: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -257,6 +264,11 @@ class Space:
     def written(self) -> str:
         """The space as text: a key even where choices are lists, and 0 is not False."""
         return repr(self)
+
+    @cached_property
+    def is_lora(self) -> bool:
+        """Whether it is a LoRA study's: then the guides' prior applies."""
+        return self.said or is_lora(self.names, self.role_columns)
 
     @cached_property
     def role_columns(self) -> dict[str, int]:
@@ -305,13 +317,19 @@ class Space:
         return snapped
 
 
-def make_space(dimensions: Sequence[Dimension], roles: Mapping[str, str] | None = None) -> Space:
-    """A space whose dimensions know their roles.
+def make_space(
+    dimensions: Sequence[Dimension],
+    roles: Mapping[str, str] | None = None,
+    *,
+    said: bool = False,
+) -> Space:
+    """A space whose dimensions know their roles, where it is a LoRA study's.
 
     Args:
         dimensions: in the order of the columns; roles they already carry are kept.
         roles: roles given by the user, by parameter name (``"none"`` for no role); they win
-            over the recognised ones.
+            over the recognised ones, and whoever gives one says that it is a LoRA study.
+        said: whether somebody says so otherwise.
     """
     given = roles or {}
     named = []
@@ -320,5 +338,9 @@ def make_space(dimensions: Sequence[Dimension], roles: Mapping[str, str] | None 
             dimension.name, dimension.kind, dimension.low, dimension.high, dimension.choices
         )
         role = given.get(dimension.name, role)
+        said |= given.get(dimension.name, "none") != "none"
         named.append(replace(dimension, role=None if role == "none" else role))
-    return Space(tuple(named))
+    space = Space(tuple(named), said)
+    if space.is_lora:
+        return space
+    return Space(tuple(replace(dimension, role=None) for dimension in named))

@@ -94,14 +94,6 @@ def coverage(choice: str) -> float:
     return min(1.0, len(parts) / 7) if len(parts) > 1 else 0.4
 
 
-def is_lora(space: Space) -> bool:
-    """Whether the space has what only a LoRA study has: then the guides' prior applies."""
-    roles = set(space.role_columns)
-    # Not the "lora" of exploration.
-    named = any(re.search(r"(?<![a-z])lora(?![a-z])", name.lower()) for name in space.names)
-    return bool(roles & {"rank", "alpha_ratio"}) or named or {"targets", "learning_rate"} <= roles
-
-
 def _normal(x: np.ndarray, mean: float, deviation: float) -> np.ndarray:
     return np.exp(-0.5 * ((x - mean) / deviation) ** 2) / deviation
 
@@ -248,8 +240,8 @@ class SpacePrior:
 
 
 def space_prior(space: Space, *, lora: bool | None = None) -> SpacePrior:
-    """Tabulate the prior of a space; ``lora`` overrules whether it looks like a LoRA one."""
-    lora = is_lora(space) if lora is None else lora
+    """Tabulate the prior of a space; ``lora`` overrules whether it is a LoRA one."""
+    lora = space.is_lora if lora is None else lora
     natural, density = np.ones((len(space), NODES)), np.ones((len(space), NODES))
     for column, dimension in enumerate(space.dimensions):
         natural[column] = natural_table(dimension)

@@ -2,13 +2,15 @@
 
 The roles carry what the policy learnt from one study to another. Recognition is conservative:
 a short name such as ``r`` or ``alpha`` counts only when its values make sense for LoRA, since
-a wrong role costs more trials than a missing one.
+a wrong role costs more trials than a missing one. In a study that is not a LoRA one as a whole
+(:func:`is_lora`) no parameter has a role.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterable
 from collections.abc import Sequence
 
 ROLES = (
@@ -114,3 +116,21 @@ def recognise(
     if plain == "eta" and high > 1:
         return None
     return role
+
+
+def is_lora(names: Iterable[str], roles: Iterable[str]) -> bool:
+    """Whether parameters are those of a LoRA study.
+
+    A parameter is called after LoRA; or there is a rank, or a ratio of alpha to it, and another
+    role beside; or target modules and a learning rate. No single role is enough: a learning rate,
+    a batch size or a dropout is found in the studies of many trades, and a rank is, too.
+
+    Args:
+        names: of the parameters.
+        roles: what they were recognised as.
+    """
+    found = set(roles)
+    # Not the "lora" of exploration.
+    named = any(re.search(r"(?<![a-z])lora(?![a-z])", name.lower()) for name in names)
+    sized = bool(found & {"rank", "alpha_ratio"}) and len(found) > 1
+    return named or sized or {"targets", "learning_rate"} <= found

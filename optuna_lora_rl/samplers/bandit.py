@@ -22,9 +22,11 @@ from optuna_lora_rl.policy.bandit import rank_rewards
 from optuna_lora_rl.policy.bandit import scalarise
 from optuna_lora_rl.policy.levels import make_grid
 from optuna_lora_rl.samplers import PROPOSAL_KEY
+from optuna_lora_rl.samplers import cut_short
 from optuna_lora_rl.samplers.arguments import checked_roles
 from optuna_lora_rl.samplers.arguments import checked_seed
 from optuna_lora_rl.samplers.arguments import fresh_seed
+from optuna_lora_rl.samplers.cut_short import with_evidence
 from optuna_lora_rl.samplers.history import publish
 from optuna_lora_rl.samplers.history import read_history
 from optuna_lora_rl.samplers.history import space_of
@@ -101,6 +103,20 @@ class BanditSampler(BaseSampler):
         """Take a new seed. Optuna calls this where copies of the sampler work in parallel."""
         self._seed = fresh_seed()
 
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        """Write down which process runs the trial, so that it can be told from a killed one."""
+        cut_short.begins(study, trial)
+
+    def after_trial(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        state: TrialState,
+        values: Sequence[float] | None,
+    ) -> None:
+        """Write down why the trial failed, where it did."""
+        cut_short.ends(study, trial, state)
+
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
@@ -109,7 +125,7 @@ class BanditSampler(BaseSampler):
         Before the first has finished those of the running ones, so that trials that start
         together already differ.
         """
-        trials = study.get_trials(deepcopy=False)
+        trials = with_evidence(study.get_trials(deepcopy=False))
         space = intersection_search_space(trials, include_pruned=True)
         if not any(other.state in (TrialState.COMPLETE, TrialState.PRUNED) for other in trials):
             space = _common(

@@ -1,19 +1,32 @@
 """Trials that ended through no fault of their configuration, and so are no evidence against it.
 
-A process that is stopped or killed leaves a failed trial behind. Who repeats its configuration
-says which one that was: this package's runner in user attributes, Optuna's
-``RetryHeartbeatStaleTrialCallback`` in system attributes.
+An interrupted or killed trial says nothing about its configuration, and neither does one that
+failed for want of a package, a network or room on a disk. Such trials leave no trace: neither
+their parameters nor their numbers change what is proposed. Running out of memory, diverging, a
+result that is no number, and every other exception do say something.
+
+Why a trial ended is told by this package's runner in user attributes; by the package's samplers,
+under ``Study.optimize``, in system attributes; and by whoever repeats it: the runner, or Optuna's
+``RetryHeartbeatStaleTrialCallback``. A trial that was told to have failed by ``Study.tell``, or
+that another sampler proposed, counts as failed by its configuration.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from collections.abc import Set
 from typing import TYPE_CHECKING
 
+from optuna.study import _optimize
 from optuna.trial import TrialState
 
+from optuna_lora_rl.errors import is_outside
+from optuna_lora_rl.samplers import process
+
 if TYPE_CHECKING:
+    from types import FrameType
+
+    from optuna.study import Study
     from optuna.trial import FrozenTrial
 
 # User attributes that the runner writes: why a trial failed, and which one a trial repeats.
@@ -21,36 +34,102 @@ FAILURE = "failure"
 RETRY_OF = "retry_of"
 KILLED = "killed"
 INTERRUPTED = "interrupted"
+# It failed for a reason that lies outside the configuration.
+OUTSIDE = "outside"
+# System attributes that samplers write: the process that runs a trial, and why it failed there.
+PROCESS_KEY = "optuna_lora_rl:process"
+FAILURE_KEY = "optuna_lora_rl:failure"
+_ITS_OWN = "configuration"
 
 
-def is_cut_short(trial: FrozenTrial, repeated: Set[int]) -> bool:
-    """Whether a trial failed only because its process ended.
+def begins(study: Study, trial: FrozenTrial) -> None:
+    """Write down the process of a trial that ``Study.optimize`` runs; for ``before_trial``.
 
-    A repetition that was killed too is not among them: its configuration may be what kills the
-    process, as one does that takes all memory.
+    A trial that was asked for by hand may run anywhere.
+    """
+    if _run() is not None:
+        study._storage.set_trial_system_attr(trial._trial_id, PROCESS_KEY, process.here())
+
+
+def ends(study: Study, trial: FrozenTrial, state: TrialState) -> None:
+    """Write down why a trial failed that ``Study.optimize`` ran; for ``after_trial``."""
+    frame = _run()
+    if state == TrialState.FAIL and frame is not None:
+        # Optuna tells a sampler that a trial failed, and not by what.
+        error = frame.f_locals.get("func_err")
+        reason = _ITS_OWN
+        if isinstance(error, KeyboardInterrupt):
+            reason = INTERRUPTED
+        elif error is not None and is_outside(error):
+            reason = OUTSIDE
+        study._storage.set_trial_system_attr(trial._trial_id, FAILURE_KEY, reason)
+
+
+def _run() -> FrameType | None:
+    """The frame of ``Study.optimize`` in which a trial runs, if there is one."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not _optimize._run_trial.__code__:
+        frame = frame.f_back
+    return frame
+
+
+def cut_short(trials: Sequence[FrozenTrial]) -> set[int]:
+    """Numbers of the trials that are no evidence.
+
+    A configuration that was killed, or failed for a reason outside it, a second time is evidence:
+    it may be what takes all memory, or asks for what is not there.
 
     Args:
-        trial: any trial.
-        repeated: numbers of trials that others repeat, see :func:`repeats`.
+        trials: of a study, in the order of their numbers.
     """
-    if trial.state != TrialState.FAIL:
-        return False
-    reason = trial.user_attrs.get(FAILURE)
-    if reason == KILLED:
-        return RETRY_OF not in trial.user_attrs or trial.number in repeated
-    return reason == INTERRUPTED or trial.number in repeated
+    doubtful = [t for t in trials if t.state in (TrialState.FAIL, TrialState.RUNNING)]
+    failed = [t for t in doubtful if t.state == TrialState.FAIL]
+    found = {t.number for t in doubtful if t.state == TrialState.RUNNING and _is_stale(t)}
+    if not failed:
+        return found
+    repeated: set[int] = set().union(*map(_repeats, trials))
+    tried: set[str] = set()
+    for trial in failed:
+        reason = _reason(trial)
+        once = reason in (KILLED, OUTSIDE)
+        written = repr(sorted(trial.params.items())) if once else ""
+        again = RETRY_OF in trial.user_attrs or written in tried
+        if trial.number in repeated or reason == INTERRUPTED or (once and not again):
+            found.add(trial.number)
+        if once:
+            tried.add(written)
+    return found
 
 
-def repeats(trial: FrozenTrial) -> set[int]:
+def with_evidence(trials: Sequence[FrozenTrial]) -> Sequence[FrozenTrial]:
+    """The trials without those that are none."""
+    gone = cut_short(trials)
+    return [trial for trial in trials if trial.number not in gone] if gone else trials
+
+
+def _reason(trial: FrozenTrial) -> str | None:
+    """Why a trial failed, as far as anybody knows."""
+    told: str | None = trial.user_attrs.get(FAILURE, trial.system_attrs.get(FAILURE_KEY))
+    if told is None and PROCESS_KEY in trial.system_attrs:
+        return KILLED  # its own process did not end it: the storage noticed its silence
+    return told
+
+
+def _is_stale(trial: FrozenTrial) -> bool:
+    """Whether a running trial's process is known to have ended."""
+    said = trial.system_attrs.get(PROCESS_KEY)
+    return said is not None and process.is_gone(said) is True
+
+
+def _repeats(trial: FrozenTrial) -> set[int]:
     """Numbers of the trials, cut short, that this one repeats."""
     told = (trial.user_attrs.get(RETRY_OF), trial.system_attrs.get("failed_trial"))
     return {number for number in told if isinstance(number, int)}
 
 
-def turn_of(number: int, trials: Sequence[FrozenTrial]) -> int:
+def turn_of(number: int, gone: set[int]) -> int:
     """A trial's number less the trials before it that were cut short.
 
     Random numbers that follow from the turn are those of a study that was never interrupted.
     """
-    repeated: set[int] = set().union(*map(repeats, trials))
-    return number - sum(t.number < number and is_cut_short(t, repeated) for t in trials)
+    return number - sum(other < number for other in gone)

@@ -29,6 +29,7 @@ from optuna_lora_rl.policy.scores import standardise
 from optuna_lora_rl.policy.surrogate import Process
 from optuna_lora_rl.policy.surrogate import fit_theta
 from optuna_lora_rl.samplers import proposal
+from optuna_lora_rl.samplers.cut_short import with_evidence
 from optuna_lora_rl.samplers.history import History
 from optuna_lora_rl.samplers.history import read_history
 from optuna_lora_rl.samplers.history import reports_of
@@ -217,7 +218,7 @@ def explain(
         )
     trials = study.get_trials(deepcopy=False)
     distributions: dict[str, BaseDistribution] = {}
-    for trial in trials:
+    for trial in with_evidence(trials):
         distributions.update(trial.distributions)
     space = space_of({n: d for n, d in distributions.items() if not d.single()}, roles)
     origins = {trial.number: origin(trial) for trial in trials}

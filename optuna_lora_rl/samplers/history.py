@@ -33,8 +33,7 @@ from optuna_lora_rl.policy.dimensions import Dimension
 from optuna_lora_rl.policy.dimensions import Space
 from optuna_lora_rl.policy.dimensions import make_space
 from optuna_lora_rl.pruners.pareto import REPORTED
-from optuna_lora_rl.samplers.cut_short import is_cut_short
-from optuna_lora_rl.samplers.cut_short import repeats
+from optuna_lora_rl.samplers.cut_short import cut_short
 from optuna_lora_rl.samplers.memory import unlike
 
 if TYPE_CHECKING:
@@ -110,12 +109,20 @@ class History:
 
 
 def space_of(
-    distributions: Mapping[str, BaseDistribution], roles: Mapping[str, str] | None = None
+    distributions: Mapping[str, BaseDistribution],
+    roles: Mapping[str, str] | None = None,
+    *,
+    said: bool = False,
 ) -> Space:
-    """The unit cube of a search space, its dimensions sorted by name."""
-    return make_space(
-        [_dimension(name, distributions[name]) for name in sorted(distributions)], roles
-    )
+    """The unit cube of a search space, its dimensions sorted by name.
+
+    Args:
+        distributions: by parameter name.
+        roles: given by the user, by parameter name.
+        said: whether it is known to be a LoRA study's, whatever the names.
+    """
+    dimensions = [_dimension(name, distributions[name]) for name in sorted(distributions)]
+    return make_space(dimensions, roles, said=said)
 
 
 def _dimension(name: str, distribution: BaseDistribution) -> Dimension:
@@ -190,9 +197,11 @@ def is_taken(
     places, known = begun
     trials = study.get_trials(deepcopy=False)
     others = [trials[i] for i in places if i < len(trials)] + trials[known:]
+    gone = cut_short(others)
     return any(
         t.state != TrialState.WAITING
         and t.number != number
+        and t.number not in gone
         and parameters_of(t, unused=True) == params
         for t in others
     )
@@ -237,9 +246,6 @@ class Ledger:
         self._points = np.zeros((0, 0))
         # Whether a trial has begun and has a parameter of the space.
         self._bears = np.zeros(0, dtype=bool)
-        # Whether it was cut short, for all that is known, and if another trial repeats it.
-        self._cut_short = np.zeros((0, 2), dtype=bool)
-        self._repeats: dict[int, set[int]] = {}
         self._asked = np.zeros((0, 0), dtype=bool)
         self._values = np.zeros((0, 0))
         self._numbers = np.zeros(0, dtype=int)
@@ -259,10 +265,10 @@ class Ledger:
         with self._lock:
             self._update(trials, space, sign, current, unused)
             n = len(trials)
-            gone = self._gone(n)
-            order = np.flatnonzero(self._bears[:n] & ~gone & (self._numbers[:n] != current))
+            gone = np.array(sorted(cut_short(trials)), dtype=int)
+            bears = self._bears[:n] & (self._numbers[:n] != current)
+            order = np.flatnonzero(bears & ~np.isin(self._numbers[:n], gone))
             numbers = self._numbers[order]
-            cut_short = np.sort(self._numbers[:n][gone])
             if not (numbers[1:] >= numbers[:-1]).all():
                 order = order[np.argsort(numbers, kind="stable")]
                 numbers = self._numbers[order]
@@ -278,7 +284,7 @@ class Ledger:
         running = states == _RUNNING
         return History(
             numbers=numbers,
-            turns=numbers - np.searchsorted(cut_short, numbers),
+            turns=numbers - np.searchsorted(gone, numbers),
             points=points,
             asked=asked,
             scores=scores,
@@ -288,7 +294,7 @@ class Ledger:
             violation=np.where(constraints > 0.0, constraints, 0.0).sum(axis=1),
             constraints=constraints,
             unfinished=unfinished,
-            turn=0 if current is None else current - int(np.searchsorted(cut_short, current)),
+            turn=0 if current is None else current - int(np.searchsorted(gone, current)),
         )
 
     def _update(
@@ -302,7 +308,6 @@ class Ledger:
         key = (space, sign.tobytes(), unused)
         if key != self._key:
             self._key, self._seen, self._rows, self._more = key, [], [], False
-            self._repeats = {}
         known = len(self._seen)
         fresh = unlike(trials, self._seen)
         fresh += range(known, len(trials))
@@ -318,10 +323,6 @@ class Ledger:
             self._rows[i] = _Row(constraints, reports) if constraints or reports else _NOTHING
             self._more |= bool(constraints) or trial.state == TrialState.PRUNED
             self._numbers[i], self._states[i] = trial.number, trial.state
-            self._cut_short[i] = is_cut_short(trial, set()), is_cut_short(trial, {trial.number})
-            self._repeats.pop(i, None)
-            if again := repeats(trial):
-                self._repeats[i] = again
             self._bears[i] = False
             if finished or (trial.state == TrialState.RUNNING and trial.number != current):
                 self._points[i] = space.encode(parameters_of(trial, unused=unused))
@@ -332,18 +333,12 @@ class Ledger:
                 self._values[i] = sign * np.array(trial.values, dtype=float)
         self._open = tuple(i for i in fresh if self._seen[i] is None)
 
-    def _gone(self, n: int) -> np.ndarray:
-        """Which of the first n trials were cut short."""
-        repeated: set[int] = set().union(*(self._repeats[i] for i in self._repeats if i < n))
-        again = np.isin(self._numbers[:n], list(repeated)) if repeated else np.False_
-        return self._cut_short[:n, 0] | (self._cut_short[:n, 1] & again)
-
     def _make_room(self, n: int, d: int, m: int) -> None:
         size = len(self._numbers)
         if n <= size and self._points.shape[1] == d and self._values.shape[1] == m:
             return
         size = max(2 * n, 64) if n > size else size
-        widths = (("_points", d), ("_asked", d), ("_values", m), ("_cut_short", 2))
+        widths = (("_points", d), ("_asked", d), ("_values", m))
         for name, width in widths:
             old = getattr(self, name)
             new = np.zeros((size, width), dtype=old.dtype)

@@ -30,12 +30,14 @@ from optuna_lora_rl.policy.decision import fit_hyperparameters
 from optuna_lora_rl.policy.layout import Layout
 from optuna_lora_rl.policy.network import Correction
 from optuna_lora_rl.samplers import PROPOSAL_KEY
+from optuna_lora_rl.samplers import cut_short
 from optuna_lora_rl.samplers import is_whole
 from optuna_lora_rl.samplers.adaptation import Adaptation
 from optuna_lora_rl.samplers.arguments import checked_roles
 from optuna_lora_rl.samplers.arguments import checked_seed
 from optuna_lora_rl.samplers.arguments import fresh_seed
 from optuna_lora_rl.samplers.cut_short import turn_of
+from optuna_lora_rl.samplers.cut_short import with_evidence
 from optuna_lora_rl.samplers.history import History
 from optuna_lora_rl.samplers.history import Ledger
 from optuna_lora_rl.samplers.history import is_taken
@@ -77,15 +79,22 @@ class RLSampler(BaseSampler):
     rate, draws from a prior, quasi-random points, changes of the best trials, maxima of the
     expected improvement) by a Gaussian process, a prior over what the parameters do in a LoRA
     run, and a network. Parameters are recognised by their usual names (``learning_rate``, ``lr``,
-    ``r``, ``lora_rank``, ``lora_alpha``, ...); where nothing is recognised prior and network are
-    silent and the sampler is a Gaussian process with expected improvement.
+    ``r``, ``lora_rank``, ``lora_alpha``, ...). Prior and network speak in a LoRA study: one with a
+    name that says LoRA, a rank (or a ratio of alpha to it) and another known parameter, or target
+    modules and a learning rate. Elsewhere the sampler is a Gaussian process with expected
+    improvement, whatever a single parameter is called.
 
     It takes every search space (floats, integers, logarithmic, stepped, categorical,
     conditional), one or several objectives, constraints (``trial.set_constraint``), and learns
     from pruned, failed, running, enqueued and added trials. A proposal is a pure function of the
     study's trials, the space, the weights, the seed and the trial's number: what is kept between
-    calls only saves time, so studies resume and distribute without further state. Trials that
-    were cut short by the end of their process count as if they had never been, their numbers too.
+    calls only saves time, so studies resume and distribute without further state.
+
+    A trial that fails counts against its configuration, unless it is known to be no fault of it:
+    ``Study.optimize`` was interrupted or its process was killed (on this machine, or as a storage
+    with a heartbeat finds), or a package, the network or room on the disk was missing. Such trials
+    count as if they had never been, their numbers too; the same configuration killed or failed
+    so a second time counts.
 
     >>> import optuna
     >>> from optuna_lora_rl import RLSampler
@@ -180,6 +189,20 @@ class RLSampler(BaseSampler):
         with self._lock:
             self._seed = fresh_seed()
 
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        """Write down which process runs the trial, so that it can be told from a killed one."""
+        cut_short.begins(study, trial)
+
+    def after_trial(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        state: TrialState,
+        values: Sequence[float] | None,
+    ) -> None:
+        """Write down why the trial failed, where it did."""
+        cut_short.ends(study, trial, state)
+
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
@@ -188,7 +211,8 @@ class RLSampler(BaseSampler):
         A conditional parameter that the objective then does not ask for is simply not used. The
         parameters of running trials count, so that workers that start together already differ.
         """
-        space = self._union.read(study.get_trials(deepcopy=False), trial.number)
+        trials = with_evidence(study.get_trials(deepcopy=False))
+        space = self._union.read(trials, trial.number)
         return {name: range_ for name, range_ in space.items() if not range_.single()}
 
     def sample_relative(
@@ -198,7 +222,10 @@ class RLSampler(BaseSampler):
         if not search_space:
             return {}
         # By what is written, not by what is equal: 0 is False, but must not become it.
-        space = self._spaces.get(repr(search_space), lambda: space_of(search_space, self._roles))
+        said = self._earlier.are_lora
+        space = self._spaces.get(
+            repr(search_space), lambda: space_of(search_space, self._roles, said=said)
+        )
         with self._lock:
             seed = self._seed
         for attempt in range(_ATTEMPTS):
@@ -239,12 +266,15 @@ class RLSampler(BaseSampler):
         The study's first trial takes the guides' value (alpha by the rank that the trial has
         already chosen) or the middle of the range; otherwise a draw from the prior.
         """
-        known = {k: v for k, v in trial.distributions.items() if not v.single()}
-        space = space_of({**known, param_name: param_distribution}, self._roles)
         with self._lock:
             seed = self._seed
         trials = study.get_trials(deepcopy=False)
-        turn = turn_of(trial.number, trials)
+        turn, trials = turn_of(trial.number, cut_short.cut_short(trials)), with_evidence(trials)
+        # All that the study has asked for so far says whether it is a LoRA one.
+        asked = {**self._union.read(trials, trial.number), **trial.distributions}
+        asked = {k: v for k, v in asked.items() if not v.single()}
+        said = self._earlier.are_lora
+        space = space_of({**asked, param_name: param_distribution}, self._roles, said=said)
         generator = _generator(seed, turn, (param_name,))
         # A trial that another worker has just begun may not have chosen anything yet.
         first = turn == 0 or not any(
@@ -275,9 +305,9 @@ class RLSampler(BaseSampler):
         generator: torch.Generator,
     ) -> tuple[Decision, tuple[float, float] | None]:
         """The policy's step, and what takes its scores to the objective's units."""
-        # What the network learnt is what parameters do in a LoRA run. Where it recognises none it
+        # What the network learnt is what parameters do in a LoRA run. Where there are none it
         # was no help: on functions kept for such choices, regret was .03 more with it.
-        network = self._network if space.role_columns else None
+        network = self._network if space.is_lora else None
         if self._adaptation is not None:
             seed = self._adaptation.seed
 

@@ -25,6 +25,7 @@ from optuna_lora_rl.policy.transfer import MIN_TRIALS
 from optuna_lora_rl.policy.transfer import SourceModel
 from optuna_lora_rl.policy.transfer import SourceStudy
 from optuna_lora_rl.policy.transfer import fit_source
+from optuna_lora_rl.samplers.cut_short import with_evidence
 from optuna_lora_rl.samplers.history import read_history
 from optuna_lora_rl.samplers.history import space_of
 from optuna_lora_rl.samplers.memory import Memo
@@ -66,6 +67,8 @@ class EarlierStudies:
             )
         self._told = [_read(position, study) for position, study in enumerate(studies)]
         self._roles = dict(roles)
+        # Then the new study is taken to be one as well.
+        self.are_lora = any(_space(told, self._roles).is_lora for told in self._told)
         self._fits: Memo[list[SourceModel]] = Memo(_KEPT)
 
     def __len__(self) -> int:
@@ -139,7 +142,7 @@ class EarlierStudies:
 
 def source_study(study: Study, roles: Mapping[str, str] | None = None) -> SourceStudy:
     """A study's finished trials as plain values; ``roles`` as for the sampler."""
-    finished = tuple(trial for trial in study.get_trials() if trial.state.is_finished())
+    finished = tuple(t for t in with_evidence(study.get_trials()) if t.state.is_finished())
     told = _Told(f"study {study.study_name!r}", finished, tuple(study.directions))
     return _source(told, roles or {}, study.directions)
 
@@ -156,7 +159,7 @@ def _read(position: int, study: Study | Sequence[FrozenTrial]) -> _Told:
         raise UserError(
             f"{where} is {study!r}, but must be an Optuna study or a list of FrozenTrials"
         )
-    finished = tuple(trial for trial in trials if trial.state.is_finished())
+    finished = tuple(trial for trial in with_evidence(trials) if trial.state.is_finished())
     results = sum(trial.values is not None for trial in finished)
     if results < MIN_TRIALS:
         raise UserError(
@@ -169,10 +172,7 @@ def _read(position: int, study: Study | Sequence[FrozenTrial]) -> _Told:
 def _source(
     told: _Told, roles: Mapping[str, str], directions: Sequence[StudyDirection]
 ) -> SourceStudy:
-    distributions: dict[str, BaseDistribution] = {}
-    for trial in told.trials:
-        distributions.update(trial.distributions)
-    space = space_of({k: v for k, v in distributions.items() if not v.single()}, roles)
+    space = _space(told, roles)
     m = len(told.directions or directions)
     odd = next((t for t in told.trials if t.values is not None and len(t.values) != m), None)
     if odd is not None:
@@ -191,6 +191,14 @@ def _source(
     )
 
 
+def _space(told: _Told, roles: Mapping[str, str]) -> Space:
+    """All parameters of an earlier study."""
+    distributions: dict[str, BaseDistribution] = {}
+    for trial in told.trials:
+        distributions.update(trial.distributions)
+    return space_of({k: v for k, v in distributions.items() if not v.single()}, roles)
+
+
 def _union(spaces: Sequence[Space]) -> Space:
     """All parameters of several spaces, each name and each role once."""
     dimensions: list[Dimension] = []
@@ -205,4 +213,5 @@ def _union(spaces: Sequence[Space]) -> Space:
             dimensions.append(dimension)
             names.add(dimension.name)
             roles |= {role} if role else set()
-    return Space(tuple(sorted(dimensions, key=lambda dimension: dimension.name)))
+    ordered = sorted(dimensions, key=lambda dimension: dimension.name)
+    return Space(tuple(ordered), any(space.said for space in spaces))

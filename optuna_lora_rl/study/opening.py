@@ -17,8 +17,7 @@ from optuna.study import StudyDirection
 from optuna_lora_rl import pruners
 from optuna_lora_rl import samplers
 from optuna_lora_rl.errors import UserError
-from optuna_lora_rl.samplers.cut_short import is_cut_short
-from optuna_lora_rl.samplers.cut_short import repeats
+from optuna_lora_rl.samplers.cut_short import cut_short
 from optuna_lora_rl.samplers.cut_short import turn_of
 from optuna_lora_rl.study import attributes
 from optuna_lora_rl.study import earlier
@@ -225,8 +224,9 @@ def _turn(trial: optuna.Trial) -> tuple[int, ...]:
     So it is where several ran when one was cut short: those that began after it keep theirs.
     """
     trials = trial.study.get_trials(deepcopy=False)
-    turn, repeated = turn_of(trial.number, trials), set().union(*map(repeats, trials))
-    taken = {t.user_attrs.get(outcome.TURN) for t in trials if not is_cut_short(t, repeated)}
+    gone = cut_short(trials)
+    turn = turn_of(trial.number, gone)
+    taken = {t.user_attrs.get(outcome.TURN) for t in trials if t.number not in gone}
     trial.set_user_attr(outcome.TURN, turn)
     return (turn, trial.number) if turn in taken else (turn,)
 

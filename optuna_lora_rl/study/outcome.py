@@ -26,6 +26,7 @@ FAILURE = cut_short.FAILURE
 MESSAGE = "failure_message"
 KILLED = cut_short.KILLED
 INTERRUPTED = cut_short.INTERRUPTED
+OUTSIDE = cut_short.OUTSIDE
 # Takes the place of a trial whose row somebody deleted.
 DELETED = "deleted"
 # The trial did nothing wrong: it is run again and counts against no budget.

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import uuid
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
-from typing import Any
 
 import optuna
-import psutil
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
+
+from optuna_lora_rl.samplers import process
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -31,7 +28,7 @@ class Owner:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._said = {**_here(), "run": uuid.uuid4().hex, "folder": str(folder.absolute())}
+        self._said = {**process.here(), "run": uuid.uuid4().hex, "folder": str(folder.absolute())}
 
     def __enter__(self) -> Owner:
         _runs.add(self._said["run"])
@@ -68,25 +65,17 @@ def is_gone(trial: FrozenTrial) -> bool | None:
     Args:
         trial: One that is running.
     """
-    said, here = trial.user_attrs.get(OWNER), _here()
-    if said is None or said["host"] != here["host"]:
+    said = trial.user_attrs.get(OWNER)
+    if said is None:
         return None
-    if said["boot"] != here["boot"]:
-        # The machine was started again, unless it is another one of that name.
-        return True if said["machine"] and said["machine"] == here["machine"] else None
-    if said["namespace"] != here["namespace"]:
-        # Another container, whose processes are not seen from here.
-        return None
-    if said["pid"] == here["pid"] and said["started"] == here["started"]:
-        return said["run"] not in _runs
-    # A process number may have been given to another process since.
-    return _started(said["pid"]) != said["started"]
+    gone = process.is_gone(said)
+    return said["run"] not in _runs if gone is False and process.is_here(said) else gone
 
 
 def is_here(trial: FrozenTrial, folder: Path) -> bool:
     """Whether the trial ran on this machine, and left its adapter in the folder."""
     said = trial.user_attrs.get(OWNER)
-    here = (_machine()["host"], str(folder.absolute()))
+    here = (process.machine()["host"], str(folder.absolute()))
     return said is not None and (said["host"], said["folder"]) == here
 
 
@@ -94,48 +83,3 @@ def where(trial: FrozenTrial) -> str | None:
     """The host and the folder of the trial's adapter, in words, or None where nobody said."""
     said = trial.user_attrs.get(OWNER)
     return f"{said['folder']} on {said['host']}" if said else None
-
-
-def _here() -> dict[str, Any]:
-    return {**_machine(), "pid": os.getpid(), "started": _started(os.getpid())}
-
-
-@cache
-def _machine() -> dict[str, Any]:
-    return {
-        "host": socket.gethostname(),
-        # Hosts that are called the same are told apart by it.
-        "machine": _line("/etc/machine-id"),
-        # The kernel draws it at every start.
-        "boot": _line("/proc/sys/kernel/random/boot_id"),
-        "namespace": _process_namespace(),
-    }
-
-
-def _process_namespace() -> str:
-    try:
-        return str(Path("/proc/self/ns/pid").readlink())
-    except OSError:
-        return ""
-
-
-def _started(pid: int) -> float | None:
-    """When a process began, or None when it has ended."""
-    try:
-        process = psutil.Process(pid)
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return None
-        if not psutil.LINUX:
-            return process.create_time()
-    except psutil.Error:
-        return None
-    # In ticks since the machine's start: psutil adds that start by the wall clock, which moves.
-    stat = _line(f"/proc/{pid}/stat")
-    return float(stat.rpartition(")")[2].split()[19]) if stat else None
-
-
-def _line(file: str) -> str:
-    try:
-        return Path(file).read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""

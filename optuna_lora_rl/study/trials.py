@@ -24,6 +24,7 @@ from optuna.trial import TrialState
 
 from optuna_lora_rl import pruners
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.errors import is_outside
 from optuna_lora_rl.finetuning.failure import FineTuningError
 from optuna_lora_rl.finetuning.failure import MachineError
 from optuna_lora_rl.study import adapters
@@ -322,7 +323,9 @@ def _set(trial: optuna.Trial, attributes: Mapping[str, Any]) -> None:
 def _reason(error: Exception) -> str:
     if isinstance(error, FineTuningError):
         return error.reason
-    return "configuration" if isinstance(error, UserError) else "error"
+    if isinstance(error, UserError):
+        return "configuration"
+    return outcome.OUTSIDE if is_outside(error) else "error"
 
 
 def _words(error: Exception) -> str:

@@ -114,7 +114,8 @@ def test_a_range_of_one_value_decodes_to_it() -> None:
 def test_roles_by_name_and_range(
     name: str, kind: str, low: float, high: float, role: str | None
 ) -> None:
-    (dimension,) = make_space([Dimension(name, kind, low, high)]).dimensions
+    of_lora = Dimension("lora_flavour", "float")
+    dimension, _ = make_space([Dimension(name, kind, low, high), of_lora]).dimensions
     assert dimension.role == role
 
 

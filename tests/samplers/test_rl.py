@@ -22,7 +22,6 @@ from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.policy.decision import Settings
 from optuna_lora_rl.policy.dimensions import Dimension
 from optuna_lora_rl.policy.dimensions import make_space
-from optuna_lora_rl.policy.prior import is_lora
 from optuna_lora_rl.samplers import proposal
 from optuna_lora_rl.samplers.history import read_history
 from optuna_lora_rl.samplers.history import space_of
@@ -227,7 +226,11 @@ def test_roles_and_the_horizon_can_be_given() -> None:
 
 
 def test_without_its_network_it_still_proposes() -> None:
-    with_network, without = _study(_lora(1e-3), 6), _study(_lora(1e-3), 6, learned=False)
+    def rank_first(trial: optuna.Trial) -> float:
+        trial.suggest_int("lora_rank", 2, 256, log=True)
+        return _lora(1e-3)(trial)
+
+    with_network, without = _study(rank_first, 6), _study(rank_first, 6, learned=False)
     # The guides' configuration, once at their learning rate and once at the surfaces'.
     guides, surfaces = (dict(study.trials[0].params) for study in (with_network, without))
     assert surfaces.pop("learning_rate") > guides.pop("learning_rate")
@@ -372,8 +375,8 @@ def test_neither_a_failed_trial_nor_its_close_neighbours_are_proposed_again() ->
 
 def test_the_lora_of_exploration_is_no_lora() -> None:
     names = [Dimension(name, "float") for name in ("learning_rate", "exploration_fraction")]
-    assert not is_lora(make_space(names))
-    assert is_lora(make_space([*names, Dimension("my_lora_thing", "float")]))
+    assert not make_space(names).is_lora
+    assert make_space([*names, Dimension("my_lora_thing", "float")]).is_lora
 
 
 def test_numpy_seeds_and_another_default_type_are_welcome() -> None:

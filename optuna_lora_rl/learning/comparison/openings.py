@@ -17,7 +17,6 @@ from typing import Any
 from optuna_lora_rl.policy.dimensions import Dimension
 from optuna_lora_rl.policy.dimensions import Space
 from optuna_lora_rl.policy.prior import coverage
-from optuna_lora_rl.policy.prior import is_lora
 from optuna_lora_rl.samplers.history import space_of
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ def _quantile(known: Mapping[float, float]) -> float:
 
 def _configuration(space: Space, guide: Mapping[str, float]) -> dict[str, Any]:
     """What is known by role, else the middle."""
-    known = is_lora(space)
+    known = space.is_lora
     params: dict[str, Any] = {}
     # Alpha goes by the rank.
     for dimension in sorted(space.dimensions, key=lambda d: d.role == "alpha"):
