@@ -101,7 +101,7 @@ def cut_short(trials: Sequence[FrozenTrial]) -> set[int]:
     return found
 
 
-def with_evidence(trials: Sequence[FrozenTrial]) -> Sequence[FrozenTrial]:
+def with_evidence(trials: list[FrozenTrial]) -> list[FrozenTrial]:
     """The trials without those that are none."""
     gone = cut_short(trials)
     return [trial for trial in trials if trial.number not in gone] if gone else trials
