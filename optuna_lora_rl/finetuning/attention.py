@@ -51,7 +51,8 @@ class Rows:
 
     Attributes:
         parts: Begin and end of each block of rows that is computed together.
-        groups: On a CPU in mixed precision, rows of about the same length instead.
+        groups: Rows of about the same length, for a CPU that computes in 16 bits. No others have
+            any. Which type it is shows only inside the model, where autocast is on.
         back: Where each token lies among the groups' tokens, (tokens,).
     """
 
@@ -67,8 +68,7 @@ class Rows:
             lengths: The rows' lengths, in tokens.
             device: Where they are.
         """
-        mixed = device.type == "cpu" and torch.is_autocast_enabled("cpu")
-        groups = _groups(lengths) if mixed else []
+        groups = _groups(lengths) if device.type == "cpu" else []
         back = torch.empty(sum(lengths), dtype=torch.long)
         count = 0
         for group in groups:
@@ -80,8 +80,6 @@ class Rows:
     @property
     def seen(self) -> int:
         """Most tokens that a token is multiplied with."""
-        if self.groups:
-            return max(group.places.shape[1] for group in self.groups)
         return max(end - begin for begin, end in self.parts)
 
 
@@ -159,7 +157,11 @@ def _attention(
     if row_blocks is None or whole:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     assert attention_mask is not None
-    if row_blocks.groups:
+    if row_blocks.groups and torch.is_autocast_enabled("cpu"):
+        # Positions turn queries and keys in float32, which torch's kernel casts back.
+        kept_in = torch.get_autocast_dtype("cpu")
+        query, key, value = (x.to(kept_in) for x in (query, key, value))
+    if row_blocks.groups and query.itemsize == 2:
         return _side_by_side(module, query, key, value, attention_mask, row_blocks, **kwargs), None
     parts = []
     for begin, end in row_blocks.parts:
@@ -185,7 +187,7 @@ def _side_by_side(
     for group in rows.groups:
         q, k, v = group.laid(query), group.laid(key), group.laid(value)
         mask = group.mask(attention_mask, query.dtype)
-        if query.itemsize == 2 and q.shape[2] <= _SHORT:
+        if q.shape[2] <= _SHORT:
             out = _multiplied_out(module, q, k, v, mask, **kwargs)
         else:
             out = sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0]

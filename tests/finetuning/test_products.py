@@ -130,8 +130,7 @@ def test_rows_side_by_side_attend_as_each_alone(
     torch.manual_seed(0)
     lengths, heads_, width = [4, 9, 5, 8, 1], 4, 8
     tokens = sum(lengths)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        rows = attention.Rows.of(lengths, torch.device("cpu"))
+    rows = attention.Rows.of(lengths, torch.device("cpu"))
     assert [group.places.shape for group in rows.groups] == [(2, 9), (2, 5), (1, 1)]
     number = torch.repeat_interleave(torch.arange(5), torch.tensor(lengths))
     place = torch.cat([torch.arange(length) for length in lengths])
@@ -151,7 +150,9 @@ def test_rows_side_by_side_attend_as_each_alone(
     torch.testing.assert_close(found[0].float(), expected, rtol=0.03, atol=0.03)
 
 
-def test_a_model_learns_the_same_in_mixed_precision(random_llama: Any) -> None:
+def test_a_model_learns_the_same_in_mixed_precision(
+    random_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows end to end and products that cast once, against each row alone and PEFT's layers."""
     from optuna_lora_rl.finetuning.learnt import ModelCall
     from optuna_lora_rl.finetuning.learnt import learnt_only
@@ -180,11 +181,22 @@ def test_a_model_learns_the_same_in_mixed_precision(random_llama: Any) -> None:
 
     alone = torch.cat([model(torch.tensor([row])).logits[0, :-1] for row in rows])
     expected = gradients(alone)
-    with cast_once(model), torch.autocast("cpu", dtype=torch.bfloat16):
-        call = ModelCall(end_to_end=True, always=True)
-        with learnt_only(model, inputs, call) as selected:
-            assert selected["row_blocks"].groups
-            selected.pop("shift_labels")
-            found = gradients(model(**selected).logits[0])
+    multiplied: list[torch.dtype] = []
+    own = attention._multiplied_out
+
+    def counted(module: nn.Module, q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        multiplied.append(q.dtype)
+        return own(module, q, *args, **kwargs)
+
+    monkeypatch.setattr(attention, "_multiplied_out", counted)
+    call = ModelCall(end_to_end=True, always=True)
+    # As in training: autocast is on in the model alone.
+    with cast_once(model), learnt_only(model, inputs, call) as selected:
+        selected.pop("shift_labels")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(**selected).logits[0]
+        found = gradients(logits)
+    groups, layers = 3, model.config.num_hidden_layers
+    assert multiplied == groups * layers * [torch.bfloat16]
     apart = (found - expected).norm() / expected.norm()
     assert apart < 0.02, apart
