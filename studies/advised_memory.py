@@ -49,10 +49,10 @@ def take(
 ) -> dict[str, float]:
     """Return the measured and the advised bytes beyond the loaded model."""
     from optuna_lora_rl.commands.layers import load
+    from optuna_lora_rl.finetuning.finetuner import FineTuner
     from optuna_lora_rl.finetuning.options import ModelOptions
     from optuna_lora_rl.finetuning.options import ObjectiveOptions
     from optuna_lora_rl.finetuning.options import TrainingOptions
-    from optuna_lora_rl.finetuning.trial import FineTuner
     from optuna_lora_rl.rank import advisor
     from optuna_lora_rl.rank import layers
 

@@ -37,15 +37,15 @@ from transformers import AutoModelForCausalLM
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning import checking
+from optuna_lora_rl.finetuning.finetuner import FineTuner
+from optuna_lora_rl.finetuning.finetuner import Run
+from optuna_lora_rl.finetuning.finetuner import TrialResult
 from optuna_lora_rl.finetuning.options import DataOptions
 from optuna_lora_rl.finetuning.options import ModelOptions
 from optuna_lora_rl.finetuning.options import ObjectiveOptions
 from optuna_lora_rl.finetuning.options import TrainingOptions
 from optuna_lora_rl.finetuning.quiet import quiet
 from optuna_lora_rl.finetuning.targets import select
-from optuna_lora_rl.finetuning.trial import FineTuner
-from optuna_lora_rl.finetuning.trial import Run
-from optuna_lora_rl.finetuning.trial import TrialResult
 from optuna_lora_rl.vocabulary import TARGET_PRESETS
 
 HOUSE = Path(__file__).resolve().parents[1]

@@ -56,8 +56,8 @@ from search_to_target import Search
 if TYPE_CHECKING:
     import optuna
 
-    from optuna_lora_rl.finetuning.trial import FineTuner
-    from optuna_lora_rl.finetuning.trial import TrialResult
+    from optuna_lora_rl.finetuning.finetuner import FineTuner
+    from optuna_lora_rl.finetuning.finetuner import TrialResult
 
 FILE = str(Path(__file__).resolve())
 # Short ones, none of those that the pruners' options were chosen on (studies/curves.py), of
@@ -144,10 +144,10 @@ def _study(job: measuring.Job) -> optuna.Study:
 
 
 def _tuner(job: measuring.Job) -> FineTuner:
+    from optuna_lora_rl.finetuning.finetuner import FineTuner
     from optuna_lora_rl.finetuning.options import DataOptions
     from optuna_lora_rl.finetuning.options import ModelOptions
     from optuna_lora_rl.finetuning.options import ObjectiveOptions
-    from optuna_lora_rl.finetuning.trial import FineTuner
 
     return FineTuner(
         ModelOptions(name=job["model"]),
@@ -197,7 +197,7 @@ def _naive(job: measuring.Job, tuner: FineTuner) -> Callable[[], measuring.Resul
 
 def scores(tuner: FineTuner) -> Callable[[Mapping[str, Any], float], float]:
     """Return the package's score as a function of a configuration and its validation loss."""
-    from optuna_lora_rl.finetuning.evaluation import quality
+    from optuna_lora_rl.finetuning.questions import quality
 
     untuned = tuner.baseline()
 
@@ -233,7 +233,7 @@ def _one_by_one(search: Search, tuner: FineTuner, job: measuring.Job) -> None:
 
 
 def _packed(search: Search, tuner: FineTuner, job: measuring.Job) -> None:
-    from optuna_lora_rl.finetuning.trial import Run
+    from optuna_lora_rl.finetuning.finetuner import Run
 
     running: dict[int, optuna.Trial] = {}
 

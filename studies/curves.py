@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from collections.abc import Sequence
 
-    from optuna_lora_rl.finetuning.trial import FineTuner
+    from optuna_lora_rl.finetuning.finetuner import FineTuner
     from optuna_lora_rl.vocabulary import Value
 
 FOLDER = Path(__file__).resolve().parent
@@ -122,11 +122,11 @@ def wanted(tasks: Sequence[str], count: int, curves: Sequence[Curve]) -> Iterato
 
 def tuner(task: str) -> FineTuner:
     """Return the fine-tuner of one task."""
+    from optuna_lora_rl.finetuning.finetuner import FineTuner
     from optuna_lora_rl.finetuning.options import DataOptions
     from optuna_lora_rl.finetuning.options import ModelOptions
     from optuna_lora_rl.finetuning.options import ObjectiveOptions
     from optuna_lora_rl.finetuning.options import TrainingOptions
-    from optuna_lora_rl.finetuning.trial import FineTuner
 
     return FineTuner(
         ModelOptions(),

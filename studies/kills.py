@@ -291,7 +291,7 @@ def main() -> None:
     # Of one worker's studies each has a file of its own.
     kinds = [kind for kind in KINDS if KINDS[kind][0] > 1 or not arguments.storage]
     # What every child needs is imported once.
-    import optuna_lora_rl.finetuning.trial
+    import optuna_lora_rl.finetuning.finetuner
     import optuna_lora_rl.study.explaining  # noqa: F401
 
     attempts: list[Attempt] = []

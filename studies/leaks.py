@@ -70,10 +70,10 @@ def prune(step: int, score: float, metrics: Any) -> None:
 def prepare(job: measuring.Job) -> Callable[[], measuring.Result]:
     """Get a worker ready; what it returns runs all trials."""
     measuring.set_threads(job["threads"])
+    from optuna_lora_rl.finetuning.finetuner import FineTuner
     from optuna_lora_rl.finetuning.options import DataOptions
     from optuna_lora_rl.finetuning.options import ModelOptions
     from optuna_lora_rl.finetuning.options import ObjectiveOptions
-    from optuna_lora_rl.finetuning.trial import FineTuner
 
     tuner = FineTuner(
         ModelOptions(name=job["model"]),
@@ -113,7 +113,7 @@ def trials(tuner: Any, job: measuring.Job) -> measuring.Result:
 
 
 def _train(tuner: Any, begin: int, end: int, job: measuring.Job, done: Any) -> None:
-    from optuna_lora_rl.finetuning.trial import Run
+    from optuna_lora_rl.finetuning.finetuner import Run
 
     waiting = [
         Run(i, configuration(i, job["steps"]), report=prune if i % 10 == 9 else None)

@@ -202,9 +202,9 @@ def _naive(job: measuring.Job, chosen: list[dict[str, Any]]) -> Callable[[], mea
 
 
 def _package(job: measuring.Job, chosen: list[dict[str, Any]]) -> Callable[[], measuring.Result]:
+    from optuna_lora_rl.finetuning.finetuner import FineTuner
     from optuna_lora_rl.finetuning.options import ModelOptions
     from optuna_lora_rl.finetuning.options import ObjectiveOptions
-    from optuna_lora_rl.finetuning.trial import FineTuner
 
     def made() -> FineTuner:
         return FineTuner(
@@ -251,7 +251,7 @@ def _one_by_one(tuner: Any, chosen: list[dict[str, Any]], size: int) -> measurin
 
 
 def _packed(tuner: Any, chosen: list[dict[str, Any]], size: int) -> measuring.Result:
-    from optuna_lora_rl.finetuning.trial import Run
+    from optuna_lora_rl.finetuning.finetuner import Run
 
     waiting = [Run(number, one) for number, one in enumerate(chosen)]
     waiting.reverse()

@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from optuna_lora_rl import cli
 from optuna_lora_rl import errors
 from optuna_lora_rl.errors import UserError
-from optuna_lora_rl.finetuning import trial as trial_module
+from optuna_lora_rl.finetuning import finetuner as trial_module
 from optuna_lora_rl.study import runner
 from optuna_lora_rl.study import spec as study_spec
 from tests.study.conftest import SMALL

@@ -9,7 +9,7 @@ from typing import Any
 
 from optuna_lora_rl.activity import OnActivity
 from optuna_lora_rl.activity import unseen
-from optuna_lora_rl.finetuning import evaluation
+from optuna_lora_rl.finetuning import questions as evaluation
 from optuna_lora_rl.finetuning.data import draw
 from optuna_lora_rl.finetuning.files import Row
 from optuna_lora_rl.finetuning.isolation import own_randomness

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from optuna_lora_rl.finetuning import evaluation
+from optuna_lora_rl.finetuning import questions as evaluation
 from optuna_lora_rl.finetuning import rank_change
 from optuna_lora_rl.finetuning import sft
 from optuna_lora_rl.finetuning.configuration import Configuration

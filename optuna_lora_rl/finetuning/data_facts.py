@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def facts(shared: Shared) -> dict[str, Any]:
-    """Returns what :meth:`optuna_lora_rl.finetuning.trial.FineTuner.data_facts` tells."""
+    """Returns what :meth:`optuna_lora_rl.finetuning.finetuner.FineTuner.data_facts` tells."""
     prepared = shared.prepared
     splits, tokens = prepared.splits, prepared.tokens
     known = {}

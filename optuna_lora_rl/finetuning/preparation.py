@@ -14,11 +14,10 @@ from optuna_lora_rl.activity import unseen
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning import data
 from optuna_lora_rl.finetuning import device as devices
-from optuna_lora_rl.finetuning import evaluation
 from optuna_lora_rl.finetuning import model
+from optuna_lora_rl.finetuning import questions as evaluation
 from optuna_lora_rl.finetuning import tokens
 from optuna_lora_rl.finetuning.data import Splits
-from optuna_lora_rl.finetuning.evaluation import Questions
 from optuna_lora_rl.finetuning.files import Row
 from optuna_lora_rl.finetuning.isolation import own_randomness
 from optuna_lora_rl.finetuning.model import Base
@@ -27,6 +26,7 @@ from optuna_lora_rl.finetuning.options import DataOptions
 from optuna_lora_rl.finetuning.options import ModelOptions
 from optuna_lora_rl.finetuning.options import ObjectiveOptions
 from optuna_lora_rl.finetuning.options import TrainingOptions
+from optuna_lora_rl.finetuning.questions import Questions
 from optuna_lora_rl.finetuning.quiet import quiet
 from optuna_lora_rl.finetuning.tokens import Tokens
 

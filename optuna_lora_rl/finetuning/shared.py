@@ -23,10 +23,6 @@ from optuna_lora_rl.finetuning import checking
 from optuna_lora_rl.finetuning import sft
 from optuna_lora_rl.finetuning.allocation import Allocator
 from optuna_lora_rl.finetuning.configuration import Configuration
-from optuna_lora_rl.finetuning.evaluation import Evaluation
-from optuna_lora_rl.finetuning.evaluation import Questions
-from optuna_lora_rl.finetuning.evaluation import generated
-from optuna_lora_rl.finetuning.evaluation import teacher_forced
 from optuna_lora_rl.finetuning.isolation import own_randomness
 from optuna_lora_rl.finetuning.lora import restored
 from optuna_lora_rl.finetuning.once import digest
@@ -39,6 +35,10 @@ from optuna_lora_rl.finetuning.preparation import Prepared
 from optuna_lora_rl.finetuning.preparation import prepare
 from optuna_lora_rl.finetuning.price import Price
 from optuna_lora_rl.finetuning.products import cast_once
+from optuna_lora_rl.finetuning.questions import Evaluation
+from optuna_lora_rl.finetuning.questions import Questions
+from optuna_lora_rl.finetuning.questions import generated
+from optuna_lora_rl.finetuning.questions import teacher_forced
 from optuna_lora_rl.finetuning.quiet import quiet
 from optuna_lora_rl.finetuning.stages import Stage
 from optuna_lora_rl.finetuning.stages import Stages

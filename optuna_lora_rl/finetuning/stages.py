@@ -18,8 +18,8 @@ from typing import Literal
 import numpy as np
 from datasets import Dataset
 
-from optuna_lora_rl.finetuning.evaluation import Evaluation
-from optuna_lora_rl.finetuning.evaluation import Questions
+from optuna_lora_rl.finetuning.questions import Evaluation
+from optuna_lora_rl.finetuning.questions import Questions
 
 _SEED = 0
 # Share of all evaluations in the work of a trial.

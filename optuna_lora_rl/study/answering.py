@@ -19,7 +19,7 @@ from optuna_lora_rl.study import outcome
 if TYPE_CHECKING:
     import optuna
 
-    from optuna_lora_rl.finetuning.trial import FineTuner
+    from optuna_lora_rl.finetuning.finetuner import FineTuner
     from optuna_lora_rl.study.spec import StudySpec
 
 _SHOWN = 3

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from optuna_lora_rl.errors import shortened
-from optuna_lora_rl.finetuning.evaluation import is_exact
+from optuna_lora_rl.finetuning.questions import is_exact
 
 if TYPE_CHECKING:
     import optuna

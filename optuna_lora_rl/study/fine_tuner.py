@@ -15,9 +15,9 @@ from optuna_lora_rl.study import data_report
 from optuna_lora_rl.study import wording
 
 if TYPE_CHECKING:
+    from optuna_lora_rl.finetuning.finetuner import FineTuner
     from optuna_lora_rl.finetuning.forecast import Forecast
     from optuna_lora_rl.finetuning.options import TrainingOptions
-    from optuna_lora_rl.finetuning.trial import FineTuner
     from optuna_lora_rl.study.spec import Budget
     from optuna_lora_rl.study.spec import StudySpec
 
@@ -38,7 +38,7 @@ def make(
         on_activity: Told what takes its time.
     """
     # Takes seconds: transformers, TRL and PEFT come with it.
-    from optuna_lora_rl.finetuning.trial import FineTuner
+    from optuna_lora_rl.finetuning.finetuner import FineTuner
 
     return FineTuner(
         spec.model,

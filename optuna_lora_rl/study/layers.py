@@ -22,7 +22,7 @@ from optuna_lora_rl.study import wording
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-    from optuna_lora_rl.finetuning.trial import TrialResult
+    from optuna_lora_rl.finetuning.finetuner import TrialResult
 
 # The trial's attribute: `sha256` of its file, and what that `holds`.
 ATTRIBUTE = "layers"

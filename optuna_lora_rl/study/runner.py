@@ -49,10 +49,10 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from optuna_lora_rl.finetuning.cores import Cores
+    from optuna_lora_rl.finetuning.finetuner import FineTuner
+    from optuna_lora_rl.finetuning.finetuner import Run
+    from optuna_lora_rl.finetuning.finetuner import TrialResult
     from optuna_lora_rl.finetuning.options import TrainingOptions
-    from optuna_lora_rl.finetuning.trial import FineTuner
-    from optuna_lora_rl.finetuning.trial import Run
-    from optuna_lora_rl.finetuning.trial import TrialResult
     from optuna_lora_rl.study.spec import StudySpec
 
 Ending = Literal["budget", "others", "interruption", "failures"]

@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from optuna_lora_rl.activity import Activity
-    from optuna_lora_rl.finetuning.trial import Report
-    from optuna_lora_rl.finetuning.trial import Run
-    from optuna_lora_rl.finetuning.trial import TrialResult
+    from optuna_lora_rl.finetuning.finetuner import Report
+    from optuna_lora_rl.finetuning.finetuner import Run
+    from optuna_lora_rl.finetuning.finetuner import TrialResult
     from optuna_lora_rl.study.display import Display
     from optuna_lora_rl.study.heartbeat import Heartbeat
     from optuna_lora_rl.study.interruption import Interruption
@@ -116,7 +116,7 @@ class Trials:
 
     def next(self) -> Run | None:
         """Asks for a trial that differs from those that run, or None where none may begin now."""
-        from optuna_lora_rl.finetuning.trial import Run
+        from optuna_lora_rl.finetuning.finetuner import Run
 
         with self._interruption.shield():
             self._share_out()

@@ -157,11 +157,11 @@ def measure_task(task: str, plan: Plan, records: Path) -> str:
     import optuna
     import torch
 
+    from optuna_lora_rl.finetuning.finetuner import FineTuner
     from optuna_lora_rl.finetuning.options import DataOptions
     from optuna_lora_rl.finetuning.options import ModelOptions
     from optuna_lora_rl.finetuning.options import ObjectiveOptions
     from optuna_lora_rl.finetuning.options import TrainingOptions
-    from optuna_lora_rl.finetuning.trial import FineTuner
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.set_num_threads(1)

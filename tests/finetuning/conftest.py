@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from optuna_lora_rl.finetuning.finetuner import FineTuner
 from optuna_lora_rl.finetuning.options import DataOptions
 from optuna_lora_rl.finetuning.options import ModelOptions
 from optuna_lora_rl.finetuning.options import ObjectiveOptions
 from optuna_lora_rl.finetuning.options import TrainingOptions
-from optuna_lora_rl.finetuning.trial import FineTuner
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from optuna_lora_rl.finetuning.trial import FineTuner
-from optuna_lora_rl.finetuning.trial import Run
-from optuna_lora_rl.finetuning.trial import TrialResult
+from optuna_lora_rl.finetuning.finetuner import FineTuner
+from optuna_lora_rl.finetuning.finetuner import Run
+from optuna_lora_rl.finetuning.finetuner import TrialResult
 
 Make = Callable[..., FineTuner]
 Hash = Callable[[FineTuner], str]

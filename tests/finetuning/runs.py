@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from optuna_lora_rl.finetuning.trial import FineTuner
+from optuna_lora_rl.finetuning.finetuner import FineTuner
 
 Make = Callable[..., FineTuner]
 Hash = Callable[[FineTuner], str]

@@ -18,8 +18,8 @@ from optuna_lora_rl.finetuning import cost
 from optuna_lora_rl.finetuning import shared
 from optuna_lora_rl.finetuning.allocation import Allocator
 from optuna_lora_rl.finetuning.failure import FineTuningError
-from optuna_lora_rl.finetuning.trial import FineTuner
-from optuna_lora_rl.finetuning.trial import Run
+from optuna_lora_rl.finetuning.finetuner import FineTuner
+from optuna_lora_rl.finetuning.finetuner import Run
 
 Make = Callable[..., FineTuner]
 KINDS = ("weight", "gradient", "activation", "delta")

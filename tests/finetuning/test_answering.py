@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from optuna_lora_rl.finetuning.finetuner import FineTuner
 from optuna_lora_rl.finetuning.options import DataOptions
 from optuna_lora_rl.finetuning.options import ModelOptions
 from optuna_lora_rl.finetuning.options import ObjectiveOptions
 from optuna_lora_rl.finetuning.options import TrainingOptions
-from optuna_lora_rl.finetuning.trial import FineTuner
 
 
 def _tuner(train: str, **objective: object) -> FineTuner:

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from optuna_lora_rl.errors import UserError
-from optuna_lora_rl.finetuning.trial import FineTuner
-from optuna_lora_rl.finetuning.trial import Run
+from optuna_lora_rl.finetuning.finetuner import FineTuner
+from optuna_lora_rl.finetuning.finetuner import Run
 from tests.finetuning.runs import Make
 
 # transformers renames what PEFT still calls by the old name.

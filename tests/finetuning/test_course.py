@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from optuna_lora_rl.finetuning.configuration import Configuration
 from optuna_lora_rl.finetuning.failure import FineTuningError
+from optuna_lora_rl.finetuning.finetuner import FineTuner
+from optuna_lora_rl.finetuning.finetuner import Run
 from optuna_lora_rl.finetuning.rank_options import RankChangeOptions
-from optuna_lora_rl.finetuning.trial import FineTuner
-from optuna_lora_rl.finetuning.trial import Run
 from optuna_lora_rl.vocabulary import OWN_INITIALISATIONS
 
 Hash = Callable[[FineTuner], str]

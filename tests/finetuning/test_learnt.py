@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from optuna_lora_rl.finetuning import attention
 from optuna_lora_rl.finetuning import learnt
 from optuna_lora_rl.finetuning import trainer
+from optuna_lora_rl.finetuning.finetuner import FineTuner
 from optuna_lora_rl.finetuning.learnt import ModelCall
 from optuna_lora_rl.finetuning.learnt import learnt_only
-from optuna_lora_rl.finetuning.trial import FineTuner
 
 Make = Callable[..., FineTuner]
 LABELS = [[-100, -100, 7, 8, 2], [-100, 9, 2, -100, -100], [-100, -100, -100, -100, -100]]

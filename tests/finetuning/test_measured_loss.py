@@ -13,9 +13,9 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from optuna_lora_rl.finetuning.trial import FineTuner
-from optuna_lora_rl.finetuning.trial import FineTuningError
-from optuna_lora_rl.finetuning.trial import Run
+from optuna_lora_rl.finetuning.finetuner import FineTuner
+from optuna_lora_rl.finetuning.finetuner import FineTuningError
+from optuna_lora_rl.finetuning.finetuner import Run
 from tests.finetuning.architectures import saved_model
 from tests.finetuning.packs import packed
 from tests.finetuning.runs import QUICK

@@ -18,9 +18,9 @@ from transformers import GPT2LMHeadModel
 
 from optuna_lora_rl.finetuning import merged as merging
 from optuna_lora_rl.finetuning import trainer
+from optuna_lora_rl.finetuning.finetuner import FineTuner
+from optuna_lora_rl.finetuning.finetuner import Run
 from optuna_lora_rl.finetuning.merged import merged
-from optuna_lora_rl.finetuning.trial import FineTuner
-from optuna_lora_rl.finetuning.trial import Run
 from tests.finetuning.packs import packed
 
 Make = Callable[..., FineTuner]

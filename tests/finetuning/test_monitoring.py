@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from optuna_lora_rl.finetuning.trial import FineTuner
-from optuna_lora_rl.finetuning.trial import Run
-from optuna_lora_rl.finetuning.trial import TrialResult
+from optuna_lora_rl.finetuning.finetuner import FineTuner
+from optuna_lora_rl.finetuning.finetuner import Run
+from optuna_lora_rl.finetuning.finetuner import TrialResult
 
 SHORT = {"max_steps": 6, "batch_size": 2, "learning_rate": 1e-2, "lora_rank": 2}
 

@@ -69,7 +69,8 @@ def test_arguments_that_sftconfig_knows_pass_through() -> None:
 
 def test_options_load_no_heavy_library() -> None:
     code = (
-        "import sys; import optuna_lora_rl.finetuning.options, optuna_lora_rl.finetuning.trial;"
+        "import sys; import optuna_lora_rl.finetuning.options;"
+        "import optuna_lora_rl.finetuning.finetuner;"
         "print([m for m in ('torch', 'transformers', 'trl', 'peft', 'datasets', 'optuna')"
         " if m in sys.modules])"
     )

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from optuna_lora_rl.finetuning import learnt
+from optuna_lora_rl.finetuning.finetuner import FineTuner
+from optuna_lora_rl.finetuning.finetuner import FineTuningError
+from optuna_lora_rl.finetuning.finetuner import Run
 from optuna_lora_rl.finetuning.trainer import Trainer
-from optuna_lora_rl.finetuning.trial import FineTuner
-from optuna_lora_rl.finetuning.trial import FineTuningError
-from optuna_lora_rl.finetuning.trial import Run
 from tests.finetuning.architectures import ARCHITECTURES
 from tests.finetuning.architectures import saved_model
 from tests.finetuning.packs import DIVERGES

@@ -16,10 +16,10 @@ import torch
 from accelerate.state import GradientState
 from torch import nn
 
-from optuna_lora_rl.finetuning.trial import FineTuner
-from optuna_lora_rl.finetuning.trial import FineTuningError
-from optuna_lora_rl.finetuning.trial import Run
-from optuna_lora_rl.finetuning.trial import TrialResult
+from optuna_lora_rl.finetuning.finetuner import FineTuner
+from optuna_lora_rl.finetuning.finetuner import FineTuningError
+from optuna_lora_rl.finetuning.finetuner import Run
+from optuna_lora_rl.finetuning.finetuner import TrialResult
 from tests.finetuning.packs import DIVERGES
 from tests.finetuning.packs import MIXED
 from tests.finetuning.packs import QUICK

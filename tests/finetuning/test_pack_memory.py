@@ -11,11 +11,11 @@ from torch import nn
 
 from optuna_lora_rl.finetuning import lora
 from optuna_lora_rl.finetuning import side_by_side
+from optuna_lora_rl.finetuning.finetuner import FineTuner
+from optuna_lora_rl.finetuning.finetuner import FineTuningError
+from optuna_lora_rl.finetuning.finetuner import Run
 from optuna_lora_rl.finetuning.pack import Pack
 from optuna_lora_rl.finetuning.trainer import Trainer
-from optuna_lora_rl.finetuning.trial import FineTuner
-from optuna_lora_rl.finetuning.trial import FineTuningError
-from optuna_lora_rl.finetuning.trial import Run
 from tests.finetuning.packs import QUICK
 from tests.finetuning.packs import Make
 from tests.finetuning.packs import alone

@@ -12,10 +12,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from optuna_lora_rl.finetuning import packable
-from optuna_lora_rl.finetuning.trial import FineTuner
-from optuna_lora_rl.finetuning.trial import FineTuningError
-from optuna_lora_rl.finetuning.trial import Run
-from optuna_lora_rl.finetuning.trial import TrialResult
+from optuna_lora_rl.finetuning.finetuner import FineTuner
+from optuna_lora_rl.finetuning.finetuner import FineTuningError
+from optuna_lora_rl.finetuning.finetuner import Run
+from optuna_lora_rl.finetuning.finetuner import TrialResult
 
 # transformers renames what PEFT still calls by the old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")

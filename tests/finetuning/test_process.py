@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from optuna_lora_rl.errors import UserError
-from optuna_lora_rl.finetuning.trial import FineTuner
-from optuna_lora_rl.finetuning.trial import TrialResult
+from optuna_lora_rl.finetuning.finetuner import FineTuner
+from optuna_lora_rl.finetuning.finetuner import TrialResult
 from tests.finetuning.packs import packed
 from tests.finetuning.packs import runs_of
 from tests.finetuning.runs import QUICK

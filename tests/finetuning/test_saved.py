@@ -12,7 +12,7 @@ import pytest
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning import lora
-from optuna_lora_rl.finetuning.trial import FineTuner
+from optuna_lora_rl.finetuning.finetuner import FineTuner
 from optuna_lora_rl.vocabulary import BOTH
 from optuna_lora_rl.vocabulary import OWN_INITIALISATIONS
 from tests.finetuning.architectures import ARCHITECTURES

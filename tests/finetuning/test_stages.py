@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from optuna_lora_rl.finetuning.evaluation import Evaluation
-from optuna_lora_rl.finetuning.evaluation import Questions
+from optuna_lora_rl.finetuning.finetuner import FineTuner
+from optuna_lora_rl.finetuning.finetuner import Run
+from optuna_lora_rl.finetuning.questions import Evaluation
+from optuna_lora_rl.finetuning.questions import Questions
 from optuna_lora_rl.finetuning.stages import Stage
 from optuna_lora_rl.finetuning.stages import Stages
 from optuna_lora_rl.finetuning.stages import Work
 from optuna_lora_rl.finetuning.stages import rows_read
-from optuna_lora_rl.finetuning.trial import FineTuner
-from optuna_lora_rl.finetuning.trial import Run
 from tests.finetuning.runs import loss_of_saved
 
 Make = Callable[..., FineTuner]

@@ -11,9 +11,9 @@ from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning import tokens
 from optuna_lora_rl.finetuning.data import Kind
 from optuna_lora_rl.finetuning.data import Splits
-from optuna_lora_rl.finetuning.evaluation import questions
 from optuna_lora_rl.finetuning.options import ModelOptions
 from optuna_lora_rl.finetuning.options import TrainingOptions
+from optuna_lora_rl.finetuning.questions import questions
 from optuna_lora_rl.finetuning.tokens import Tokens
 from optuna_lora_rl.finetuning.tokens import tokenise
 

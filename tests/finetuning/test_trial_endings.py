@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from optuna_lora_rl.errors import UserError
-from optuna_lora_rl.finetuning.trial import FineTuner
-from optuna_lora_rl.finetuning.trial import FineTuningError
+from optuna_lora_rl.finetuning.finetuner import FineTuner
+from optuna_lora_rl.finetuning.finetuner import FineTuningError
 from tests.finetuning.runs import QUICK
 from tests.finetuning.runs import Hash
 from tests.finetuning.runs import Make

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from optuna_lora_rl.finetuning.trial import FineTuner
-from optuna_lora_rl.finetuning.trial import FineTuningError
+from optuna_lora_rl.finetuning.finetuner import FineTuner
+from optuna_lora_rl.finetuning.finetuner import FineTuningError
 from tests.finetuning.architectures import ARCHITECTURES
 from tests.finetuning.architectures import saved_model
 from tests.finetuning.runs import QUICK

@@ -16,13 +16,13 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
-from optuna_lora_rl.finetuning import trial as trial_module
+from optuna_lora_rl.finetuning import finetuner as trial_module
 from optuna_lora_rl.finetuning.answering import Answers
 from optuna_lora_rl.finetuning.data import Counts
-from optuna_lora_rl.finetuning.evaluation import Evaluation
+from optuna_lora_rl.finetuning.finetuner import Run
+from optuna_lora_rl.finetuning.finetuner import TrialResult
 from optuna_lora_rl.finetuning.forecast import Forecast
-from optuna_lora_rl.finetuning.trial import Run
-from optuna_lora_rl.finetuning.trial import TrialResult
+from optuna_lora_rl.finetuning.questions import Evaluation
 from optuna_lora_rl.study import spec as study_spec
 from optuna_lora_rl.study.spec import StudySpec
 

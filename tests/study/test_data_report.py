@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from optuna_lora_rl.finetuning.finetuner import FineTuner
 from optuna_lora_rl.finetuning.options import DataOptions
 from optuna_lora_rl.finetuning.options import ModelOptions
 from optuna_lora_rl.finetuning.options import ObjectiveOptions
 from optuna_lora_rl.finetuning.options import TrainingOptions
-from optuna_lora_rl.finetuning.trial import FineTuner
 from optuna_lora_rl.study import runner
 from optuna_lora_rl.study import summary
 from optuna_lora_rl.study.display import LineDisplay

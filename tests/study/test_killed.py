@@ -200,7 +200,7 @@ def test_the_first_of_two_workers_says_what_still_runs(
     try:
         _once_running(spec)
         monkeypatch.undo()
-        paper_module = sys.modules["optuna_lora_rl.finetuning.trial"]
+        paper_module = sys.modules["optuna_lora_rl.finetuning.finetuner"]
         monkeypatch.setattr(paper_module, "FineTuner", PaperTuner)
         done = CliRunner().invoke(app, ["run", str(spec.folder.parent / "small.yaml")])
     finally:

@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning import sft
-from optuna_lora_rl.finetuning.trial import FineTuner
+from optuna_lora_rl.finetuning.finetuner import FineTuner
 from optuna_lora_rl.study import runner
 from optuna_lora_rl.study.budget import Usage
 from tests.study.conftest import MakeSpec

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from optuna_lora_rl.finetuning.trial import FineTuner
+    from optuna_lora_rl.finetuning.finetuner import FineTuner
     from optuna_lora_rl.vocabulary import Value
 
 EVALUATIONS = 4
@@ -30,11 +30,11 @@ MAX_LENGTH = {"sources": 40}
 
 def tuner(task: design.Task) -> FineTuner:
     """Return the fine-tuner of one task: on the processor, four evaluations a run."""
+    from optuna_lora_rl.finetuning.finetuner import FineTuner
     from optuna_lora_rl.finetuning.options import DataOptions
     from optuna_lora_rl.finetuning.options import ModelOptions
     from optuna_lora_rl.finetuning.options import ObjectiveOptions
     from optuna_lora_rl.finetuning.options import TrainingOptions
-    from optuna_lora_rl.finetuning.trial import FineTuner
 
     return FineTuner(
         ModelOptions(name=task.model),

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optuna_lora_rl.errors import UserError
-from optuna_lora_rl.finetuning import evaluation
-from optuna_lora_rl.finetuning.evaluation import Evaluation
+from optuna_lora_rl.finetuning import questions as evaluation
+from optuna_lora_rl.finetuning.questions import Evaluation
 
 labels = st.lists(st.sampled_from(["yes", "no", "maybe"]), min_size=1, max_size=20)
 

@@ -20,8 +20,6 @@ from optuna_lora_rl.activity import unseen
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning import process
 from optuna_lora_rl.finetuning.configuration import Configuration
-from optuna_lora_rl.finetuning.evaluation import Evaluation
-from optuna_lora_rl.finetuning.evaluation import quality
 from optuna_lora_rl.finetuning.failure import FineTuningError
 from optuna_lora_rl.finetuning.hub import first_line
 from optuna_lora_rl.finetuning.once import once
@@ -31,6 +29,8 @@ from optuna_lora_rl.finetuning.options import ModelOptions
 from optuna_lora_rl.finetuning.options import ObjectiveOptions
 from optuna_lora_rl.finetuning.options import TrainingOptions
 from optuna_lora_rl.finetuning.progress import Report
+from optuna_lora_rl.finetuning.questions import Evaluation
+from optuna_lora_rl.finetuning.questions import quality
 from optuna_lora_rl.finetuning.run import Run
 from optuna_lora_rl.finetuning.run import TrialResult
 from optuna_lora_rl.finetuning.trackers import Follower

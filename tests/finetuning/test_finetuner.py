@@ -15,10 +15,10 @@ import pytest
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.finetuning.finetuner import FineTuner
+from optuna_lora_rl.finetuning.finetuner import TrialResult
 from optuna_lora_rl.finetuning.shared import Shared
 from optuna_lora_rl.finetuning.trainer import Trainer
-from optuna_lora_rl.finetuning.trial import FineTuner
-from optuna_lora_rl.finetuning.trial import TrialResult
 from tests.finetuning.runs import QUICK
 from tests.finetuning.runs import Hash
 from tests.finetuning.runs import Make
@@ -138,7 +138,7 @@ def test_equal_runs_are_equal_in_another_process(tuner: FineTuner) -> None:
     code = (
         "import json, sys\n"
         "from optuna_lora_rl.finetuning import options as o\n"
-        "from optuna_lora_rl.finetuning.trial import FineTuner\n"
+        "from optuna_lora_rl.finetuning.finetuner import FineTuner\n"
         "kinds = (o.ModelOptions, o.DataOptions, o.TrainingOptions, o.ObjectiveOptions)\n"
         "made = [k.model_validate_json(s) for k, s in zip(kinds, sys.argv[1:5])]\n"
         f"result = FineTuner(*made).run({QUICK!r}, seed=3)\n"
