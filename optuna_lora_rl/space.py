@@ -25,11 +25,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from typing import Any
 
-from optuna_lora_rl.domains import Choice
-from optuna_lora_rl.domains import Fixed
-from optuna_lora_rl.domains import Range
-from optuna_lora_rl.domains import Tied
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.space_forms import Choice
+from optuna_lora_rl.space_forms import Fixed
+from optuna_lora_rl.space_forms import Range
+from optuna_lora_rl.space_forms import Tied
 from optuna_lora_rl.space_forms import entries_of
 from optuna_lora_rl.space_forms import modules_of
 from optuna_lora_rl.vocabulary import DEFAULTS

@@ -49,11 +49,11 @@ def take(
 ) -> dict[str, float]:
     """Return the measured and the advised bytes beyond the loaded model."""
     from optuna_lora_rl.commands.layers import load
+    from optuna_lora_rl.finetuning import advisor
     from optuna_lora_rl.finetuning.finetuner import FineTuner
     from optuna_lora_rl.finetuning.options import ModelOptions
     from optuna_lora_rl.finetuning.options import ObjectiveOptions
     from optuna_lora_rl.finetuning.options import TrainingOptions
-    from optuna_lora_rl.rank import advisor
     from optuna_lora_rl.rank import layers
 
     path = str(throughput.MADE) if name == "30m" else name
@@ -97,7 +97,7 @@ def _peak() -> int:
 
 
 def _counts(tuner: Any) -> dict[str, float]:
-    train = tuner._shared.prepared.tokens.train
+    train = tuner._workspace.prepared.tokens.train
     tokens = sum(map(len, train["input_ids"]))
     learnt = sum(label != -100 for row in train["labels"] for label in row)
     return {"length": tokens / len(train), "learnt": learnt / tokens}

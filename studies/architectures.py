@@ -38,14 +38,14 @@ from transformers import AutoModelForCausalLM
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning import checking
 from optuna_lora_rl.finetuning.finetuner import FineTuner
-from optuna_lora_rl.finetuning.finetuner import Run
-from optuna_lora_rl.finetuning.finetuner import TrialResult
+from optuna_lora_rl.finetuning.isolation import quiet
 from optuna_lora_rl.finetuning.options import DataOptions
 from optuna_lora_rl.finetuning.options import ModelOptions
 from optuna_lora_rl.finetuning.options import ObjectiveOptions
 from optuna_lora_rl.finetuning.options import TrainingOptions
-from optuna_lora_rl.finetuning.quiet import quiet
 from optuna_lora_rl.finetuning.targets import select
+from optuna_lora_rl.finetuning.trial import TrialRequest
+from optuna_lora_rl.finetuning.trial import TrialResult
 from optuna_lora_rl.vocabulary import TARGET_PRESETS
 
 HOUSE = Path(__file__).resolve().parents[1]
@@ -165,7 +165,7 @@ def _count(architecture: Any, preset: str) -> int:
 def _side_by_side(
     tuner: FineTuner, trials: Sequence[Mapping[str, Any]]
 ) -> tuple[list[TrialResult], list[str]]:
-    waiting = [Run(number, trial) for number, trial in enumerate(trials)]
+    waiting = [TrialRequest(number, trial) for number, trial in enumerate(trials)]
     ended: dict[int, TrialResult | Exception] = {}
     notes: list[str] = []
     tuner.run_packed(

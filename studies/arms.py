@@ -30,19 +30,19 @@ from torch import Tensor
 from transformers import TrainerCallback
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from optuna_lora_rl.finetuning.course import Course
-from optuna_lora_rl.finetuning.failure import FineTuningError
+from optuna_lora_rl.finetuning.errors import FineTuningError
 from optuna_lora_rl.finetuning.isolation import own_randomness
+from optuna_lora_rl.finetuning.isolation import quiet
 from optuna_lora_rl.finetuning.lora import Adapter
 from optuna_lora_rl.finetuning.lora import restored
 from optuna_lora_rl.finetuning.options import DataOptions
 from optuna_lora_rl.finetuning.options import ModelOptions
 from optuna_lora_rl.finetuning.options import ObjectiveOptions
 from optuna_lora_rl.finetuning.options import TrainingOptions
-from optuna_lora_rl.finetuning.quiet import quiet
-from optuna_lora_rl.finetuning.run import Run
-from optuna_lora_rl.finetuning.run import TrialResult
-from optuna_lora_rl.finetuning.shared import Shared
+from optuna_lora_rl.finetuning.trial import Trial
+from optuna_lora_rl.finetuning.trial import TrialRequest
+from optuna_lora_rl.finetuning.trial import TrialResult
+from optuna_lora_rl.finetuning.workspace import Workspace
 from optuna_lora_rl.rank import layers
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Bench:
     """
 
     def __init__(self, task: str, steps: int, training: TrainingOptions, scale: float) -> None:
-        self.shared = Shared(
+        self.workspace = Workspace(
             ModelOptions(),
             DataOptions(train=f"tiny:{task}", max_validation_samples=256),
             training,
@@ -101,7 +101,7 @@ class Bench:
     @property
     def untuned(self) -> dict[str, float]:
         """Loss and token accuracy of the untuned model."""
-        baseline = self.shared.baseline
+        baseline = self.workspace.baseline
         return {"loss": baseline.loss, "accuracy": baseline.token_accuracy}
 
     def run(self, arm: Arm, rate: float, seed: int, evaluations: int) -> dict[str, Any]:
@@ -128,12 +128,12 @@ class Bench:
         self._evaluate(evaluations)
         self.probe_seconds(str(parameters.get("rank_allocation", "uniform")))
         began = time.process_time()
-        course = _KINDS.get(arm.peft, _Seen)(self.shared, Run(0, parameters, seed))
+        course = _KINDS.get(arm.peft, _Seen)(self.workspace, TrialRequest(0, parameters, seed))
         try:
             result = course.result(course.alone())
         except FineTuningError as error:
             seconds = round(time.process_time() - began, 3)
-            untuned = self.shared.baseline.token_accuracy
+            untuned = self.workspace.baseline.token_accuracy
             nothing = {"quality": 0.0, "accuracy": untuned, "curve": []}
             return {"failure": error.reason, **nothing, "cpu_seconds": seconds}
         seconds = round(time.process_time() - began, 3)
@@ -141,26 +141,26 @@ class Bench:
 
     def _evaluate(self, evaluations: int) -> None:
         """Has the runs that follow evaluated so often, each time on everything."""
-        training, shared = self.shared.training, self.shared
+        training, workspace = self.workspace.training, self.workspace
         if training.evaluations != evaluations:
-            shared.training = training.model_copy(update={"evaluations": evaluations})
+            workspace.training = training.model_copy(update={"evaluations": evaluations})
             for made in ("rows_read", "stages"):
-                shared.__dict__.pop(made, None)
+                workspace.__dict__.pop(made, None)
 
     def _probe_seconds(self, kind: str) -> float:
         """Makes the probe of an allocation, once; returns the CPU seconds it took."""
         # Loading and the untuned model's evaluation are no part of it.
-        _ = self.shared.baseline
+        _ = self.workspace.baseline
         began = time.process_time()
-        course = Course(self.shared, Run(0, {"rank_allocation": kind, "lora_rank": 2}))
+        course = Trial(self.workspace, TrialRequest(0, {"rank_allocation": kind, "lora_rank": 2}))
         return time.process_time() - began if course.chosen else 0.0
 
 
-class _Seen(Course):
+class _Seen(Trial):
     """A run of the package, whose adapter is looked at when it begins."""
 
-    def __init__(self, shared: Shared, run: Run) -> None:
-        super().__init__(shared, run)
+    def __init__(self, workspace: Workspace, run: TrialRequest) -> None:
+        super().__init__(workspace, run)
         self._start: dict[str, float] = {}
         self._trained = 0
 
@@ -216,7 +216,7 @@ class _Seen(Course):
 
     def batches(self, size: int) -> list[dict[str, Tensor]]:
         """Training sequences for starts that look at data, the same for every seed."""
-        prepared = self._shared.prepared
+        prepared = self._workspace.prepared
         dataset, pad = prepared.tokens.train, prepared.base.tokenizer.pad_token_id
         collate = DataCollatorForLanguageModeling(pad_token_id=pad)
         rows = [
@@ -231,8 +231,8 @@ class _Eva(_Seen):
 
     rho = 2.0
 
-    def __init__(self, shared: Shared, run: Run) -> None:
-        super().__init__(shared, run)
+    def __init__(self, workspace: Workspace, run: TrialRequest) -> None:
+        super().__init__(workspace, run)
         self.config = replace(
             self.config, init_lora_weights="eva", eva_config=EvaConfig(rho=self.rho)
         )
@@ -259,14 +259,14 @@ class _EvenEva(_Eva):
 class _LoraGa(_Seen):
     """PEFT's LoRA-GA with its defaults."""
 
-    def __init__(self, shared: Shared, run: Run) -> None:
-        super().__init__(shared, run)
+    def __init__(self, workspace: Workspace, run: TrialRequest) -> None:
+        super().__init__(workspace, run)
         self.config = replace(
             self.config, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig()
         )
 
     def alone(self) -> Measured:
-        model = self._shared.prepared.base.model
+        model = self._workspace.prepared.base.model
 
         def step() -> None:
             for batch in self.batches(8):
@@ -289,8 +289,8 @@ class _AdaLora(_Seen):
     Masked directions stay in memory, and count as gone: they can be cut without effect.
     """
 
-    def __init__(self, shared: Shared, run: Run) -> None:
-        super().__init__(shared, run)
+    def __init__(self, workspace: Workspace, run: TrialRequest) -> None:
+        super().__init__(workspace, run)
         target, steps = self.wanted.lora_rank, self.wanted.max_steps
         first = round(ADALORA_START * target)
         plain: Any = self.config

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     import optuna
 
     from optuna_lora_rl.finetuning.finetuner import FineTuner
-    from optuna_lora_rl.finetuning.finetuner import TrialResult
+    from optuna_lora_rl.finetuning.trial import TrialResult
 
 FILE = str(Path(__file__).resolve())
 # Short ones, none of those that the pruners' options were chosen on (studies/curves.py), of
@@ -197,7 +197,7 @@ def _naive(job: measuring.Job, tuner: FineTuner) -> Callable[[], measuring.Resul
 
 def scores(tuner: FineTuner) -> Callable[[Mapping[str, Any], float], float]:
     """Return the package's score as a function of a configuration and its validation loss."""
-    from optuna_lora_rl.finetuning.questions import quality
+    from optuna_lora_rl.finetuning.evaluation import quality
 
     untuned = tuner.baseline()
 
@@ -233,20 +233,20 @@ def _one_by_one(search: Search, tuner: FineTuner, job: measuring.Job) -> None:
 
 
 def _packed(search: Search, tuner: FineTuner, job: measuring.Job) -> None:
-    from optuna_lora_rl.finetuning.finetuner import Run
+    from optuna_lora_rl.finetuning.trial import TrialRequest
 
     running: dict[int, optuna.Trial] = {}
 
-    def runs() -> Run | None:
+    def runs() -> TrialRequest | None:
         asked = search.ask()
         if asked is None:
             return None
         trial, configuration = asked
         running[trial.number] = trial
         report = search.report(trial)
-        return Run(trial.number, configuration, report=lambda n, score, _: report(score))
+        return TrialRequest(trial.number, configuration, report=lambda n, score, _: report(score))
 
-    def done(run: Run, result: TrialResult | Exception) -> None:
+    def done(run: TrialRequest, result: TrialResult | Exception) -> None:
         outcome = result if isinstance(result, Exception) else result.score
         search.tell(running.pop(run.number), _expected(outcome))
         if search.reached:
@@ -260,7 +260,7 @@ def _expected(outcome: float | Exception) -> float | Exception:
     """Return an outcome that trials may have; anything else is a bug and shall be seen."""
     import optuna
 
-    from optuna_lora_rl.finetuning.failure import FineTuningError
+    from optuna_lora_rl.finetuning.errors import FineTuningError
 
     if isinstance(outcome, Exception) and not isinstance(
         outcome, optuna.TrialPruned | FineTuningError

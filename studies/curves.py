@@ -140,7 +140,7 @@ def run(
     own: FineTuner, task: str, number: int, seed: int, parameters: Mapping[str, Value]
 ) -> Curve:
     """Fine-tune once and return the curve."""
-    from optuna_lora_rl.finetuning.failure import FineTuningError
+    from optuna_lora_rl.finetuning.errors import FineTuningError
 
     quality: list[float] = []
     cost, seconds, failure = 0.0, 0.0, None

@@ -113,10 +113,10 @@ def trials(tuner: Any, job: measuring.Job) -> measuring.Result:
 
 
 def _train(tuner: Any, begin: int, end: int, job: measuring.Job, done: Any) -> None:
-    from optuna_lora_rl.finetuning.finetuner import Run
+    from optuna_lora_rl.finetuning.trial import TrialRequest
 
     waiting = [
-        Run(i, configuration(i, job["steps"]), report=prune if i % 10 == 9 else None)
+        TrialRequest(i, configuration(i, job["steps"]), report=prune if i % 10 == 9 else None)
         for i in range(begin, end)
     ]
     if job["size"] > 1:

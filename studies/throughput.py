@@ -216,9 +216,9 @@ def _package(job: measuring.Job, chosen: list[dict[str, Any]]) -> Callable[[], m
 
     tuner = made()
     if job["without"] == "rows end to end":
-        from optuna_lora_rl.finetuning import learnt
+        from optuna_lora_rl.finetuning import model_call
 
-        learnt._saves = lambda model, inputs: False
+        model_call._saves = lambda model, inputs: False
     elif job["without"] == "own products":
         from optuna_lora_rl.finetuning import heads
         from optuna_lora_rl.finetuning import products
@@ -251,9 +251,9 @@ def _one_by_one(tuner: Any, chosen: list[dict[str, Any]], size: int) -> measurin
 
 
 def _packed(tuner: Any, chosen: list[dict[str, Any]], size: int) -> measuring.Result:
-    from optuna_lora_rl.finetuning.finetuner import Run
+    from optuna_lora_rl.finetuning.trial import TrialRequest
 
-    waiting = [Run(number, one) for number, one in enumerate(chosen)]
+    waiting = [TrialRequest(number, one) for number, one in enumerate(chosen)]
     waiting.reverse()
     losses: dict[int, float] = {}
     notes: list[str] = []

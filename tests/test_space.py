@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optuna_lora_rl.domains import Choice
-from optuna_lora_rl.domains import Fixed
-from optuna_lora_rl.domains import Range
-from optuna_lora_rl.domains import Tied
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.space import LoraSpace
+from optuna_lora_rl.space_forms import Choice
+from optuna_lora_rl.space_forms import Fixed
+from optuna_lora_rl.space_forms import Range
+from optuna_lora_rl.space_forms import Tied
 from optuna_lora_rl.vocabulary import DEFAULTS
 from optuna_lora_rl.vocabulary import VOCABULARY
 

@@ -17,12 +17,12 @@ from rich.text import Text
 from optuna_lora_rl.activity import Activity
 from optuna_lora_rl.activity import OnActivity
 from optuna_lora_rl.errors import UserError
-from optuna_lora_rl.rank import advisor
+from optuna_lora_rl.finetuning import advisor
+from optuna_lora_rl.rank import allocation
 from optuna_lora_rl.rank import capacity
-from optuna_lora_rl.rank import importance
+from optuna_lora_rl.rank import layer_names
 from optuna_lora_rl.rank import layers
 from optuna_lora_rl.rank import merging
-from optuna_lora_rl.rank import places
 from optuna_lora_rl.rank import saved
 from optuna_lora_rl.rank import spectrum
 from optuna_lora_rl.rank import tables
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel
 
+    from optuna_lora_rl.finetuning.advisor import Advice
+    from optuna_lora_rl.finetuning.advisor import Complexity
+    from optuna_lora_rl.finetuning.advisor import Workload
     from optuna_lora_rl.finetuning.options import ModelOptions
-    from optuna_lora_rl.rank.advisor import Advice
-    from optuna_lora_rl.rank.advisor import Complexity
-    from optuna_lora_rl.rank.advisor import Workload
     from optuna_lora_rl.rank.spectrum import Spectrum
 
 _LEGEND = (
@@ -102,7 +102,7 @@ def analyze(
         elif model is not None:
             title, more = f"Weights of {model}", {}
             base = _load(model, dtype, on_activity)
-            names = places.chosen(layers.shapes_of(base), modules)
+            names = layer_names.chosen(layers.shapes_of(base), modules)
             up_to = 1 << 40 if exact else spectrum.EXACT_UP_TO
             found = spectrum.of_weights(base, names, exact_up_to=up_to, on_activity=on_activity)
             left_out = layers.others_of(base) if modules is None else {}
@@ -112,7 +112,7 @@ def analyze(
         print(wording.json_text({"title": title, "layers": _facts(found, more)}))
     else:
         console.print(Text(title, style="bold"))
-        many = not whole and len(found) > places.FEW
+        many = not whole and len(found) > layer_names.FEW
         table = tables.spectra_in_groups if many else tables.spectra
         console.print(table(found, more, console.width))
         legend = _LEGEND + (_IN_GROUPS if many else "")
@@ -165,11 +165,11 @@ def advise(
     with waiting(progress) as on_activity:
         base = _load(model, dtype, on_activity)
         every = layers.shapes_of(base)
-        names = places.chosen(every, modules)
+        names = layer_names.chosen(every, modules)
         found = None
         if by_weight:
             spectra = spectrum.of_weights(base, names, on_activity=on_activity)
-            found = importance.of_spectra(spectra)
+            found = allocation.importance_of_spectra(spectra)
     advice = advisor.advise(
         base,
         complexity=complexity,
@@ -207,9 +207,9 @@ def config_of(advice: Advice, every: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "r": advice.rank,
         "lora_alpha": advice.alpha,
-        "target_modules": places.targets(advice.ranks, every),
-        "rank_pattern": places.collapsed(advice.ranks, advice.rank),
-        "alpha_pattern": places.collapsed(alphas, advice.alpha),
+        "target_modules": layer_names.targets(advice.ranks, every),
+        "rank_pattern": layer_names.collapsed(advice.ranks, advice.rank),
+        "alpha_pattern": layer_names.collapsed(alphas, advice.alpha),
     }
 
 
@@ -260,7 +260,7 @@ def truncate(
         found = truncation.truncate(
             adapter, output, energy=energy, rank=rank, on_activity=on_activity
         )
-    many = not whole and len(found.before) > places.FEW
+    many = not whole and len(found.before) > layer_names.FEW
     console.print((tables.truncation_in_groups if many else tables.truncation)(found))
     words = (
         f"{found.parameters_after:,} of {found.parameters_before:,} parameters are kept "
@@ -286,8 +286,8 @@ def merge(
     Raises:
         UserError: When one of them cannot be read or written.
     """
+    from optuna_lora_rl.finetuning.isolation import quiet
     from optuna_lora_rl.finetuning.model import path_of
-    from optuna_lora_rl.finetuning.quiet import quiet
 
     config = saved.check(adapter)
     base = model or config.get("base_model_name_or_path")
@@ -333,7 +333,7 @@ def _options(name: object, source: str, dtype: str = "auto") -> ModelOptions:
 
 
 def _load(name: str, dtype: str, on_activity: OnActivity) -> PreTrainedModel:
-    from optuna_lora_rl.finetuning.quiet import quiet
+    from optuna_lora_rl.finetuning.isolation import quiet
 
     on_activity(Activity(f"loading {name}"))
     with quiet(on_activity):
@@ -349,7 +349,7 @@ def _updates(
 ) -> tuple[dict[str, Spectrum], dict[str, dict[str, float]]]:
     own = saved.read(adapter)
     own.check_plain()
-    factors = {name: own.factors[name] for name in places.chosen(own.factors, modules)}
+    factors = {name: own.factors[name] for name in layer_names.chosen(own.factors, modules)}
     found = spectrum.of_all(factors, on_activity=on_activity)
     more: dict[str, dict[str, float]] = {"r": {name: one.rank for name, one in factors.items()}}
     if model is not None:

@@ -161,11 +161,10 @@ def learn(
     """
     with working(quiet=quiet) as on_activity:
         from optuna_lora_rl.learning import fine_tuning
-        from optuna_lora_rl.study import earlier
         from optuna_lora_rl.study import opening
 
         with opening.quiet():
-            found = earlier.load_several(storage, study)
+            found = opening.load_studies(storage, study)
             sources, left_out = fine_tuning.read(found, all_wanted=bool(study))
         for name in left_out:
             print(f"{name} is left out: it has too few trials with a result")

@@ -137,7 +137,7 @@ def advise(
     """
     with working(quiet=quiet):
         from optuna_lora_rl.commands import layers
-        from optuna_lora_rl.rank import advisor
+        from optuna_lora_rl.finetuning import advisor
 
     layers.advise(
         console(),

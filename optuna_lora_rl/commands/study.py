@@ -54,10 +54,12 @@ def init(
 
     Example: [bold]optuna-lora-rl init my.yaml --model Qwen/Qwen2.5-0.5B --train data.jsonl[/]
     """
-    from optuna_lora_rl.study import template
+    from optuna_lora_rl.study import reference
     from optuna_lora_rl.study import wording
 
-    for note in template.write(file, model=model, train=train, trials=trials, force=force):
+    for note in reference.write_commented(
+        file, model=model, train=train, trials=trials, force=force
+    ):
         console().print(masked(note), highlight=False, markup=False, soft_wrap=True)
     said = f"wrote {file}; next: {wording.program()} run {shlex.quote(str(file))}"
     console().print(masked(said), highlight=False, markup=False, soft_wrap=True)
@@ -193,7 +195,7 @@ def report(
     Example: [bold]optuna-lora-rl report studies/quickstart.yaml --trial 3[/]
     """
     with working("reading the study") as on_activity:
-        from optuna_lora_rl.study import export as exporting
+        from optuna_lora_rl.study import adapters as exporting
         from optuna_lora_rl.study import opening
         from optuna_lora_rl.study import rank_report
         from optuna_lora_rl.study import report as reporting
@@ -268,7 +270,7 @@ def export(
     Example: [bold]optuna-lora-rl export study.yaml --to peft --output my-adapter[/]
     """
     with working("writing the adapter"):
-        from optuna_lora_rl.study import export as exporting
+        from optuna_lora_rl.study import adapters as exporting
         from optuna_lora_rl.study import opening
 
         spec = load(file, overrides)

@@ -9,15 +9,15 @@ from typing import Any
 
 from optuna_lora_rl.activity import OnActivity
 from optuna_lora_rl.activity import unseen
-from optuna_lora_rl.finetuning import questions as evaluation
+from optuna_lora_rl.finetuning import questions
 from optuna_lora_rl.finetuning.data import draw
 from optuna_lora_rl.finetuning.files import Row
 from optuna_lora_rl.finetuning.isolation import own_randomness
+from optuna_lora_rl.finetuning.isolation import quiet
 from optuna_lora_rl.finetuning.preparation import longest
-from optuna_lora_rl.finetuning.quiet import quiet
 
 if TYPE_CHECKING:
-    from optuna_lora_rl.finetuning.shared import Shared
+    from optuna_lora_rl.finetuning.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,16 @@ class Answers:
     @property
     def right(self) -> int:
         """How many are as expected, but for outer spaces."""
-        return sum(map(evaluation.is_exact, self.given, self.expected))
+        return sum(map(questions.is_exact, self.given, self.expected))
 
 
 def answers(
-    shared: Shared, model: Any, count: int, *, on_activity: OnActivity = unseen
+    workspace: Workspace, model: Any, count: int, *, on_activity: OnActivity = unseen
 ) -> Answers | None:
     """Lets a model answer held-out questions, greedily.
 
     Args:
-        shared: Of the study; its objective says how long answers may be.
+        workspace: Of the study; its objective says how long answers may be.
         model: The model as it stands.
         count: How many questions, drawn by content and the data's seed, the same for each model.
         on_activity: Told how far it is.
@@ -56,23 +56,23 @@ def answers(
     Returns:
         None where the data ask nothing, or answers leave no room for a question.
     """
-    prepared, objective = shared.prepared, shared.objective
+    prepared, objective = workspace.prepared, workspace.objective
     splits, tokenizer = prepared.splits, prepared.base.tokenizer
     rows = splits.validation if splits.test is None else splits.test
-    room = longest(prepared.base, shared.data) - objective.max_new_tokens
-    chosen = draw([row for row in rows if _question(row)], count, shared.data.seed)
+    room = longest(prepared.base, workspace.data) - objective.max_new_tokens
+    chosen = draw([row for row in rows if _question(row)], count, workspace.data.seed)
     if not chosen or room < 1:
         return None
     with quiet(), own_randomness():
-        asked = evaluation.questions(
-            chosen, tokenizer, count=count, seed=shared.data.seed, longest_prompt=room
+        asked = questions.questions(
+            chosen, tokenizer, count=count, seed=workspace.data.seed, longest_prompt=room
         )
-        given = evaluation.answers(
+        given = questions.answers(
             model,
             tokenizer,
             asked,
             max_new_tokens=objective.max_new_tokens,
-            batch_size=shared.training.eval_batch_size,
+            batch_size=workspace.training.eval_batch_size,
             on_activity=on_activity,
         )
     split = "validation" if splits.test is None else "test"
@@ -81,7 +81,7 @@ def answers(
 
 def _question(row: Row) -> str:
     """The text of what a row asks; empty where it asks nothing, or has no answer in words."""
-    asked, answer = evaluation.question_and_answer(row)
+    asked, answer = questions.question_and_answer(row)
     if answer is None or not asked:
         return ""
     return asked if isinstance(asked, str) else _text(asked)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from optuna_lora_rl.errors import UserError
-from optuna_lora_rl.finetuning.failure import FineTuningError
+from optuna_lora_rl.finetuning.errors import FineTuningError
 from optuna_lora_rl.vocabulary import BOTH
 from optuna_lora_rl.vocabulary import OWN_INITIALISATIONS
 from optuna_lora_rl.vocabulary import VOCABULARY

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from typing import Any
 
 if TYPE_CHECKING:
-    from optuna_lora_rl.finetuning.shared import Shared
+    from optuna_lora_rl.finetuning.workspace import Workspace
 
 
-def facts(shared: Shared) -> dict[str, Any]:
+def facts(workspace: Workspace) -> dict[str, Any]:
     """Returns what :meth:`optuna_lora_rl.finetuning.finetuner.FineTuner.data_facts` tells."""
-    prepared = shared.prepared
+    prepared = workspace.prepared
     splits, tokens = prepared.splits, prepared.tokens
     known = {}
     for name, counts in splits.counts.items():
@@ -27,13 +27,13 @@ def facts(shared: Shared) -> dict[str, Any]:
         }
     return {
         "kind": splits.kind,
-        "learns": _learns(splits.kind, shared.training.extra),
+        "learns": _learns(splits.kind, workspace.training.extra),
         "unread": list(splits.unread),
         "max_length": tokens.max_length,
         "answered": None if prepared.asked is None else len(prepared.asked.answers),
         "splits": known,
-        "evaluations": shared.rows_read,
-        "evaluated": shared.work.share(shared.rows_read),
+        "evaluations": workspace.rows_read,
+        "evaluated": workspace.work.share(workspace.rows_read),
     }
 
 

@@ -19,20 +19,18 @@ from optuna_lora_rl.activity import counted
 from optuna_lora_rl.activity import unseen
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning import process
+from optuna_lora_rl.finetuning.cache import once
 from optuna_lora_rl.finetuning.configuration import Configuration
-from optuna_lora_rl.finetuning.failure import FineTuningError
-from optuna_lora_rl.finetuning.hub import first_line
-from optuna_lora_rl.finetuning.once import once
+from optuna_lora_rl.finetuning.errors import FineTuningError
+from optuna_lora_rl.finetuning.evaluation import Evaluation
+from optuna_lora_rl.finetuning.evaluation import quality
 from optuna_lora_rl.finetuning.options import GENERATED_METRICS
 from optuna_lora_rl.finetuning.options import DataOptions
 from optuna_lora_rl.finetuning.options import ModelOptions
 from optuna_lora_rl.finetuning.options import ObjectiveOptions
 from optuna_lora_rl.finetuning.options import TrainingOptions
 from optuna_lora_rl.finetuning.progress import Report
-from optuna_lora_rl.finetuning.questions import Evaluation
-from optuna_lora_rl.finetuning.questions import quality
-from optuna_lora_rl.finetuning.run import Run
-from optuna_lora_rl.finetuning.run import TrialResult
+from optuna_lora_rl.finetuning.sources import first_line
 from optuna_lora_rl.finetuning.trackers import Follower
 from optuna_lora_rl.vocabulary import TARGET_PRESETS
 from optuna_lora_rl.vocabulary import Value
@@ -45,9 +43,11 @@ if TYPE_CHECKING:
     from optuna_lora_rl.finetuning.forecast import Forecast
     from optuna_lora_rl.finetuning.preparation import Prepared
     from optuna_lora_rl.finetuning.price import Measured
-    from optuna_lora_rl.finetuning.shared import Shared
+    from optuna_lora_rl.finetuning.trial import TrialRequest
+    from optuna_lora_rl.finetuning.trial import TrialResult
+    from optuna_lora_rl.finetuning.workspace import Workspace
 
-__all__ = ["FineTuner", "FineTuningError", "Report", "Run", "TrialResult"]
+__all__ = ["FineTuner", "FineTuningError", "Report"]
 
 
 class FineTuner:
@@ -128,8 +128,8 @@ class FineTuner:
             select(architecture, name, "all", self.target_sets)
         checking.check_targets(architecture, targets, layers, self.target_sets)
         try:
-            sft.check(self._shared.price.reference_configuration, self.training)
-            _ = self._shared.price.reference
+            sft.check(self._workspace.price.reference_configuration, self.training)
+            _ = self._workspace.price.reference
         except FineTuningError as error:
             raise UserError(f"objective.reference: {error.message}") from None
         return checking.notes(self._prepared.base)
@@ -171,12 +171,12 @@ class FineTuner:
         """
         from optuna_lora_rl.finetuning.data_facts import facts
 
-        return facts(self._shared)
+        return facts(self._workspace)
 
     @process.alone()
     def baseline(self) -> Evaluation:
         """Returns the untuned model's evaluation on the validation set, measured once."""
-        return self._shared.baseline
+        return self._workspace.baseline
 
     @process.alone()
     def forecast(self) -> Forecast:
@@ -188,7 +188,7 @@ class FineTuner:
         from optuna_lora_rl.finetuning import forecast
 
         typical = {**self.objective.reference, **self.typical}
-        return forecast.measure(self._shared, typical, self._on_activity)
+        return forecast.measure(self._workspace, typical, self._on_activity)
 
     @process.alone()
     def estimate(self, configuration: Mapping[str, Value]) -> tuple[Estimate, dict[str, float]]:
@@ -197,7 +197,7 @@ class FineTuner:
         Raises:
             FineTuningError: When there is nothing that the configuration could adapt.
         """
-        price = self._shared.price
+        price = self._workspace.price
         counted = price.estimate(Configuration.of(configuration))
         return counted, price.estimated(counted)
 
@@ -228,15 +228,17 @@ class FineTuner:
         Raises:
             FineTuningError: When the trial failed by itself.
         """
+        from optuna_lora_rl.finetuning.trial import TrialRequest
+
         return self._alone(
-            Run(number, configuration, seed, report, folder, trackers_name, on_activity)
+            TrialRequest(number, configuration, seed, report, folder, trackers_name, on_activity)
         )
 
     @process.alone()
     def run_packed(
         self,
-        runs: Callable[[], Run | None],
-        done: Callable[[Run, TrialResult | Exception], None],
+        runs: Callable[[], TrialRequest | None],
+        done: Callable[[TrialRequest, TrialResult | Exception], None],
         *,
         size: int | None = None,
         says: Callable[[str], None] | None = None,
@@ -261,24 +263,24 @@ class FineTuner:
             BaseException: What ``runs`` and ``done`` raise, and what is no ``Exception`` from a
                 report; all runs are ended.
         """
-        from optuna_lora_rl.finetuning.side_by_side import SideBySide
+        from optuna_lora_rl.finetuning.packing.runs import SideBySide
 
-        SideBySide(self._shared, self._alone, runs, done, says or (lambda note: None)).run(size)
+        SideBySide(self._workspace, self._alone, runs, done, says or (lambda note: None)).run(size)
 
-    def _alone(self, run: Run) -> TrialResult:
-        from optuna_lora_rl.finetuning.course import Course
+    def _alone(self, request: TrialRequest) -> TrialResult:
+        from optuna_lora_rl.finetuning.trial import Trial
 
-        follower, course = Follower(self.training.report_to, run), None
+        follower, trial = Follower(self.training.report_to, request), None
         is_measured = self.objective.cost_source == "measured"
         try:
-            course = Course(self._shared, run, follower=follower)
-            took = course.alone()
-            result = course.result(took, (lambda: self._reference) if is_measured else None)
+            trial = Trial(self._workspace, request, follower=follower)
+            took = trial.alone()
+            result = trial.result(took, (lambda: self._reference) if is_measured else None)
         except BaseException as error:
             if not isinstance(error, Exception):
                 follower.ended("interrupted", {})
-            elif course is not None and course.progress.is_callers(error):
-                follower.ended("pruned", course.so_far())
+            elif trial is not None and trial.progress.is_callers(error):
+                follower.ended("pruned", trial.so_far())
             else:
                 follower.ended("failed", {}, first_line(error))
             raise
@@ -293,9 +295,9 @@ class FineTuner:
         No trial looks at the split, which is tokenised with the others; call this once, for the
         final best.
         """
+        from optuna_lora_rl.finetuning.isolation import quiet
         from optuna_lora_rl.finetuning.lora import loaded
         from optuna_lora_rl.finetuning.preparation import questions
-        from optuna_lora_rl.finetuning.quiet import quiet
 
         prepared = self._prepared
         base, rows, dataset = prepared.base, prepared.splits.test, prepared.tokens.test
@@ -303,10 +305,10 @@ class FineTuner:
             return None
         asked = questions(base, rows, self.data, self.objective)
         what = "evaluating the untuned model on the test split"
-        before = Evaluation(**self._shared.evaluate_base(dataset, asked, what))
+        before = Evaluation(**self._workspace.evaluate_base(dataset, asked, what))
         what = "evaluating the best adapter on the test split"
         with quiet(), loaded(base.model, adapter) as adapted:
-            after = Evaluation(**self._shared.evaluate(adapted, dataset, asked, what))
+            after = Evaluation(**self._workspace.evaluate(adapted, dataset, asked, what))
         gained = quality(self.objective.metric, after.metrics(), before)
         return replace(after, quality=gained)
 
@@ -326,18 +328,18 @@ class FineTuner:
             UserError: When the adapter cannot be loaded.
         """
         from optuna_lora_rl.finetuning import answering
+        from optuna_lora_rl.finetuning.isolation import quiet
         from optuna_lora_rl.finetuning.lora import loaded
         from optuna_lora_rl.finetuning.lora import restored
-        from optuna_lora_rl.finetuning.quiet import quiet
 
-        base, shared, tell = self._prepared.base.model, self._shared, self._on_activity
+        base, workspace, tell = self._prepared.base.model, self._workspace, self._on_activity
         if self.objective.metric in GENERATED_METRICS:
             count = self.objective.generation_samples
         if adapter is None:
             with restored(base, {}):
-                return answering.answers(shared, base, count, on_activity=tell)
+                return answering.answers(workspace, base, count, on_activity=tell)
         with quiet(), loaded(base, adapter) as adapted:
-            return answering.answers(shared, adapted, count, on_activity=tell)
+            return answering.answers(workspace, adapted, count, on_activity=tell)
 
     @process.alone()
     def cut(self, adapter: Path) -> list[float]:
@@ -352,15 +354,15 @@ class FineTuner:
         Raises:
             UserError: When it cannot be read, is of another model, or is on the output head.
         """
+        from optuna_lora_rl.finetuning.isolation import quiet
         from optuna_lora_rl.finetuning.lora import ADAPTED
         from optuna_lora_rl.finetuning.lora import loaded
-        from optuna_lora_rl.finetuning.quiet import quiet
         from optuna_lora_rl.rank import layers
         from optuna_lora_rl.rank import resizing
         from optuna_lora_rl.rank import truncation
 
-        own, shared, prepared = truncation.cuttable(adapter), self._shared, self._prepared
-        base, baseline = prepared.base.model, shared.baseline
+        own, workspace, prepared = truncation.cuttable(adapter), self._workspace, self._prepared
+        base, baseline = prepared.base.model, workspace.baseline
         own.check_fits(layers.shapes_of(base, with_head=True), prepared.base.name)
         found: list[float] = []
         with quiet(), loaded(base, adapter) as adapted:
@@ -375,8 +377,8 @@ class FineTuner:
             for size in counted(sizes, "cutting and evaluating", "sizes", self._on_activity):
                 if resizing.resize(adapted, size.ranks) or not found:
                     # Of the sizes, and not of the batches, it is told how many are done.
-                    values = shared.evaluate(
-                        adapted, shared.validation, prepared.asked, on_activity=unseen
+                    values = workspace.evaluate(
+                        adapted, workspace.validation, prepared.asked, on_activity=unseen
                     )
                     now = quality(self.objective.metric, values, baseline)
                 found.append(now)
@@ -384,14 +386,14 @@ class FineTuner:
 
     @property
     def _prepared(self) -> Prepared:
-        return self._shared.prepared
+        return self._workspace.prepared
 
     @cached_property
-    def _shared(self) -> Shared:
+    def _workspace(self) -> Workspace:
         # With it come torch, transformers, TRL and PEFT.
-        from optuna_lora_rl.finetuning.shared import Shared
+        from optuna_lora_rl.finetuning.workspace import Workspace
 
-        return Shared(
+        return Workspace(
             self.model,
             self.data,
             self.training,
@@ -404,22 +406,23 @@ class FineTuner:
 
     @cached_property
     def _reference(self) -> Measured:
-        from optuna_lora_rl.finetuning.course import Course
         from optuna_lora_rl.finetuning.price import Measured
-        from optuna_lora_rl.finetuning.shared import content_of
+        from optuna_lora_rl.finetuning.trial import Trial
+        from optuna_lora_rl.finetuning.trial import TrialRequest
+        from optuna_lora_rl.finetuning.workspace import content_of
 
-        shared, tokens = self._shared, self._prepared.tokens
-        configuration = asdict(shared.price.reference_configuration)
+        workspace, tokens = self._workspace, self._prepared.tokens
+        configuration = asdict(workspace.price.reference_configuration)
         facts = {
-            **shared.facts(shared.validation, self._prepared.asked),
+            **workspace.facts(workspace.validation, self._prepared.asked),
             "configuration": configuration,
             "train": content_of(tokens.train),
             "machine": [platform.node(), platform.processor()],
         }
 
         def measure() -> dict[str, float]:
-            reference = Run(0, configuration, on_activity=self._measures_reference)
-            return asdict(Course(shared, reference).alone())
+            reference = TrialRequest(0, configuration, on_activity=self._measures_reference)
+            return asdict(Trial(workspace, reference).alone())
 
         return Measured(**once(self.cache, "references", facts, measure))
 

@@ -12,11 +12,11 @@ from optuna_lora_rl.activity import Activity
 from optuna_lora_rl.activity import OnActivity
 from optuna_lora_rl.finetuning import sft
 from optuna_lora_rl.finetuning.configuration import Configuration
-from optuna_lora_rl.finetuning.course import Course
-from optuna_lora_rl.finetuning.run import Run
+from optuna_lora_rl.finetuning.trial import Trial
+from optuna_lora_rl.finetuning.trial import TrialRequest
 
 if TYPE_CHECKING:
-    from optuna_lora_rl.finetuning.shared import Shared
+    from optuna_lora_rl.finetuning.workspace import Workspace
     from optuna_lora_rl.vocabulary import Value
 
 
@@ -35,11 +35,13 @@ class Forecast:
     peak_bytes: int
 
 
-def measure(shared: Shared, typical: Mapping[str, Value], on_activity: OnActivity) -> Forecast:
+def measure(
+    workspace: Workspace, typical: Mapping[str, Value], on_activity: OnActivity
+) -> Forecast:
     """Trains two steps, reads what the last evaluation reads, and scales both up.
 
     Args:
-        shared: What all runs share; left as it was.
+        workspace: What all runs share; left as it was.
         typical: Parameters of a typical run.
         on_activity: Told how far it is.
 
@@ -47,7 +49,7 @@ def measure(shared: Shared, typical: Mapping[str, Value], on_activity: OnActivit
         FineTuningError: When such a run fails.
     """
     wanted = Configuration.of(typical)
-    plan = sft.Plan.of(wanted, shared.training, len(shared.prepared.lengths))
+    plan = sft.Plan.of(wanted, workspace.training, len(workspace.prepared.lengths))
     moments: list[tuple[str, float]] = []
 
     def tells(activity: Activity) -> None:
@@ -55,16 +57,16 @@ def measure(shared: Shared, typical: Mapping[str, Value], on_activity: OnActivit
             moments.append(("step", time.monotonic()))
         on_activity(replace(activity, what=f"measuring two steps: {activity.what}"))
 
-    run = Run(
+    request = TrialRequest(
         0,
         {**typical, "max_steps": min(2, plan.steps)},
         report=lambda *_: moments.append(("evaluation", time.monotonic())),
         on_activity=tells,
     )
-    took = Course(shared, run).alone()
+    took = Trial(workspace, request).alone()
     # The last step, which is no longer the first, and the evaluation of everything after it.
     before, step, evaluated = moments[-3:] if len(moments) > 2 else [moments[0], *moments]
-    last, rows = evaluated[1] - step[1], shared.rows_read
+    last, rows = evaluated[1] - step[1], workspace.rows_read
     evaluating = last * sum(rows) / rows[-1]
     seconds = plan.steps * (step[1] - before[1] or took.seconds - last)
     return Forecast(seconds + evaluating, evaluating, took.peak_bytes)

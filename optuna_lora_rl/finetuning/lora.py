@@ -34,9 +34,9 @@ from optuna_lora_rl.finetuning import products
 from optuna_lora_rl.finetuning.architecture import Architecture
 from optuna_lora_rl.finetuning.architecture import LinearModule
 from optuna_lora_rl.finetuning.configuration import Configuration
-from optuna_lora_rl.finetuning.failure import FineTuningError
-from optuna_lora_rl.finetuning.hub import first_line
-from optuna_lora_rl.finetuning.quiet import quiet
+from optuna_lora_rl.finetuning.errors import FineTuningError
+from optuna_lora_rl.finetuning.isolation import quiet
+from optuna_lora_rl.finetuning.sources import first_line
 from optuna_lora_rl.finetuning.targets import peft_names
 from optuna_lora_rl.finetuning.targets import select
 from optuna_lora_rl.rank import allocation

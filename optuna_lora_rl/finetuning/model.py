@@ -25,11 +25,11 @@ from optuna_lora_rl.finetuning import architecture
 from optuna_lora_rl.finetuning import attention
 from optuna_lora_rl.finetuning import content
 from optuna_lora_rl.finetuning import gguf
-from optuna_lora_rl.finetuning import hub
 from optuna_lora_rl.finetuning import model_files
+from optuna_lora_rl.finetuning import sources
 from optuna_lora_rl.finetuning.architecture import Architecture
-from optuna_lora_rl.finetuning.learnt import PLAIN
-from optuna_lora_rl.finetuning.learnt import ModelCall
+from optuna_lora_rl.finetuning.model_call import PLAIN
+from optuna_lora_rl.finetuning.model_call import ModelCall
 from optuna_lora_rl.finetuning.options import ModelOptions
 
 
@@ -84,12 +84,12 @@ def _gguf_file(options: ModelOptions) -> Path:
         model_files.check(options)
         return folder / options.gguf_file
     try:
-        with hub.no_waiting():
+        with sources.no_waiting():
             return Path(
                 hf_hub_download(options.name, options.gguf_file, revision=options.revision)
             )
     except Exception as error:
-        raise UserError(f"model.name: {hub.failure('model', options.name, error)}") from None
+        raise UserError(f"model.name: {sources.failure('model', options.name, error)}") from None
 
 
 def load(options: ModelOptions, device: torch.device) -> Base:
@@ -108,7 +108,7 @@ def load(options: ModelOptions, device: torch.device) -> Base:
     if not local:
         shared["revision"] = options.revision
     try:
-        with nullcontext() if local else hub.no_waiting():
+        with nullcontext() if local else sources.no_waiting():
             tokenizer = AutoTokenizer.from_pretrained(name, **shared)
             model, loaded = AutoModelForCausalLM.from_pretrained(
                 name,
@@ -172,12 +172,12 @@ def _check_whole(name: str, model: PreTrainedModel, loaded: Mapping[str, Any]) -
 
 def _failure(options: ModelOptions, local: bool, error: Exception) -> str:
     if options.attn_implementation is not None and re.search("attn|attention", f"{error}".lower()):
-        reason = hub.first_line(error)
+        reason = sources.first_line(error)
         return f"attn_implementation {options.attn_implementation!r} cannot be used: {reason}"
     if local:
-        reason = hub.first_line(error)
+        reason = sources.first_line(error)
         return f"the folder {options.name!r} cannot be loaded as a causal language model: {reason}"
-    return hub.failure("model", options.name, error)
+    return sources.failure("model", options.name, error)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

@@ -20,9 +20,9 @@ from pydantic import field_validator
 from pydantic import model_validator
 
 from optuna_lora_rl.errors import masked
-from optuna_lora_rl.finetuning.extra import check_extra
 from optuna_lora_rl.finetuning.rank_options import RankChangeOptions
-from optuna_lora_rl.finetuning.section import Section
+from optuna_lora_rl.finetuning.rank_options import Section
+from optuna_lora_rl.finetuning.trl_arguments import check_extra
 
 COLUMN_ROLES = ("text", "prompt", "completion", "messages", "input", "system", "tools")
 GENERATED_METRICS = ("exact_match", "accuracy", "f1")

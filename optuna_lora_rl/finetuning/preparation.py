@@ -15,11 +15,12 @@ from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning import data
 from optuna_lora_rl.finetuning import device as devices
 from optuna_lora_rl.finetuning import model
-from optuna_lora_rl.finetuning import questions as evaluation
+from optuna_lora_rl.finetuning import questions as asking
 from optuna_lora_rl.finetuning import tokens
 from optuna_lora_rl.finetuning.data import Splits
 from optuna_lora_rl.finetuning.files import Row
 from optuna_lora_rl.finetuning.isolation import own_randomness
+from optuna_lora_rl.finetuning.isolation import quiet
 from optuna_lora_rl.finetuning.model import Base
 from optuna_lora_rl.finetuning.options import GENERATED_METRICS
 from optuna_lora_rl.finetuning.options import DataOptions
@@ -27,7 +28,6 @@ from optuna_lora_rl.finetuning.options import ModelOptions
 from optuna_lora_rl.finetuning.options import ObjectiveOptions
 from optuna_lora_rl.finetuning.options import TrainingOptions
 from optuna_lora_rl.finetuning.questions import Questions
-from optuna_lora_rl.finetuning.quiet import quiet
 from optuna_lora_rl.finetuning.tokens import Tokens
 
 
@@ -114,7 +114,7 @@ def questions(
             f"objective.max_new_tokens is {objective.max_new_tokens}, which leaves no room for a "
             f"prompt within {length} tokens"
         )
-    return evaluation.questions(
+    return asking.questions(
         rows,
         base.tokenizer,
         count=objective.generation_samples,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Mapping
 
-from optuna_lora_rl.finetuning import questions as evaluation
-from optuna_lora_rl.finetuning.failure import FineTuningError
-from optuna_lora_rl.finetuning.questions import Evaluation
+from optuna_lora_rl.finetuning import evaluation
+from optuna_lora_rl.finetuning.errors import FineTuningError
+from optuna_lora_rl.finetuning.evaluation import Evaluation
 
 # Called at each evaluation with the step, the score of the whole run if it had this quality at its
 # end, and the metrics. The score charges the run's counted cost even where the objective's is

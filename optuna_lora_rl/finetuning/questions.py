@@ -1,12 +1,10 @@
-"""How good a model's answers are: teacher-forced metrics from TRL, and generated answers."""
+"""What a model is asked, what it answers, and how often that is right."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from collections.abc import Sequence
-from dataclasses import asdict
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING
@@ -20,63 +18,13 @@ from optuna_lora_rl.activity import unseen
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning.data import draw
 from optuna_lora_rl.finetuning.files import Row
-from optuna_lora_rl.finetuning.hub import first_line
+from optuna_lora_rl.finetuning.sources import first_line
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
 _MARK = "((answer))"
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What an evaluation found.
-
-    Attributes:
-        loss: Mean cross-entropy over all learnt tokens, in nats, of the model alone: no auxiliary
-            loss, no smoothing, no other training loss is in it.
-        token_accuracy: Share of them that are the most likely token given the ones before.
-        exact_match: Share of generated answers equal to the expected ones but for outer spaces.
-        accuracy: The same, regardless of case, inner spacing and anything after the first line.
-        f1: F1 of the answers taken as labels, macro-averaged over the expected ones.
-        quality: Gain over the untuned model in the study's metric; 0 for the untuned model.
-    """
-
-    loss: float
-    token_accuracy: float
-    exact_match: float | None = None
-    accuracy: float | None = None
-    f1: float | None = None
-    quality: float = 0.0
-
-    def metrics(self) -> dict[str, float]:
-        """Returns what was measured, by name."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
-
-def quality(metric: str, values: Mapping[str, float], baseline: Evaluation) -> float:
-    """Returns the gain over the untuned model.
-
-    For ``loss`` it is the share of the untuned model's loss that is gone, for the other metrics
-    the difference; so more is better, and 0 is no gain.
-    """
-    before = getattr(baseline, metric)
-    if metric == "loss":
-        return float((before - values["loss"]) / before) if before > 0 else 0.0
-    return float(values[metric] - before)
-
-
-def teacher_forced(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Picks TRL's evaluation metrics, under the names used here."""
-    return {
-        "loss": float(metrics["eval_loss"]),
-        "token_accuracy": float(metrics["eval_mean_token_accuracy"]),
-    }
-
-
-def is_finite(values: Mapping[str, float]) -> bool:
-    return all(math.isfinite(value) for value in values.values())
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import BaseModel
+from pydantic import ConfigDict
 from pydantic import Field
 from pydantic import PositiveInt
 from pydantic import model_validator
 
-from optuna_lora_rl.finetuning.section import Section
+
+class Section(BaseModel):
+    """Keys and values that cannot be changed, none of them unknown."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
 class LossRankOptions(Section):

@@ -34,12 +34,12 @@ from optuna_lora_rl.activity import unseen
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning import heads
 from optuna_lora_rl.finetuning.configuration import Configuration
-from optuna_lora_rl.finetuning.failure import FineTuningError
-from optuna_lora_rl.finetuning.hub import first_line
-from optuna_lora_rl.finetuning.learnt import PLAIN
-from optuna_lora_rl.finetuning.learnt import ModelCall
+from optuna_lora_rl.finetuning.errors import FineTuningError
+from optuna_lora_rl.finetuning.isolation import quiet
+from optuna_lora_rl.finetuning.model_call import PLAIN
+from optuna_lora_rl.finetuning.model_call import ModelCall
 from optuna_lora_rl.finetuning.options import TrainingOptions
-from optuna_lora_rl.finetuning.quiet import quiet
+from optuna_lora_rl.finetuning.sources import first_line
 from optuna_lora_rl.finetuning.trackers import Follower
 from optuna_lora_rl.finetuning.trainer import Batches
 from optuna_lora_rl.finetuning.trainer import Evaluations
@@ -282,7 +282,11 @@ def _evaluator(
     device: torch.device,
     call: ModelCall,
 ) -> Trainer:
-    settings = {"output_dir": "runs", "gradient_checkpointing": False, **_shared(options, device)}
+    settings = {
+        "output_dir": "runs",
+        "gradient_checkpointing": False,
+        **_shared(options, device),
+    }
     try:
         return _trainer(model, tokenizer, (dataset, dataset), settings, [], call=call)
     except FineTuningError as error:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Sequence
+from contextlib import contextmanager
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -12,7 +18,6 @@ from typing import Any
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning import files
-from optuna_lora_rl.finetuning import hub
 from optuna_lora_rl.finetuning.files import Row
 from optuna_lora_rl.real import PREFIXES
 
@@ -214,7 +219,7 @@ def _declared(path: Path, subset: str | None, key: str = "") -> dict[str, list[P
         if not is_carded:
             return None
         raise UserError(
-            f"{key or 'data'}: the folder {str(path)!r} cannot be read: {hub.first_line(error)}"
+            f"{key or 'data'}: the folder {str(path)!r} cannot be read: {first_line(error)}"
         ) from None
     read = {
         str(split): [Path(name) for name in names if files.format_of(Path(name))]
@@ -270,11 +275,83 @@ def _read_hub(
     from datasets import load_dataset
 
     try:
-        with hub.no_waiting():
+        with no_waiting():
             return _rows(load_dataset(source, subset, split=split), limit)
     except Exception as error:
-        raise UserError(f"{key}: {hub.failure('data set', source, error)}") from None
+        raise UserError(f"{key}: {failure('data set', source, error)}") from None
 
 
 def _rows(table: Any, limit: int | None) -> list[Row]:
     return [files.from_table(row) for row in islice(table, limit)]
+
+
+_TIMEOUT_SECONDS = 5
+_OFFLINE = ("offline", "connect", "resolve", "timeout", "maxretry")
+_MISSING = ("RepositoryNotFound", "DatasetNotFound", "404", "is not a valid model")
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Puts the libraries into offline mode, for the block, where the hub cannot be reached.
+
+    They then take what is in their cache, or fail at once instead of after a minute of retries.
+    """
+    import datasets
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or _is_reachable(constants.ENDPOINT):
+        yield
+        return
+    before = datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = False, before
+
+
+def failure(kind: str, name: str, error: Exception) -> str:
+    """Says in one sentence why something could not be had from the hub.
+
+    Args:
+        kind: ``"model"`` or ``"data set"``.
+        name: What was asked for.
+        error: What huggingface_hub, datasets or transformers raised.
+    """
+    chain = " ".join(f"{type(link).__name__} {link}" for link in _chain(error))
+    if "GatedRepo" in chain or "gated repo" in chain:
+        return f"the {kind} {name!r} is gated; accept its terms on the hub, then hf auth login"
+    missing = any(word in chain for word in _MISSING)
+    if any(word in chain.lower() for word in _OFFLINE) and not missing:
+        return (
+            f"{name!r} is no local file or folder, and the {kind} cannot be fetched from the hub: "
+            "there is no connection"
+        )
+    if missing:
+        return f"there is no {kind} {name!r}, neither here nor on the hub"
+    return f"the {kind} {name!r} cannot be loaded: {first_line(error)}"
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _is_reachable(endpoint: str) -> bool:
+    url = urllib.parse.urlsplit(endpoint)
+    if urllib.request.getproxies():
+        # Behind a proxy only the libraries' own clients can tell.
+        return True
+    port = url.port or (80 if url.scheme == "http" else 443)
+    try:
+        socket.create_connection((url.hostname or "", port), _TIMEOUT_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+def _chain(error: BaseException | None) -> Iterable[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -21,10 +21,10 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from optuna_lora_rl.activity import Activity
 from optuna_lora_rl.activity import OnActivity
-from optuna_lora_rl.finetuning.failure import FineTuningError
-from optuna_lora_rl.finetuning.learnt import PLAIN
-from optuna_lora_rl.finetuning.learnt import learnt_only
+from optuna_lora_rl.finetuning.errors import FineTuningError
 from optuna_lora_rl.finetuning.merged import merged
+from optuna_lora_rl.finetuning.model_call import PLAIN
+from optuna_lora_rl.finetuning.model_call import learnt_only
 
 # Called after each evaluation with step, epoch and TRL's metrics, and `train_loss`, the mean
 # training loss of the steps since the evaluation before; True ends the run.

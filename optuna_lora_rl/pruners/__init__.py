@@ -38,9 +38,9 @@ from optuna_lora_rl.pruners.async_halving import AsyncHalvingPruner
 from optuna_lora_rl.pruners.cost_aware import CostAwarePruner
 from optuna_lora_rl.pruners.pareto import SINGLE
 from optuna_lora_rl.pruners.pareto import ParetoPruner
+from optuna_lora_rl.pruners.pareto import report
+from optuna_lora_rl.pruners.pareto import should_prune
 from optuna_lora_rl.pruners.peer_median import PeerMedianPruner
-from optuna_lora_rl.pruners.reports import report
-from optuna_lora_rl.pruners.reports import should_prune
 
 if TYPE_CHECKING:
     from collections.abc import Callable

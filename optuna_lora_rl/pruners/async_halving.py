@@ -7,8 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from optuna_lora_rl.pruners import limits
-from optuna_lora_rl.pruners.rules import PeerPruner
+from optuna_lora_rl.pruners.peers import PeerPruner
+from optuna_lora_rl.pruners.peers import check_number
 
 if TYPE_CHECKING:
     from optuna_lora_rl.pruners.peers import Peers
@@ -65,12 +65,12 @@ class AsyncHalvingPruner(PeerPruner):
         last_step: int | None = None,
         noise: float | Literal["auto"] = "auto",
     ) -> None:
-        limits.check_number("min_resource", min_resource, low=1, or_auto=True)
-        limits.check_number("reduction_factor", reduction_factor, low=2)
-        limits.check_number("n_min_trials", n_min_trials, low=1)
-        limits.check_number("noise", noise, low=0, or_auto=True)
+        check_number("min_resource", min_resource, low=1, or_auto=True)
+        check_number("reduction_factor", reduction_factor, low=2)
+        check_number("n_min_trials", n_min_trials, low=1)
+        check_number("noise", noise, low=0, or_auto=True)
         if last_step is not None:
-            limits.check_number("last_step", last_step, low=1)
+            check_number("last_step", last_step, low=1)
         self._min_resource = min_resource
         self._reduction_factor = reduction_factor
         self._n_min_trials = n_min_trials

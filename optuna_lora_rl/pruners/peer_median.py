@@ -7,8 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from optuna_lora_rl.pruners import limits
-from optuna_lora_rl.pruners.rules import PeerPruner
+from optuna_lora_rl.pruners.peers import PeerPruner
+from optuna_lora_rl.pruners.peers import check_number
 
 if TYPE_CHECKING:
     from optuna_lora_rl.pruners.peers import Peers
@@ -60,12 +60,12 @@ class PeerMedianPruner(PeerPruner):
         last_step: int | None = None,
         noise: float | Literal["auto"] = "auto",
     ) -> None:
-        limits.check_number("percentile", percentile, low=0, high=100)
-        limits.check_number("n_min_trials", n_min_trials, low=1)
-        limits.check_number("n_warmup_steps", n_warmup_steps, low=0)
-        limits.check_number("noise", noise, low=0, or_auto=True)
+        check_number("percentile", percentile, low=0, high=100)
+        check_number("n_min_trials", n_min_trials, low=1)
+        check_number("n_warmup_steps", n_warmup_steps, low=0)
+        check_number("noise", noise, low=0, or_auto=True)
         if last_step is not None:
-            limits.check_number("last_step", last_step, low=1)
+            check_number("last_step", last_step, low=1)
         self._percentile = percentile
         self._n_min_trials = n_min_trials
         self._n_warmup_steps = n_warmup_steps

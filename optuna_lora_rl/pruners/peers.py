@@ -13,6 +13,7 @@ about.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Collection
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from itertools import compress
 from typing import TYPE_CHECKING
 
 import numpy as np
+from optuna.pruners import BasePruner
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
@@ -31,6 +33,7 @@ from optuna_lora_rl.pruners.extrapolation import fit
 if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial
+
 
 Reports = Mapping[int, float]
 
@@ -251,3 +254,41 @@ def positions(grid: np.ndarray) -> np.ndarray:
         return grid
     gap = grid[1] - grid[0] if len(grid) > 1 else 1.0
     return grid - grid[0] + gap
+
+
+def check_number(
+    name: str,
+    value: object,
+    *,
+    low: float,
+    high: float = math.inf,
+    or_auto: bool = False,
+) -> None:
+    """Refuse what is no number from ``low`` to ``high``, both included.
+
+    Raises:
+        ValueError: In one sentence that names the argument.
+    """
+    if or_auto and value == "auto":
+        return
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and low <= value <= high:  # type: ignore[operator]
+        return
+    span = f"at least {low:g}" if math.isinf(high) else f"between {low:g} and {high:g}"
+    auto = " or 'auto'" if or_auto else ""
+    raise ValueError(f"{name} is {value!r}, but must be a number, {span}{auto}")
+
+
+class PeerPruner(BasePruner):
+    """Judge the trials of a study with one objective by what their peers have reported."""
+
+    def prune(self, study: Study, trial: FrozenTrial) -> bool:
+        """Judge a trial by its reports so far; one that diverged is lost without asking."""
+        if not trial.intermediate_values:
+            return False
+        peers = peers_of(study, trial)
+        return not np.isfinite(peers.own[peers.step]) or self._judge(peers)
+
+    @abstractmethod
+    def _judge(self, peers: Peers) -> bool:
+        """Whether a trial whose latest report is finite shall be stopped."""

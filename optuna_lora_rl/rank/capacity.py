@@ -15,6 +15,29 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """What training an adapter holds, in bytes.
+
+    Attributes:
+        base: The frozen weights.
+        factors: A and B of all layers, in float32.
+        gradients: Theirs.
+        moments: The optimizer's.
+        activations: What one micro-batch keeps for the backward pass, and its logits.
+    """
+
+    base: float
+    factors: float
+    gradients: float
+    moments: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return self.base + self.factors + self.gradients + self.moments + self.activations
+
+
+@dataclass(frozen=True)
 class Capacity:
     """An adapter on a layer of d outputs by k inputs, or the sum of several.
 

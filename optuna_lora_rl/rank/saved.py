@@ -19,8 +19,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.rank import layer_names
 from optuna_lora_rl.rank import layers
-from optuna_lora_rl.rank import places
 from optuna_lora_rl.rank.layers import Factors
 
 CONFIG_FILE = "adapter_config.json"
@@ -304,4 +304,4 @@ def _factors(
         scaling = layers.scaling_of(alpha, a.shape[0], bool(config.get("use_rslora")))
         found[name] = Factors(a=a, b=b, scaling=scaling)
     # Files sort block 10 before block 2.
-    return {name: found[name] for name in places.in_order(found)}
+    return {name: found[name] for name in layer_names.in_order(found)}

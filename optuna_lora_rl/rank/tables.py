@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 from typing import Any
 
 from optuna_lora_rl.errors import UserError
-from optuna_lora_rl.rank import places
+from optuna_lora_rl.rank import layer_names
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
     from rich.table import Table
 
-    from optuna_lora_rl.rank.advisor import Memory
     from optuna_lora_rl.rank.capacity import Capacity
+    from optuna_lora_rl.rank.capacity import Memory
     from optuna_lora_rl.rank.spectrum import Spectrum
     from optuna_lora_rl.rank.truncation import Size
     from optuna_lora_rl.rank.truncation import Truncation
@@ -76,7 +76,7 @@ def spectra_in_groups(
         more: The same.
         width: The same.
     """
-    groups = places.groups(found)
+    groups = layer_names.groups(found)
     shapes = [{"{}x{}".format(*found[name].shape) for name in group.names} for group in groups]
     columns = {
         "layers": [group.module for group in groups],
@@ -144,7 +144,7 @@ def write_rows(file: Path, columns: Mapping[str, Mapping[str, Any]]) -> None:
     Raises:
         UserError: When the file cannot be written.
     """
-    where = places.of_names(columns)
+    where = layer_names.of_names(columns)
     rows = [
         {"layer": name, "block": where[name].block, "module": where[name].module, **cells}
         for name, cells in columns.items()
@@ -162,12 +162,12 @@ def heat_map(found: Mapping[str, Spectrum], title: str) -> Figure:
     """Draws each measure over blocks and modules, one at a time, with a menu to choose."""
     import plotly.graph_objects as go
 
-    where = places.of_names(found)
+    where = layer_names.of_names(found)
     modules = list(dict.fromkeys(place.module for place in where.values()))
     known = {place.block for place in where.values()}
     blocks = sorted(known, key=lambda block: -1 if block is None else block)
     at = {place: name for name, place in where.items()}
-    cells = [[at.get(places.Place(block, module)) for module in modules] for block in blocks]
+    cells = [[at.get(layer_names.Place(block, module)) for module in modules] for block in blocks]
     rows = ["none" if block is None else str(block) for block in blocks]
     written = len(modules) * len(blocks) <= _WRITTEN_CELLS
     figure = go.Figure()
@@ -231,7 +231,7 @@ def capacities(found: Iterable[Capacity]) -> Table:
 
 def ranks(found: Mapping[str, int]) -> Table:
     """Ranks over blocks and modules: one row for each run of blocks that agree."""
-    where = places.of_names(found)
+    where = layer_names.of_names(found)
     modules = list(dict.fromkeys(place.module for place in where.values()))
     rows: dict[int | None, dict[str, int]] = {}
     for name, place in where.items():
@@ -244,7 +244,7 @@ def ranks(found: Mapping[str, int]) -> Table:
     for i, block in enumerate(blocks):
         if i + 1 < len(blocks) and rows[blocks[i + 1]] == rows[block]:
             continue
-        span = places.span(blocks[first], block)
+        span = layer_names.span(blocks[first], block)
         table.add_row(span, *(str(rows[block].get(module, "")) for module in modules))
         first = i + 1
     return table
@@ -302,7 +302,7 @@ def truncation_in_groups(found: Truncation) -> Table:
     table = _table("layers")
     for heading in ("blocks", "rank\nbefore", "rank\nnow", "lost of\nthe update, %"):
         table.add_column(heading, justify="right")
-    for group in places.groups(found.before):
+    for group in layer_names.groups(found.before):
         columns = (found.before, found.after, {n: 100 * e for n, e in found.errors.items()})
         spreads = (spread(column[name] for name in group.names) for column in columns)
         table.add_row(group.module, group.blocks, *spreads)

@@ -15,7 +15,6 @@ from optuna_lora_rl.finetuning import model_files
 from optuna_lora_rl.finetuning import process
 from optuna_lora_rl.finetuning import sources
 from optuna_lora_rl.finetuning import trackers
-from optuna_lora_rl.study import earlier
 from optuna_lora_rl.study import opening
 from optuna_lora_rl.study import output
 from optuna_lora_rl.study import problem
@@ -35,7 +34,7 @@ def require(spec: StudySpec) -> None:
     Raises:
         UserError: Naming every obstacle, one line each.
     """
-    checks = (_model, _data, _machine, _trackers, _output, _study, earlier.load_all)
+    checks = (_model, _data, _machine, _trackers, _output, _study, opening.load_earlier)
     found: list[str] = []
     for check in checks:
         try:

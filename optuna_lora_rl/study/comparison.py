@@ -38,7 +38,7 @@ from optuna_lora_rl.samplers import NAMES
 from optuna_lora_rl.study import opening
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import reading
-from optuna_lora_rl.study.budget import Usage
+from optuna_lora_rl.study.outcome import Usage
 from optuna_lora_rl.study.spec import StudySpec
 from optuna_lora_rl.study.spec import load
 from optuna_lora_rl.study.waiting import waiting

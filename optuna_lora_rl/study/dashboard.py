@@ -30,7 +30,7 @@ from optuna_lora_rl.study.opening import claim
 from optuna_lora_rl.study.opening import load_study
 
 if TYPE_CHECKING:
-    from optuna_lora_rl.finetuning.finetuner import TrialResult
+    from optuna_lora_rl.finetuning.trial import TrialResult
     from optuna_lora_rl.study.spec import StudySpec
 
 FIGURE_ID = "quality-against-cost"

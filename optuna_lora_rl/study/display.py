@@ -17,7 +17,7 @@ from rich.text import Text
 from optuna_lora_rl.activity import Activity
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import wording
-from optuna_lora_rl.study.budget import Usage
+from optuna_lora_rl.study.outcome import Usage
 from optuna_lora_rl.study.waiting import WaitingLines
 
 if TYPE_CHECKING:

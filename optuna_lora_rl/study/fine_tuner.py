@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from optuna_lora_rl.activity import OnActivity
 from optuna_lora_rl.activity import unseen
 from optuna_lora_rl.errors import UserError
-from optuna_lora_rl.finetuning.failure import FineTuningError
+from optuna_lora_rl.finetuning.errors import FineTuningError
 from optuna_lora_rl.rank import tables
 from optuna_lora_rl.study import data_report
 from optuna_lora_rl.study import wording

@@ -22,7 +22,7 @@ from optuna_lora_rl.study import wording
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-    from optuna_lora_rl.finetuning.finetuner import TrialResult
+    from optuna_lora_rl.finetuning.trial import TrialResult
 
 # The trial's attribute: `sha256` of its file, and what that `holds`.
 ATTRIBUTE = "layers"
@@ -35,7 +35,7 @@ class Layers:
     """What is known here of a trial's layers.
 
     Attributes:
-        ranks: As :class:`~optuna_lora_rl.finetuning.run.TrialResult` has them.
+        ranks: As :class:`~optuna_lora_rl.finetuning.trial.TrialResult` has them.
         rank_changes: The same.
         monitor: The same.
         missing: What of them is not here and why, in a sentence; empty where all is.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from optuna.exceptions import UpdateFinishedTrialError
@@ -21,6 +22,9 @@ from optuna_lora_rl.study.owner import OWNER
 if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
+
+    from optuna_lora_rl.study.spec import Budget
+
 
 FAILURE = cut_short.FAILURE
 MESSAGE = "failure_message"
@@ -200,3 +204,61 @@ def _way(trial: FrozenTrial) -> tuple[str | None, str]:
         return reason, ""
     # Equal messages but for their numbers (sizes, steps).
     return reason, re.sub(r"\d+", "0", str(trial.user_attrs.get(MESSAGE, "")))
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What has been used up.
+
+    Attributes:
+        trials: Completed, pruned and failed trials.
+        running: Trials that some process is at work on.
+        hours: Time of all trials but the killed ones, whose end nobody saw.
+        cost: Cost of all trials, in runs of the reference configuration.
+    """
+
+    trials: int
+    running: int
+    hours: float
+    cost: float
+
+    @classmethod
+    def of(cls, trials: Iterable[FrozenTrial]) -> Usage:
+        trials = list(trials)
+        return cls(
+            trials=sum(counts(trial) for trial in trials),
+            running=sum(is_running(trial) for trial in trials),
+            hours=sum(float(trial.user_attrs.get("seconds", 0.0)) for trial in trials) / 3600,
+            cost=sum(float(trial.user_attrs.get("cost", 0.0)) for trial in trials),
+        )
+
+    def exhausted(self, budget: Budget) -> str | None:
+        """Which limit leaves no room for another trial, in words, or None.
+
+        Trials that other workers are at work on count, so that many workers together make the
+        wished number and no more.
+        """
+        if budget.trials is not None and self.trials + self.running >= budget.trials:
+            return f"{self.trials} of {budget.trials} trials"
+        if budget.hours is not None and self.hours >= budget.hours:
+            return wording.of_hours(self.hours, budget.hours)
+        if budget.cost is not None and self.cost >= budget.cost:
+            return f"cost {self.cost:.3g} of {budget.cost:g}"
+        return None
+
+    def shared_out(self, budget: Budget) -> str:
+        """What is finished and what others are still at work on, in words."""
+        of = f" of {budget.trials}" if budget.trials is not None else ""
+        others = "1 runs in another worker"
+        if self.running > 1:
+            others = f"{self.running} run in other workers"
+        return f"{self.trials}{of} trials are finished, {others}"
+
+    def share(self, budget: Budget) -> float:
+        """How much of the budget is used, from 0 to 1, by the limit that is nearest."""
+        limits = (
+            (self.trials, budget.trials),
+            (self.hours, budget.hours),
+            (self.cost, budget.cost),
+        )
+        return min(1.0, max((used / limit for used, limit in limits if limit), default=0.0))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
+from collections.abc import Callable
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,7 @@ from filelock import FileLock
 from filelock import Timeout
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.errors import masked
 
 BEST_FILE = "best.json"
 _OWNER = ".study"
@@ -182,3 +185,62 @@ def _is_strange(path: Path, database: Path | None) -> bool:
     return database is None or not path.absolute().as_posix().startswith(
         database.absolute().as_posix()
     )
+
+
+LOG_FILE = "log.txt"
+
+
+@contextmanager
+def logged(folder: Path, says: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Appends what the package logs to ``log.txt``: changes of ranks, and notes of packs.
+
+    Args:
+        folder: The study's; made at the first line.
+        says: Shows a warning, too.
+    """
+    logger = logging.getLogger(__package__.partition(".")[0])
+    before = logger.level
+    file = _File(folder / LOG_FILE, encoding="utf-8", delay=True)
+    file.setFormatter(_Masked("%(asctime)s %(message)s"))
+    handlers: list[logging.Handler] = [file]
+    if says is not None:
+        handlers.append(_Shown(says))
+    for handler in handlers:
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+class _Shown(logging.Handler):
+    """Shows warnings."""
+
+    def __init__(self, says: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._says = says
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._says(masked(record.getMessage()))
+
+
+class _Masked(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return masked(super().format(record))
+
+
+class _File(logging.FileHandler):
+    def emit(self, record: logging.LogRecord) -> None:
+        # A full disk ends the study by its results, which matter, and not by this file.
+        try:
+            Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+            super().emit(record)
+        except OSError:
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass

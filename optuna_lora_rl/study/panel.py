@@ -28,10 +28,10 @@ from optuna_lora_rl.activity import Activity
 from optuna_lora_rl.study import display
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import wording
-from optuna_lora_rl.study.budget import Usage
 from optuna_lora_rl.study.display import Display
 from optuna_lora_rl.study.display import RunningTrial
 from optuna_lora_rl.study.display import RunningTrials
+from optuna_lora_rl.study.outcome import Usage
 from optuna_lora_rl.study.waiting import Ticker
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from optuna_lora_rl.errors import UserError
-from optuna_lora_rl.rank import places
+from optuna_lora_rl.rank import layer_names
 from optuna_lora_rl.rank import tables
 from optuna_lora_rl.study import charts
 from optuna_lora_rl.study import layers
@@ -89,7 +89,7 @@ def show(console: Console, trial: FrozenTrial, spec: StudySpec, *, whole: bool =
 
 def suggestions(trial: FrozenTrial, spec: StudySpec, known: Layers) -> list[str]:
     """What the run's losses and the layers' readings suggest, a sentence each."""
-    from optuna_lora_rl.rank import advisor
+    from optuna_lora_rl.finetuning import advisor
 
     found = []
     curve = [row for row in trial.user_attrs.get("curve", []) if "train_loss" in row]
@@ -108,7 +108,7 @@ def suggestions(trial: FrozenTrial, spec: StudySpec, known: Layers) -> list[str]
     if _are_many(known):
         sentences = wording.joined(f"{one['concern']}, {{}}: {one['text']}" for one in told)
         for sentence, numbers in sentences.items():
-            named = places.in_words(told[number]["layer"] for number in numbers)
+            named = layer_names.in_words(told[number]["layer"] for number in numbers)
             found.append(sentence.replace("{}", named, 1))
         return found
     by_text: dict[tuple[str, str], list[str]] = {}
@@ -214,14 +214,14 @@ def _layers(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def _are_many(known: Layers) -> bool:
-    return max(len(known.ranks), len(known.monitor.get("layers", []))) > places.FEW
+    return max(len(known.ranks), len(known.monitor.get("layers", []))) > layer_names.FEW
 
 
 def _grouped(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     """Cells of a row for each group of layers."""
     known = {row["layer"]: row for row in rows}
     found: list[tuple[str, ...]] = []
-    for group in places.groups(known):
+    for group in layer_names.groups(known):
         columns = {key: [known[name][key] for name in group.names] for key in rows[0]}
         median = {key: np.median(columns[key]) for key in _MEDIANS}
         found.append(
@@ -265,7 +265,7 @@ def _ranks(ranks: dict[str, int]) -> Table:
 
 def _ranks_in_groups(ranks: dict[str, int]) -> Table:
     table = _table("layers", "blocks", "rank")
-    for group in places.groups(ranks):
+    for group in layer_names.groups(ranks):
         spread = tables.spread(ranks[name] for name in group.names)
         table.add_row(group.module, group.blocks, spread)
     return table
@@ -273,7 +273,7 @@ def _ranks_in_groups(ranks: dict[str, int]) -> Table:
 
 def _changes_in_groups(changes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Changes of one kind of layer after one step, for reasons that differ in numbers alone."""
-    where = places.of_names(change["layer"] for change in changes)
+    where = layer_names.of_names(change["layer"] for change in changes)
     together: dict[tuple[int, str, bool], list[dict[str, Any]]] = {}
     for change in changes:
         grows = change["after"] > change["before"]
@@ -286,7 +286,7 @@ def _changes_in_groups(changes: Sequence[dict[str, Any]]) -> list[dict[str, Any]
             found.append(
                 {
                     "step": step,
-                    "layer": places.in_words(change["layer"] for change in chosen),
+                    "layer": layer_names.in_words(change["layer"] for change in chosen),
                     "before": tables.spread(change["before"] for change in chosen),
                     "after": tables.spread(change["after"] for change in chosen),
                     "reason": reason,
@@ -320,11 +320,11 @@ def _ranks_section(ranks: dict[str, int]) -> str:
     if not ranks:
         return ""
     title, shown = "layer by layer", [(name, [rank]) for name, rank in ranks.items()]
-    if len(ranks) > places.FEW:
+    if len(ranks) > layer_names.FEW:
         title = "by kind of layer and range of blocks"
         shown = [
             (f"{group.module}, blocks {group.blocks}", [ranks[name] for name in group.names])
-            for group in places.groups(ranks)
+            for group in layer_names.groups(ranks)
         ]
     most = max(float(np.mean(found)) for _, found in shown)
     rows = "".join(

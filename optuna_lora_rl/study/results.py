@@ -12,9 +12,9 @@ from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import output
 from optuna_lora_rl.study import report
 from optuna_lora_rl.study.adapters import Best
-from optuna_lora_rl.study.budget import Usage
 from optuna_lora_rl.study.opening import claim
 from optuna_lora_rl.study.opening import quiet
+from optuna_lora_rl.study.outcome import Usage
 
 if TYPE_CHECKING:
     import optuna

@@ -19,28 +19,28 @@ import optuna
 from optuna_lora_rl.activity import Activity
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning import process
-from optuna_lora_rl.finetuning.failure import FineTuningError
-from optuna_lora_rl.finetuning.failure import MachineError
+from optuna_lora_rl.finetuning.errors import FineTuningError
+from optuna_lora_rl.finetuning.errors import MachineError
 from optuna_lora_rl.finetuning.trackers import TENSORBOARD_FOLDER
 from optuna_lora_rl.study import adapters
 from optuna_lora_rl.study import answering
 from optuna_lora_rl.study import checks
 from optuna_lora_rl.study import data_report
 from optuna_lora_rl.study import fine_tuner
-from optuna_lora_rl.study import log
 from optuna_lora_rl.study import outcome
+from optuna_lora_rl.study import output
 from optuna_lora_rl.study import report
 from optuna_lora_rl.study import results
 from optuna_lora_rl.study import storage
 from optuna_lora_rl.study import verdict
 from optuna_lora_rl.study import wording
-from optuna_lora_rl.study.budget import Usage
 from optuna_lora_rl.study.display import Display
 from optuna_lora_rl.study.heartbeat import Heartbeat
 from optuna_lora_rl.study.interruption import Interruption
 from optuna_lora_rl.study.opening import enqueue_guides
 from optuna_lora_rl.study.opening import open_study
 from optuna_lora_rl.study.opening import quiet
+from optuna_lora_rl.study.outcome import Usage
 from optuna_lora_rl.study.owner import Owner
 from optuna_lora_rl.study.storage import database_errors
 from optuna_lora_rl.study.trials import Trials
@@ -50,9 +50,9 @@ if TYPE_CHECKING:
 
     from optuna_lora_rl.finetuning.cores import Cores
     from optuna_lora_rl.finetuning.finetuner import FineTuner
-    from optuna_lora_rl.finetuning.finetuner import Run
-    from optuna_lora_rl.finetuning.finetuner import TrialResult
     from optuna_lora_rl.finetuning.options import TrainingOptions
+    from optuna_lora_rl.finetuning.trial import TrialRequest
+    from optuna_lora_rl.finetuning.trial import TrialResult
     from optuna_lora_rl.study.spec import StudySpec
 
 Ending = Literal["budget", "others", "interruption", "failures"]
@@ -111,7 +111,7 @@ def run(spec: StudySpec, *, display: Display | None = None) -> RunResult:
         database_errors(spec.storage_url),
         quiet(),
         _cores(spec, display) as cores,
-        log.kept(spec.folder, display.says),
+        output.logged(spec.folder, display.says),
         Interruption() as interruption,
     ):
         worker = _Worker(spec, display, interruption, cores.settle)
@@ -217,7 +217,7 @@ class _Worker:
         # Trackers follow one run at a time, and take its names from the environment.
         return self.spec.packing != "off" and not self.spec.training.report_to
 
-    def _alone(self, tuner: FineTuner, run: Run) -> TrialResult | Exception:
+    def _alone(self, tuner: FineTuner, run: TrialRequest) -> TrialResult | Exception:
         try:
             with _own_tensorboard_folder(self.spec, run.number), self.interruption.window():
                 return tuner.run(

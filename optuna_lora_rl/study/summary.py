@@ -26,7 +26,7 @@ from optuna_lora_rl.study import owner
 from optuna_lora_rl.study import report
 from optuna_lora_rl.study import verdict
 from optuna_lora_rl.study import wording
-from optuna_lora_rl.study.budget import Usage
+from optuna_lora_rl.study.outcome import Usage
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial

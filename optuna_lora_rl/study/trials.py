@@ -1,8 +1,8 @@
 """A study's trials from question to answer: ask, follow, judge, write down, tell.
 
-Training is somebody else's: whoever trains takes a :class:`Run` from ``next`` whenever there is
-a place, and hands its result to ``done``. So one trial at a time and many side by side are
-written down by the same hand, and in the same words.
+Training is somebody else's: whoever trains takes a :class:`TrialRequest` from ``next`` whenever
+there is a place, and hands its result to ``done``. So one trial at a time and many side by side
+are written down by the same hand, and in the same words.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from optuna.trial import TrialState
 from optuna_lora_rl import pruners
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.errors import is_outside
-from optuna_lora_rl.finetuning.failure import FineTuningError
-from optuna_lora_rl.finetuning.failure import MachineError
+from optuna_lora_rl.finetuning.errors import FineTuningError
+from optuna_lora_rl.finetuning.errors import MachineError
 from optuna_lora_rl.study import adapters
 from optuna_lora_rl.study import dashboard
 from optuna_lora_rl.study import layers
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
     from optuna_lora_rl.activity import Activity
     from optuna_lora_rl.finetuning.finetuner import Report
-    from optuna_lora_rl.finetuning.finetuner import Run
-    from optuna_lora_rl.finetuning.finetuner import TrialResult
+    from optuna_lora_rl.finetuning.trial import TrialRequest
+    from optuna_lora_rl.finetuning.trial import TrialResult
     from optuna_lora_rl.study.display import Display
     from optuna_lora_rl.study.heartbeat import Heartbeat
     from optuna_lora_rl.study.interruption import Interruption
@@ -114,9 +114,9 @@ class Trials:
         self._running: dict[int, _Running] = {}
         self._shared_out = time.monotonic()
 
-    def next(self) -> Run | None:
+    def next(self) -> TrialRequest | None:
         """Asks for a trial that differs from those that run, or None where none may begin now."""
-        from optuna_lora_rl.finetuning.finetuner import Run
+        from optuna_lora_rl.finetuning.trial import TrialRequest
 
         with self._interruption.shield():
             self._share_out()
@@ -132,7 +132,7 @@ class Trials:
                 trial.set_user_attr(outcome.PACKED, True)
             configuration = propose(self._spec, trial)
             self._display.trial_starts(trial.number, configuration)
-            return Run(
+            return TrialRequest(
                 number=trial.number,
                 configuration=configuration,
                 seed=self._spec.training.seed,
@@ -146,7 +146,7 @@ class Trials:
         self._settle()
         self._display.trial_works_on(number, activity)
 
-    def done(self, run: Run, result: TrialResult | Exception) -> None:
+    def done(self, run: TrialRequest, result: TrialResult | Exception) -> None:
         """Writes down how a trial ended.
 
         Args:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from typing import Any
 
-from optuna_lora_rl.finetuning.failure import FineTuningError
+from optuna_lora_rl.finetuning.errors import FineTuningError
 from optuna_lora_rl.space import LoraSpace
 from optuna_lora_rl.vocabulary import DEFAULTS
 

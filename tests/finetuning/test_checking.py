@@ -15,7 +15,7 @@ from torch import nn
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning.finetuner import FineTuner
-from optuna_lora_rl.finetuning.finetuner import Run
+from optuna_lora_rl.finetuning.trial import TrialRequest
 from tests.finetuning.runs import Make
 
 # transformers renames what PEFT still calls by the old name.
@@ -113,7 +113,7 @@ def test_losses_are_those_of_the_models_own_forward_pass(
     assert alone.metrics["loss"] == pytest.approx(saved_loss(tuner, tmp_path / "alone"), rel=2e-5)
     assert alone.quality == pytest.approx(1 - alone.metrics["loss"] / untuned, abs=1e-4)
     assert sum(a * b for a, b in shapes(tmp_path / "alone").values()) == alone.trainable_parameters
-    waiting, packed = [Run(0, TRIAL), Run(1, {**TRIAL, "lora_rank": 1})], {}
+    waiting, packed = [TrialRequest(0, TRIAL), TrialRequest(1, {**TRIAL, "lora_rank": 1})], {}
     tuner.run_packed(
         lambda: waiting.pop(0) if waiting else None,
         lambda run, result: packed.update({run.number: result}),

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from optuna_lora_rl.finetuning.configuration import Configuration
-from optuna_lora_rl.finetuning.failure import FineTuningError
+from optuna_lora_rl.finetuning.errors import FineTuningError
 from optuna_lora_rl.vocabulary import DEFAULTS
 
 

@@ -16,9 +16,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning.finetuner import FineTuner
-from optuna_lora_rl.finetuning.finetuner import TrialResult
-from optuna_lora_rl.finetuning.shared import Shared
 from optuna_lora_rl.finetuning.trainer import Trainer
+from optuna_lora_rl.finetuning.trial import TrialResult
+from optuna_lora_rl.finetuning.workspace import Workspace
 from tests.finetuning.runs import QUICK
 from tests.finetuning.runs import Hash
 from tests.finetuning.runs import Make
@@ -195,7 +195,7 @@ def test_the_untuned_model_is_measured_once(
     make_tuner: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = make_tuner(cache=tmp_path).baseline()
-    monkeypatch.setattr(Shared, "evaluate", None)
+    monkeypatch.setattr(Workspace, "evaluate", None)
     assert make_tuner(cache=tmp_path).baseline() == first
     with pytest.raises(TypeError):
         make_tuner(cache=tmp_path, max_validation_samples=3).baseline()

@@ -16,7 +16,7 @@ from optuna_lora_rl.finetuning.price import Measured
 from optuna_lora_rl.study import fine_tuner
 from optuna_lora_rl.study.spec import Budget
 from tests.finetuning.conftest import FineTuner
-from tests.finetuning.packs import Hash
+from tests.finetuning.packing.packs import Hash
 from tests.study.conftest import PaperTuner
 from tests.study.conftest import paper  # noqa: F401
 from tests.study.conftest import study_file  # noqa: F401
@@ -28,7 +28,7 @@ def test_two_steps_are_scaled_to_a_whole_trial(
 ) -> None:
     now = SimpleNamespace(at=0.0)
 
-    class Course:
+    class Trial:
         def __init__(self, shared: Any, run: Any) -> None:
             self._run = run
 
@@ -43,7 +43,7 @@ def test_two_steps_are_scaled_to_a_whole_trial(
                     self._run.report(step, 0.0, {})
             return Measured(now.at, 1000)
 
-    monkeypatch.setattr(forecast, "Course", Course)
+    monkeypatch.setattr(forecast, "Trial", Trial)
     monkeypatch.setattr(forecast, "time", SimpleNamespace(monotonic=lambda: now.at))
     plan = SimpleNamespace(of=lambda *_: SimpleNamespace(steps=40))
     monkeypatch.setattr(forecast.sft, "Plan", plan)

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from optuna_lora_rl.finetuning.finetuner import FineTuner
 from optuna_lora_rl.finetuning.finetuner import FineTuningError
-from optuna_lora_rl.finetuning.finetuner import Run
+from optuna_lora_rl.finetuning.trial import TrialRequest
 from tests.finetuning.architectures import saved_model
-from tests.finetuning.packs import packed
+from tests.finetuning.packing.packs import packed
 from tests.finetuning.runs import QUICK
 from tests.finetuning.runs import Make
 
@@ -77,7 +77,9 @@ def test_trials_side_by_side_measure_the_same(
     make_tuner: Make, uneven: str, tmp_path: Path, extra: dict[str, Any]
 ) -> None:
     tuner = make_tuner(train=uneven, max_length=32, extra=extra, eval_batch_size=7)
-    runs = [Run(i, {**QUICK, "lora_rank": 2 + i}, folder=tmp_path / str(i)) for i in range(2)]
+    runs = [
+        TrialRequest(i, {**QUICK, "lora_rank": 2 + i}, folder=tmp_path / str(i)) for i in range(2)
+    ]
     for run, outcome in zip(runs, packed(tuner, runs)[0], strict=True):
         assert run.folder is not None
         assert_measures(tuner, run.folder, outcome.metrics)
@@ -130,7 +132,7 @@ def test_a_routers_loss_is_trained_and_not_measured(
     name = saved_model("mixtral", {**sizes, **experts}, make_tokenizer(), tmp_path)
     coefficient = {"router_aux_loss_coef": 1.0}
     tuner = make_tuner(name=name, train=uneven, max_length=32, extra=coefficient)
-    runs = [Run(0, {**QUICK, "target_modules": "qv"}, folder=tmp_path / "adapter")]
+    runs = [TrialRequest(0, {**QUICK, "target_modules": "qv"}, folder=tmp_path / "adapter")]
     if side_by_side:
         (result,), _ = packed(tuner, runs)
     else:

@@ -19,9 +19,9 @@ from transformers import GPT2LMHeadModel
 from optuna_lora_rl.finetuning import merged as merging
 from optuna_lora_rl.finetuning import trainer
 from optuna_lora_rl.finetuning.finetuner import FineTuner
-from optuna_lora_rl.finetuning.finetuner import Run
 from optuna_lora_rl.finetuning.merged import merged
-from tests.finetuning.packs import packed
+from optuna_lora_rl.finetuning.trial import TrialRequest
+from tests.finetuning.packing.packs import packed
 
 Make = Callable[..., FineTuner]
 IDS = torch.arange(10)[None]
@@ -155,5 +155,5 @@ def test_a_pack_never_touches_the_weights_that_others_compute_with(
     monkeypatch.setattr(trainer, "merged", counted)
     tuner.run({"max_steps": 2})
     assert len(entered) == 2
-    outcomes, _ = packed(tuner, [Run(i, {"max_steps": 2}) for i in range(2)])
+    outcomes, _ = packed(tuner, [TrialRequest(i, {"max_steps": 2}) for i in range(2)])
     assert len(outcomes) == 2 and len(entered) == 2

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from optuna_lora_rl.finetuning.finetuner import FineTuner
-from optuna_lora_rl.finetuning.finetuner import Run
-from optuna_lora_rl.finetuning.finetuner import TrialResult
+from optuna_lora_rl.finetuning.trial import TrialRequest
+from optuna_lora_rl.finetuning.trial import TrialResult
 
 SHORT = {"max_steps": 6, "batch_size": 2, "learning_rate": 1e-2, "lora_rank": 2}
 
@@ -45,10 +45,10 @@ def test_the_training_loss_is_a_mean_over_whole_steps(
 
 
 def test_runs_side_by_side_are_read_as_alone(tuner: FineTuner) -> None:
-    runs = [Run(i, {**SHORT, "lora_rank": 2 + i}) for i in range(2)]
+    runs = [TrialRequest(i, {**SHORT, "lora_rank": 2 + i}) for i in range(2)]
     waiting, outcomes = iter(runs), {}
 
-    def done(run: Run, outcome: Any) -> None:
+    def done(run: TrialRequest, outcome: Any) -> None:
         outcomes[run.number] = outcome
 
     tuner.run_packed(lambda: next(waiting, None), done, size=2)

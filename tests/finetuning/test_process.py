@@ -16,9 +16,9 @@ from accelerate.state import AcceleratorState
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning.finetuner import FineTuner
-from optuna_lora_rl.finetuning.finetuner import TrialResult
-from tests.finetuning.packs import packed
-from tests.finetuning.packs import runs_of
+from optuna_lora_rl.finetuning.trial import TrialResult
+from tests.finetuning.packing.packs import packed
+from tests.finetuning.packing.packs import runs_of
 from tests.finetuning.runs import QUICK
 from tests.finetuning.runs import Make
 

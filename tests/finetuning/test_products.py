@@ -154,8 +154,8 @@ def test_a_model_learns_the_same_in_mixed_precision(
     random_llama: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows end to end and products that cast once, against each row alone and PEFT's layers."""
-    from optuna_lora_rl.finetuning.learnt import ModelCall
-    from optuna_lora_rl.finetuning.learnt import learnt_only
+    from optuna_lora_rl.finetuning.model_call import ModelCall
+    from optuna_lora_rl.finetuning.model_call import learnt_only
 
     model: Any = AutoModelForCausalLM.from_pretrained(random_llama, attn_implementation="sdpa")
     attention.use_blocks(model)

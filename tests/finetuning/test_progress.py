@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from optuna_lora_rl.finetuning.failure import FineTuningError
+from optuna_lora_rl.finetuning.errors import FineTuningError
+from optuna_lora_rl.finetuning.evaluation import Evaluation
 from optuna_lora_rl.finetuning.progress import Progress
-from optuna_lora_rl.finetuning.questions import Evaluation
 
 
 def progress(**changes: Any) -> Progress:

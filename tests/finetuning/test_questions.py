@@ -9,15 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optuna_lora_rl.errors import UserError
-from optuna_lora_rl.finetuning import questions as evaluation
-from optuna_lora_rl.finetuning.questions import Evaluation
+from optuna_lora_rl.finetuning import evaluation
+from optuna_lora_rl.finetuning import questions
+from optuna_lora_rl.finetuning.evaluation import Evaluation
 
 labels = st.lists(st.sampled_from(["yes", "no", "maybe"]), min_size=1, max_size=20)
 
 
 def test_answers_are_compared_exactly_and_as_labels() -> None:
     given = [" 12", "Yes\nbecause", "no", ""]
-    found = evaluation.compare(given, ["12", "yes", "maybe", "12"])
+    found = questions.compare(given, ["12", "yes", "maybe", "12"])
     assert found["exact_match"] == 0.25
     assert found["accuracy"] == 0.5
     # F1 of "12" is 2/3, of "yes" 1, of "maybe" 0.
@@ -26,7 +27,7 @@ def test_answers_are_compared_exactly_and_as_labels() -> None:
 
 @given(expected=labels)
 def test_right_answers_score_one(expected: list[str]) -> None:
-    found = evaluation.compare(expected, expected)
+    found = questions.compare(expected, expected)
     assert found == {"exact_match": 1.0, "accuracy": 1.0, "f1": 1.0}
 
 
@@ -52,9 +53,9 @@ def loaded(random_llama: Path) -> Any:
 def test_padding_and_batching_do_not_change_answers(loaded: Any) -> None:
     model, tokenizer = loaded
     rows = [{"prompt": "12+3=" * n, "completion": "x"} for n in (1, 4, 2, 7)]
-    asked = evaluation.questions(rows, tokenizer, count=10, seed=0, longest_prompt=64)
-    together = evaluation.answers(model, tokenizer, asked, max_new_tokens=6, batch_size=4)
-    alone = evaluation.answers(model, tokenizer, asked, max_new_tokens=6, batch_size=1)
+    asked = questions.questions(rows, tokenizer, count=10, seed=0, longest_prompt=64)
+    together = questions.answers(model, tokenizer, asked, max_new_tokens=6, batch_size=4)
+    alone = questions.answers(model, tokenizer, asked, max_new_tokens=6, batch_size=1)
     assert together == alone
     assert all(together)
 
@@ -67,7 +68,7 @@ def test_chat_asks_for_the_last_answer(loaded: Any) -> None:
     silent = [turns[0], {"role": "assistant", "content": ""}]
     alone = {"messages": turns[1:]}
     rows = [{"messages": turns}, {"messages": turns[:1]}, alone, {"messages": silent}]
-    asked = evaluation.questions(rows, loaded[1], count=10, seed=0, longest_prompt=64)
+    asked = questions.questions(rows, loaded[1], count=10, seed=0, longest_prompt=64)
     assert asked.answers == ("4",)
     assert loaded[1].decode(asked.prompts[0]) == "u>2+2\na>"
 
@@ -81,7 +82,7 @@ def test_an_answer_ends_where_the_chat_template_ends_it(loaded: Any) -> None:
     rows = [
         {"messages": [{"role": "user", "content": "2"}, {"role": "assistant", "content": "4"}]}
     ]
-    asked = evaluation.questions(rows, tokenizer, count=1, seed=0, longest_prompt=64)
+    asked = questions.questions(rows, tokenizer, count=1, seed=0, longest_prompt=64)
     assert asked.end == end
     said = iter([tokenizer.convert_tokens_to_ids("4"), end, tokenizer.convert_tokens_to_ids("5")])
 
@@ -91,14 +92,14 @@ def test_an_answer_ends_where_the_chat_template_ends_it(loaded: Any) -> None:
         return found
 
     model.forward = scripted
-    given = evaluation.answers(model, tokenizer, asked, max_new_tokens=3, batch_size=1)
+    given = questions.answers(model, tokenizer, asked, max_new_tokens=3, batch_size=1)
     assert given == ["4"]
     assert next(said) == tokenizer.convert_tokens_to_ids("5")
 
 
 def test_long_prompts_keep_their_end(loaded: Any) -> None:
     rows = [{"prompt": "abcdef", "completion": "x"}]
-    asked = evaluation.questions(rows, loaded[1], count=1, seed=0, longest_prompt=2)
+    asked = questions.questions(rows, loaded[1], count=1, seed=0, longest_prompt=2)
     assert loaded[1].decode(asked.prompts[0]) == "ef"
 
 
@@ -109,9 +110,9 @@ def test_a_question_that_the_template_refuses_is_one_sentence(
     monkeypatch.setattr(loaded[1], "chat_template", template)
     turns = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]
     with pytest.raises(UserError, match=r"that begins with '2\+2': too short"):
-        evaluation.questions([{"messages": turns}], loaded[1], count=1, seed=0, longest_prompt=8)
+        questions.questions([{"messages": turns}], loaded[1], count=1, seed=0, longest_prompt=8)
 
 
 def test_plain_text_asks_nothing(loaded: Any) -> None:
     with pytest.raises(UserError, match="need prompt/completion data"):
-        evaluation.questions([{"messages": []}], loaded[1], count=1, seed=0, longest_prompt=8)
+        questions.questions([{"messages": []}], loaded[1], count=1, seed=0, longest_prompt=8)

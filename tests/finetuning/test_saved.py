@@ -111,13 +111,13 @@ def test_the_folder_alone_loads_from_anywhere(
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoTokenizer
 
-    from optuna_lora_rl.finetuning.run import Run
+    from optuna_lora_rl.finetuning.trial import TrialRequest
 
     shutil.copytree(random_llama, tmp_path / "here" / "base")
     monkeypatch.chdir(tmp_path / "here")
     tuner = make_tuner(name="base")
     if packed:
-        runs = [Run(0, QUICK, folder=Path("adapter"))]
+        runs = [TrialRequest(0, QUICK, folder=Path("adapter"))]
         tuner.run_packed(lambda: runs.pop() if runs else None, lambda run, result: None)
     else:
         tuner.run(QUICK, folder=Path("adapter"))

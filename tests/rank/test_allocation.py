@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from optuna_lora_rl.errors import UserError
-from optuna_lora_rl.rank import importance
+from optuna_lora_rl.rank import allocation
 from optuna_lora_rl.rank import layers
 from optuna_lora_rl.rank import probe
 from optuna_lora_rl.rank import spectrum
@@ -156,12 +156,12 @@ def test_a_pattern_means_one_module_only(model: Any) -> None:
 
 def test_importances_of_a_model(model: Any, ids: Any) -> None:
     shapes = layers.shapes_of(model)
-    weight = importance.of_spectra(spectrum.of_weights(model))
-    gradient = importance.of_gradients(probe.gradients(model, [ids], language_loss))
+    weight = allocation.importance_of_spectra(spectrum.of_weights(model))
+    gradient = allocation.importance_of_gradients(probe.gradients(model, [ids], language_loss))
     inputs = probe.activations(model, [ids], lambda model, batch: model(batch))
-    activation = importance.of_activations(inputs, 56)
+    activation = allocation.importance_of_activations(inputs, 56)
     assert sum(activation.values()) == 56
-    for values in (weight, gradient, activation, importance.uniform(shapes)):
+    for values in (weight, gradient, activation, allocation.uniform_importance(shapes)):
         assert list(values) == list(shapes)
         assert sum(allocate(values, budget=56, shapes=shapes).ranks.values()) == 56
     # Query, key and value read the same input.
@@ -177,7 +177,7 @@ def test_importance_grows_with_rank_and_size() -> None:
         "large": spectrum.of_matrix(torch.diag(torch.tensor([9.0, 9.0, 0.0]))),
         "full": spectrum.of_matrix(9 * torch.eye(3)),
     }
-    found = importance.of_spectra(spectra)
+    found = allocation.importance_of_spectra(spectra)
     assert found["small"] == pytest.approx(2 * 0.6931, rel=1e-3)
     assert found["small"] < found["large"] < found["full"]
-    assert importance.of_gradients(spectra)["full"] == pytest.approx(243)
+    assert allocation.importance_of_gradients(spectra)["full"] == pytest.approx(243)

@@ -28,8 +28,5 @@ def test_imports_go_downwards(room: Path) -> None:
     }
     own = {name for name in named if name.startswith("optuna_lora_rl.")}
     allowed = ("optuna_lora_rl.rank", "optuna_lora_rl.errors", "optuna_lora_rl.activity")
-    # The estimate of memory is counted there, and not twice; models are loaded as for a study.
-    if room.stem in ("advisor", "commands"):
-        allowed += ("optuna_lora_rl.finetuning",)
     assert all(name.startswith(allowed) for name in own)
     assert not any(name.split(".")[0] == "optuna" for name in named)

@@ -19,10 +19,10 @@ from safetensors.numpy import save_file
 from optuna_lora_rl.finetuning import finetuner as trial_module
 from optuna_lora_rl.finetuning.answering import Answers
 from optuna_lora_rl.finetuning.data import Counts
-from optuna_lora_rl.finetuning.finetuner import Run
-from optuna_lora_rl.finetuning.finetuner import TrialResult
+from optuna_lora_rl.finetuning.evaluation import Evaluation
 from optuna_lora_rl.finetuning.forecast import Forecast
-from optuna_lora_rl.finetuning.questions import Evaluation
+from optuna_lora_rl.finetuning.trial import TrialRequest
+from optuna_lora_rl.finetuning.trial import TrialResult
 from optuna_lora_rl.study import spec as study_spec
 from optuna_lora_rl.study.spec import StudySpec
 
@@ -139,20 +139,22 @@ class PaperTuner:
         return Forecast(seconds=90.0, evaluating=9.0, peak_bytes=2_100_000_000)
 
     def run(self, configuration: Any, **rest: Any) -> TrialResult:
-        *_, result = self._course(Run(configuration=configuration, **{"number": 0, **rest}))
+        *_, result = self._course(
+            TrialRequest(configuration=configuration, **{"number": 0, **rest})
+        )
         assert result is not None
         return result
 
     def run_packed(
         self,
-        runs: Callable[[], Run | None],
-        done: Callable[[Run, TrialResult | Exception], None],
+        runs: Callable[[], TrialRequest | None],
+        done: Callable[[TrialRequest, TrialResult | Exception], None],
         *,
         size: int | None,
         says: Callable[[str], None],
     ) -> None:
         """Trains ``size`` runs in turn, each for an evaluation; three are all that fits."""
-        running: list[tuple[Run, Iterator[TrialResult | None]]] = []
+        running: list[tuple[TrialRequest, Iterator[TrialResult | None]]] = []
         while True:
             while len(running) < (size or 3) and (run := runs()) is not None:
                 running.append((run, self._course(run)))
@@ -169,7 +171,7 @@ class PaperTuner:
                     running.remove((run, course))
                     done(run, result)
 
-    def _course(self, run: Run) -> Iterator[TrialResult | None]:
+    def _course(self, run: TrialRequest) -> Iterator[TrialResult | None]:
         assert run.seed is not None and run.report is not None and run.folder is not None
         PaperTuner.seeds.append(run.seed)
         failure = PaperTuner.failures.pop(0) if PaperTuner.failures else None

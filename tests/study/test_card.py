@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from optuna_lora_rl.study import export
+from optuna_lora_rl.study import adapters
 from optuna_lora_rl.study import runner
 from tests.study.conftest import MakeSpec
 
@@ -42,7 +42,7 @@ def test_the_best_folder_and_an_export_load_alone_and_say_what_they_are(
     data = {"data.train": "sums.jsonl", "data.test": "held-out.jsonl", "data.max_length": 16}
     spec = make_spec({**data, "model": "bases/small-llama", "output": "runs/out", "budget": 2})
     study = runner.run(spec).study
-    assert not export.to_peft(study, spec, Path("exported"))
+    assert not adapters.to_peft(study, spec, Path("exported"))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     best = study.best_trial

@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from optuna_lora_rl.activity import Activity
-from optuna_lora_rl.finetuning.failure import FineTuningError
+from optuna_lora_rl.finetuning.errors import FineTuningError
 from optuna_lora_rl.study import display
 from optuna_lora_rl.study import runner
 from optuna_lora_rl.study import summary

@@ -71,14 +71,14 @@ def test_the_published_copy_stands_in_for_a_damaged_adapter(
 ) -> None:
     from peft import AutoPeftModelForCausalLM
 
-    from optuna_lora_rl.study import export
+    from optuna_lora_rl.study import adapters
 
     spec, _ = resumed(make_spec, finished, FILES[0], "truncated")
     result = runner.run(spec)
     assert result.best_adapter == spec.folder / "best" and not result.lost
     assert "loss" in result.study.user_attrs["test"]
     AutoPeftModelForCausalLM.from_pretrained(str(result.best_adapter))
-    assert not export.to_peft(result.study, spec, tmp_path / "out-there")
+    assert not adapters.to_peft(result.study, spec, tmp_path / "out-there")
     AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "out-there"))
 
 

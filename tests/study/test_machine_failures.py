@@ -12,7 +12,7 @@ from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning import sft
 from optuna_lora_rl.finetuning.finetuner import FineTuner
 from optuna_lora_rl.study import runner
-from optuna_lora_rl.study.budget import Usage
+from optuna_lora_rl.study.outcome import Usage
 from tests.study.conftest import MakeSpec
 
 FORECAST = FineTuner.forecast

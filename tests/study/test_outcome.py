@@ -11,7 +11,7 @@ from optuna.trial import create_trial
 
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import owner as owner_module
-from optuna_lora_rl.study.budget import Usage
+from optuna_lora_rl.study.outcome import Usage
 from optuna_lora_rl.study.owner import OWNER
 from optuna_lora_rl.study.owner import Owner
 from optuna_lora_rl.study.spec import Budget

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from optuna_lora_rl import tune
 from optuna_lora_rl.errors import UserError
-from optuna_lora_rl.finetuning.failure import FineTuningError
+from optuna_lora_rl.finetuning.errors import FineTuningError
 from optuna_lora_rl.study import adapters
 from optuna_lora_rl.study import display
 from optuna_lora_rl.study import opening
@@ -27,7 +27,7 @@ from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import runner
 from optuna_lora_rl.study import summary
 from optuna_lora_rl.study import trials as trials_module
-from optuna_lora_rl.study.budget import Usage
+from optuna_lora_rl.study.outcome import Usage
 from optuna_lora_rl.study.panel import LiveDisplay
 from tests.study.conftest import MakeSpec
 from tests.study.conftest import PaperTuner

@@ -10,7 +10,7 @@ import pytest
 from optuna.artifacts import FileSystemArtifactStore
 from optuna.artifacts import get_all_artifact_meta
 
-from optuna_lora_rl.finetuning.failure import FineTuningError
+from optuna_lora_rl.finetuning.errors import FineTuningError
 from optuna_lora_rl.study import charts
 from optuna_lora_rl.study import dashboard
 from optuna_lora_rl.study import layers

@@ -11,7 +11,7 @@ import pytest
 from optuna.trial import TrialState
 
 from optuna_lora_rl.errors import UserError
-from optuna_lora_rl.finetuning.failure import FineTuningError
+from optuna_lora_rl.finetuning.errors import FineTuningError
 from optuna_lora_rl.pruners import NAMES as PRUNERS
 from optuna_lora_rl.study import opening
 from optuna_lora_rl.study import outcome

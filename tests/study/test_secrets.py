@@ -21,9 +21,9 @@ from optuna_lora_rl.commands import study as study_commands
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.study import asking
 from optuna_lora_rl.study import comparison
-from optuna_lora_rl.study import log
 from optuna_lora_rl.study import opening
 from optuna_lora_rl.study import outcome
+from optuna_lora_rl.study import output
 from optuna_lora_rl.study import report
 from optuna_lora_rl.study import runner
 from tests.study.conftest import SMALL
@@ -187,9 +187,9 @@ def test_a_reason_that_is_told_is_stored_without_passwords(make_spec: MakeSpec) 
 
 
 def test_the_log_shows_no_password(tmp_path: Path) -> None:
-    with log.kept(tmp_path):
+    with output.logged(tmp_path):
         logging.getLogger("optuna_lora_rl.x").info("fetching https://me:%s@host/x", SECRET)
-    assert SECRET not in (tmp_path / log.FILE).read_text(encoding="utf-8")
+    assert SECRET not in (tmp_path / output.LOG_FILE).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from optuna_lora_rl import pruners
 from optuna_lora_rl import samplers
 from optuna_lora_rl.study import reference
 from optuna_lora_rl.study import spec as study_spec
-from optuna_lora_rl.study import template
 from optuna_lora_rl.study.spec import StudySpec
 from optuna_lora_rl.vocabulary import OWN_INITIALISATIONS
 
@@ -60,7 +59,7 @@ def test_the_committed_reference_is_up_to_date() -> None:
 
 def test_the_file_that_init_writes_is_valid_and_complete(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    template.write(file, model="tiny", train="tiny:dates-small", trials=7, force=False)
+    reference.write_commented(file, model="tiny", train="tiny:dates-small", trials=7, force=False)
     spec = study_spec.load(file)
     assert spec.name == "mine" and spec.budget.trials == 7
     text = file.read_text()
@@ -71,7 +70,7 @@ def test_the_file_that_init_writes_is_valid_and_complete(tmp_path: Path) -> None
 
 def test_what_init_leaves_commented_out_are_the_defaults(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    template.write(file, model="tiny", train="tiny:dates-small", trials=7, force=False)
+    reference.write_commented(file, model="tiny", train="tiny:dates-small", trials=7, force=False)
     before = study_spec.load(file)
     # A commented key is "# key: value"; everything else in a comment is a sentence.
     keys = {inner.name for key in reference.keys(StudySpec) if key.section

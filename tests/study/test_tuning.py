@@ -8,7 +8,7 @@ import pytest
 
 from optuna_lora_rl import tune
 from optuna_lora_rl.errors import UserError
-from optuna_lora_rl.finetuning.failure import FineTuningError
+from optuna_lora_rl.finetuning.errors import FineTuningError
 from tests.study.conftest import SMALL
 from tests.study.conftest import PaperTuner
 

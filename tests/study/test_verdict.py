@@ -12,7 +12,7 @@ import pytest
 from optuna_lora_rl import cli
 from optuna_lora_rl import tune
 from optuna_lora_rl.errors import UserError
-from optuna_lora_rl.finetuning.failure import FineTuningError
+from optuna_lora_rl.finetuning.errors import FineTuningError
 from optuna_lora_rl.study import runner
 from tests.study.conftest import SMALL
 from tests.study.conftest import MakeSpec

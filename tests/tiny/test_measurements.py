@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from optuna_lora_rl.finetuning.failure import FineTuningError
+from optuna_lora_rl.finetuning.errors import FineTuningError
 from optuna_lora_rl.tiny import measurements
 from optuna_lora_rl.tiny.measurements import Plan
 

@@ -71,7 +71,7 @@ def run(
     task: str, number: int, seed: int, configuration: dict[str, Value], own: FineTuner
 ) -> Record:
     """Fine-tune once and return the record; a run that fails keeps the curve that it has."""
-    from optuna_lora_rl.finetuning.failure import FineTuningError
+    from optuna_lora_rl.finetuning.errors import FineTuningError
 
     steps: list[int] = []
     curves: dict[str, list[float]] = {"loss": [], "token_accuracy": [], "quality": []}

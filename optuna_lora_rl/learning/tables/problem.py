@@ -1,7 +1,6 @@
 """A measured table as a problem for any Optuna sampler, in the shape of OptunaHub's BaseProblem.
 
     import optuna
-    from optuna_lora_rl.learning.tables.problem import TableProblem
 
     problem = TableProblem("tiny/cipher-ample", tuned=["learning_rate", "lora_rank"])
     study = optuna.create_study(directions=problem.directions)
