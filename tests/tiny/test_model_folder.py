@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from optuna_lora_rl import tiny
 from optuna_lora_rl.finetuning.model import load
 from optuna_lora_rl.finetuning.options import ModelOptions
-from optuna_lora_rl.tiny import mixture
+from studies.tiny import mixture
 
 WEIGHTS = tiny.MODEL_FOLDER / "model.safetensors"
 
@@ -82,7 +82,7 @@ def test_tasks_are_left_to_learn(family: str, model_and_tokenizer: tuple[Any, An
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_the_model_card_states_losses_and_the_command(name: str) -> None:
     card = (tiny.MODELS[name] / "README.md").read_text(encoding="utf-8")
-    assert "python -m optuna_lora_rl.tiny.pretraining" in card
+    assert "python -m studies.tiny.pretraining" in card
     losses = re.findall(r"\| (?:standard library|exercises) \| ([\d.]+) \|.*?\| ([\d.]+) \|", card)
     assert len(losses) == 2
     assert all(float(loss) < 0.65 * float(unigram) for loss, unigram in losses)

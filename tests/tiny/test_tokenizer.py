@@ -9,7 +9,7 @@ from hypothesis import strategies
 from transformers import AutoTokenizer
 
 from optuna_lora_rl import tiny
-from optuna_lora_rl.tiny.mixture import conversation
+from studies.tiny.mixture import conversation
 
 
 @pytest.fixture(scope="module")

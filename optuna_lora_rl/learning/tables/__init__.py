@@ -8,7 +8,7 @@ quasi-random configurations, with learning curves and, for a part, a second seed
     for table in tables.load("train"):
         print(table.task.name, table.quality[:, -1].max(), table.noise)
 
-``python -m optuna_lora_rl.learning.tables`` measures and compiles them; ``docs/tables.md``
+``python -m studies.tables``, in a clone, measures and compiles them; ``docs/tables.md``
 describes the columns, how many runs there are and how good the fitted surfaces are.
 """
 

@@ -20,6 +20,7 @@ from optuna_lora_rl.learning.tables.records import merged
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from collections.abc import Mapping
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
@@ -37,10 +38,11 @@ class Table:
     """The measured runs of one task, ``n`` of them, ordered by configuration, then seed.
 
     Attributes:
-        task: Model, family and size.
+        task: Its name, split and what else there is to say: a ``design.Task``, or a
+            ``scaled.ScaledTask``.
         configuration: Number of the configuration, shape (n,).
         seed: Seed of the run, shape (n,).
-        parameters: For each name of ``design.SPACE`` its values, shape (n,): numbers, or strings.
+        parameters: For each parameter of the design its values, shape (n,): numbers, or strings.
         step: Optimizer steps done at each evaluation, shape (n, 4); 0 where there was none.
         loss: Validation loss, nats a token, shape (n, 4); NaN after a failure. The evaluations
             read 16, 32, 48 and all 64 examples, so losses compare within a column only.
@@ -56,7 +58,7 @@ class Table:
         untuned: Loss of the untuned model on the 64 examples.
     """
 
-    task: design.Task
+    task: Any
     configuration: NDArray[np.int64]
     seed: NDArray[np.int64]
     parameters: dict[str, NDArray[Any]]
@@ -99,23 +101,40 @@ class Table:
 
 def write(path: Path, records: Iterable[Record]) -> None:
     """Write records as Parquet, compressed by zstd, in one order whatever the order given."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
     rows = [
         {**record.pop("parameters"), **record} for record in map(asdict, merged(list(records)))
     ]
+    write_rows(path, rows, kinds(design.SPACE))
+
+
+def kinds(parameters: Iterable[str]) -> dict[str, Any]:
+    """Return the columns of a compiled file with these parameters, and their types."""
+    import pyarrow as pa
+
     number = pa.float32()
-    kinds = {
+    return {
         **dict.fromkeys(("task", "failure"), pa.string()),
         **dict.fromkeys(("configuration", "seed"), pa.int16()),
-        **{name: _kind(one) for name, one in design.SPACE.items()},
+        **{name: _kind(design.SPACE[name]) for name in parameters},
         **dict.fromkeys(_CURVES[1:], pa.list_(number)),
         "step": pa.list_(pa.int16()),
         **dict.fromkeys(("trainable_parameters", "tokens"), pa.int32()),
         **dict.fromkeys(("flops", "bytes"), pa.float64()),
         **dict.fromkeys(_SMALL, number),
     }
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]], kinds: Mapping[str, Any]) -> None:
+    """Write rows as Parquet, compressed by zstd.
+
+    Args:
+        path: The file.
+        rows: Values by column.
+        kinds: The columns and their types.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
     table = pa.Table.from_pylist(rows, schema=pa.schema(list(kinds.items())))
     partial = path.with_suffix(".partial")
     parquet.write_table(table, partial, compression="zstd", compression_level=19)
@@ -164,10 +183,19 @@ def load(split: str | None = None, *, path: Path = FILE) -> list[Table]:
     for record in read(path):
         by_task.setdefault(record.task, []).append(record)
     wanted = [task for task in design.TASKS.values() if split in (None, task.split)]
-    return [_table(task, by_task[task.name]) for task in wanted if task.name in by_task]
+    return [
+        table(task, by_task[task.name], design.SPACE) for task in wanted if task.name in by_task
+    ]
 
 
-def _table(task: design.Task, records: Sequence[Record]) -> Table:
+def table(task: Any, records: Sequence[Record], parameters: Iterable[str]) -> Table:
+    """Return the records of one task as arrays.
+
+    Args:
+        task: The task.
+        records: Its runs and the untuned model, in any order.
+        parameters: Names of the parameters of its configurations.
+    """
     untuned = next((one.loss[0] for one in records if one.configuration == UNTUNED), math.nan)
     runs = sorted((one for one in records if one.configuration != UNTUNED), key=lambda r: r.key)
 
@@ -182,9 +210,7 @@ def _table(task: design.Task, records: Sequence[Record]) -> Table:
         task=task,
         configuration=column("configuration", np.int64),
         seed=column("seed", np.int64),
-        parameters={
-            name: np.array([one.parameters[name] for one in runs]) for name in design.SPACE
-        },
+        parameters={name: np.array([one.parameters[name] for one in runs]) for name in parameters},
         step=curve("step", np.int64, 0),
         loss=curve("loss", np.float64, math.nan),
         accuracy=curve("accuracy", np.float64, math.nan),

@@ -8,6 +8,8 @@ from dataclasses import asdict
 from dataclasses import dataclass
 from dataclasses import field
 from typing import TYPE_CHECKING
+from typing import Any
+from typing import TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -63,8 +65,25 @@ class Record:
         return self.task, self.configuration, self.seed
 
 
-def read(path: Path) -> list[Record]:
-    """Return the records of a file; none where there is no file.
+@dataclass(frozen=True, kw_only=True)
+class ScaledRecord(Record):
+    """One measured run of a table with scale in it (``tables.scaled``).
+
+    Attributes:
+        split: ``train``, ``validation`` or ``test``.
+        context: What is known of the task before any run: ``hidden_size``, ``model_layers``,
+            ``model_parameters``, ``examples``, ``mean_tokens``, ``method`` and ``precision``.
+    """
+
+    split: str
+    context: dict[str, Any] = field(default_factory=dict)
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+def read(path: Path, kind: type[AnyRecord] = Record) -> list[AnyRecord]:  # type: ignore[assignment]
+    """Return the records of a file, each of a kind; none where there is no file.
 
     A last line that a kill tore is left out; the next ``append`` begins a line of its own.
     """
@@ -74,7 +93,7 @@ def read(path: Path) -> list[Record]:
     records = []
     for line in whole.splitlines():
         try:
-            records.append(Record(**json.loads(line)))
+            records.append(kind(**json.loads(line)))
         except ValueError:
             # Torn by an earlier kill: its run is measured again.
             continue
@@ -92,9 +111,9 @@ def append(path: Path, record: Record) -> None:
         file.write(json.dumps(asdict(record)).encode() + b"\n")
 
 
-def merged(*sources: Iterable[Record]) -> list[Record]:
+def merged(*sources: Iterable[AnyRecord]) -> list[AnyRecord]:
     """Return the records of several sources without repeats, ordered; the first source counts."""
-    kept: dict[tuple[str, int, int], Record] = {}
+    kept: dict[tuple[str, int, int], AnyRecord] = {}
     for source in sources:
         for record in source:
             kept.setdefault(record.key, record)

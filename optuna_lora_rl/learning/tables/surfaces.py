@@ -16,7 +16,7 @@ regression on -1 and 1, Rasmussen & Williams 2006, section 6.5). Quality below -
 -0.5: how bad a useless run was shall not bend the surface elsewhere. The cost is counted, not
 fitted: ``costs``.
 
-The kernels' hyperparameters are fitted once (``python -m optuna_lora_rl.learning.tables fit``)
+The kernels' hyperparameters are fitted once (``python -m studies.tables fit``)
 and kept in ``surfaces.json`` beside the cross-validated quality; loading only solves for alpha.
 """
 
@@ -262,7 +262,6 @@ def load(
     for table in tables:
         if table.task.name not in known:
             raise UserError(
-                f"There is no surface of {table.task.name}; run "
-                "python -m optuna_lora_rl.learning.tables fit."
+                f"There is no surface of {table.task.name}; run python -m studies.tables fit."
             )
     return of(tables, known, costs.load([table.task.name for table in tables], prices))

@@ -11,10 +11,11 @@ import torch
 from optuna_lora_rl.learning.tables import coordinates
 from optuna_lora_rl.learning.tables import costs
 from optuna_lora_rl.learning.tables import design
-from optuna_lora_rl.learning.tables import fitting
 from optuna_lora_rl.learning.tables import surfaces
 from optuna_lora_rl.learning.tables.dataset import Table
 from optuna_lora_rl.learning.tables.surfaces import Surfaces
+from studies.tables import counting
+from studies.tables import fitting
 
 NAMES = ("tiny/dates-small", "tiny-wide/cipher-small")
 _HEIGHT = {"qv": 0.0, "attention": 0.05, "mlp": 0.1, "all-linear": 0.15}
@@ -67,7 +68,7 @@ def table(name: str, count: int, peak: float) -> Table:
 
 @pytest.fixture(scope="session")
 def prices() -> costs.Costs:
-    return costs.Costs(torch.stack([costs.count(price)] * 2))
+    return costs.Costs(torch.stack([counting.count(price)] * 2))
 
 
 @pytest.fixture(scope="session")

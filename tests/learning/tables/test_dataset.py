@@ -10,9 +10,9 @@ from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.learning.tables import dataset
 from optuna_lora_rl.learning.tables import design
 from optuna_lora_rl.learning.tables import records
-from optuna_lora_rl.learning.tables.__main__ import main
 from optuna_lora_rl.learning.tables.records import UNTUNED
 from optuna_lora_rl.learning.tables.records import Record
+from studies.tables.__main__ import main
 
 CONFIGURATIONS = design.configurations(4)
 TASK = "tiny/dates-small"

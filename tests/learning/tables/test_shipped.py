@@ -11,12 +11,12 @@ import torch
 from optuna_lora_rl.learning.tables import costs
 from optuna_lora_rl.learning.tables import dataset
 from optuna_lora_rl.learning.tables import design
-from optuna_lora_rl.learning.tables import fitting
 from optuna_lora_rl.learning.tables import surfaces
 from optuna_lora_rl.learning.tables.coordinates import matrix
 from optuna_lora_rl.learning.tables.dataset import Table
 from optuna_lora_rl.learning.tables.problem import TableProblem
 from optuna_lora_rl.learning.tables.surfaces import Surfaces
+from studies.tables import fitting
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "tables.md"
 

@@ -15,6 +15,7 @@ from optuna_lora_rl.learning.tables import coordinates
 from optuna_lora_rl.learning.tables import costs
 from optuna_lora_rl.learning.tables import dataset
 from optuna_lora_rl.learning.tables import surfaces
+from studies.tables import counting
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,7 +96,7 @@ def fit_all(path: Path, fits: Path, prices: Path, says: Callable[[str], None]) -
     made, counted = {}, {}
     for table in dataset.load(path=path):
         name = table.task.name
-        counted[name] = costs.counted(name)
+        counted[name] = counting.counted(name)
         entry = made[name] = fit(table, costs.Costs(counted[name][None]))
         facts = entry["facts"]
         if facts["cost_error"] > _COST_TOLERANCE:
@@ -104,7 +105,7 @@ def fit_all(path: Path, fits: Path, prices: Path, says: Callable[[str], None]) -
                 "its data differ here (real text comes from Python's own standard library)."
             )
         says(f"{name}: R2 {facts['r2']}, Spearman {facts['spearman']}")
-    costs.write(prices, counted)
+    counting.write(prices, counted)
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in made.items())
     fits.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
 

@@ -1,6 +1,6 @@
 """Measure how much there is to tune on each built-in task, and write the table of it.
 
-    python -m optuna_lora_rl.tiny.table --size small --configurations 30 --workers 2
+    python -m studies.tiny.table --size small --configurations 30 --workers 2
 
 Every run is a real LoRA fine-tuning of the built-in model with the same number of steps. Runs
 that the records already hold are not repeated, so the same command also regenerates the table.
@@ -23,16 +23,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optuna_lora_rl.errors import UserError
-from optuna_lora_rl.tiny.measurements import DEFAULT
-from optuna_lora_rl.tiny.measurements import UNTUNED
-from optuna_lora_rl.tiny.measurements import Measurement
-from optuna_lora_rl.tiny.measurements import Plan
-from optuna_lora_rl.tiny.measurements import best_configuration
-from optuna_lora_rl.tiny.measurements import measure
-from optuna_lora_rl.tiny.measurements import read
 from optuna_lora_rl.tiny.tasks import FAMILIES
 from optuna_lora_rl.tiny.tasks import TASKS
 from optuna_lora_rl.tiny.tasks import TRAINING_SIZES
+from studies.tiny.measurements import DEFAULT
+from studies.tiny.measurements import UNTUNED
+from studies.tiny.measurements import Measurement
+from studies.tiny.measurements import Plan
+from studies.tiny.measurements import best_configuration
+from studies.tiny.measurements import measure
+from studies.tiny.measurements import read
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -215,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measure_all(tasks, plan, options.records, workers=options.workers)
     measured = read(options.records)
     rows = [row for row in (summarise(task, plan, measured) for task in tasks) if row]
-    command = shlex.join(["python", "-m", "optuna_lora_rl.tiny.table", *given])
+    command = shlex.join(["python", "-m", "studies.tiny.table", *given])
     options.output.parent.mkdir(parents=True, exist_ok=True)
     page = document(rows, plan, command=command, records=options.records)
     options.output.write_text(page, encoding="utf-8")

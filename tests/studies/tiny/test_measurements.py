@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from optuna_lora_rl.finetuning.errors import FineTuningError
-from optuna_lora_rl.tiny import measurements
-from optuna_lora_rl.tiny.measurements import Plan
+from studies.tiny import measurements
+from studies.tiny.measurements import Plan
 
 PLAN = Plan(configurations=4, seeds=3, steps=7)
 

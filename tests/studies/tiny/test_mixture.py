@@ -5,7 +5,7 @@ import random
 import pytest
 
 from optuna_lora_rl import tiny
-from optuna_lora_rl.tiny import mixture
+from studies.tiny import mixture
 
 
 def test_the_same_generator_composes_the_same_texts() -> None:

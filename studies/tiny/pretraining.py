@@ -1,7 +1,8 @@
-"""The recipes of the built-in models: small Llamas, pretrained for real on one processor core.
+"""The recipes of small Llamas, pretrained for real on a processor or two: the built-in models,
+and those that only the measured tables are made with (``studies.tables``).
 
-    python -m optuna_lora_rl.tiny.pretraining --output weights --steps 3000 --seed 0
-    python -m optuna_lora_rl.tiny.pretraining --model tiny-narrow --output weights-narrow
+    python -m studies.tiny.pretraining --output weights --steps 3000 --seed 0
+    python -m studies.tiny.pretraining --model tiny-narrow --output weights-narrow
 
 A part of the tokens is the Python standard library's sources and docstrings (except the modules
 reserved for the fine-tuning tasks), the rest are the exercises of ``mixture``; ``RECIPES`` has
@@ -27,15 +28,14 @@ from typing import Literal
 
 import torch
 
-from optuna_lora_rl.tiny import mixture
 from optuna_lora_rl.tiny import standard_library
-from optuna_lora_rl.tiny.tokenizer import train_tokenizer
+from studies.tiny import mixture
+from studies.tiny.tokenizer import train_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _CHECKPOINT, _LOG = "checkpoint.pt", "pretraining.jsonl"
-_HEAD = 32  # width of one attention head
 _HELD_OUT_EVERY = 25  # every 25th document is kept for validation
 _SOURCES = ("standard library", "exercises")
 
@@ -54,10 +54,12 @@ class Recipe:
         exercises: Procedural documents to compose.
         files: Standard-library files to read; None reads all that are not reserved.
         layers: Transformer layers.
-        width: Hidden size; a head has 32 of it.
+        width: Hidden size.
+        head: Width of one attention head.
         inner: Width of the feed-forward layers.
         share: Share of the sequences that are exercises, from 0 to 1.
         stored: Type of the saved weights; the model's own is float32 in any case.
+        autocast: Whether products are taken in bfloat16, which some processors do faster.
     """
 
     steps: int = 3000
@@ -71,8 +73,10 @@ class Recipe:
     layers: int = 4
     width: int = 128
     inner: int = 352
+    head: int = 32
     share: float = 0.5
     stored: Literal["float32", "float16"] = "float32"
+    autocast: bool = False
 
     def source(self, sequence: int) -> str:
         """Return the source of one sequence, counted from the start of training."""
@@ -86,11 +90,22 @@ class Recipe:
         return self.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+_BRIEF = Recipe(sequence_length=128, stored="float16")
 RECIPES = {
     "tiny": Recipe(),
     "tiny-narrow": Recipe(steps=3400, layers=3, width=64, inner=176, share=0.8),
     "tiny-wide": Recipe(
         steps=1600, sequence_length=128, width=192, inner=512, share=0.2, stored="float16"
+    ),
+    # Depth and width apart: deep and narrow, shallow and wide.
+    "48x2": replace(_BRIEF, steps=3000, layers=2, width=48, inner=128, head=16),
+    "96x8": replace(_BRIEF, steps=1000, layers=8, width=96, inner=256),
+    "256x2": replace(_BRIEF, steps=1400, layers=2, width=256, inner=704, autocast=True),
+    "384x4": replace(
+        _BRIEF, steps=400, learning_rate=1.5e-3, layers=4, width=384, inner=1024, autocast=True
+    ),
+    "512x3": replace(
+        _BRIEF, steps=400, learning_rate=1.5e-3, layers=3, width=512, inner=1408, autocast=True
     ),
 }
 
@@ -168,8 +183,8 @@ def build_model(tokenizer: Any, recipe: Recipe) -> Any:
         hidden_size=recipe.width,
         intermediate_size=recipe.inner,
         num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.width // _HEAD,
-        num_key_value_heads=recipe.width // _HEAD,
+        num_attention_heads=recipe.width // recipe.head,
+        num_key_value_heads=recipe.width // recipe.head,
         max_position_embeddings=2 * recipe.sequence_length,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
@@ -241,7 +256,8 @@ def pretrain(
     first = _resume(output, recipe, model, optimizer)
     started = time.monotonic()
     for step in range(first, recipe.steps):
-        loss = _train_step(model, optimizer, corpus.batch(recipe, step), recipe.rate(step))
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.autocast):
+            loss = _train_step(model, optimizer, corpus.batch(recipe, step), recipe.rate(step))
         done = step + 1
         if done % 20 == 0:
             _log(output, {"step": done, "loss": round(loss, 4)})
@@ -335,18 +351,18 @@ def _model_card(
     seen = recipe.steps * recipe.batch_size * recipe.sequence_length
     parameters = sum(parameter.numel() for parameter in model.parameters())
     config = model.config
-    command = "python -m optuna_lora_rl.tiny.pretraining --output DIR "
+    command = "python -m studies.tiny.pretraining --output DIR "
     if name != "tiny":
         command += f"--model {name} "
     command += f"--steps {recipe.steps} --seed {recipe.seed}"
-    return f"""# The built-in model `{name}`
+    return f"""# The model `{name}`
 
 A Llama of {parameters:,} parameters ({config.num_hidden_layers} layers, width \
 {config.hidden_size}, {config.num_attention_heads} heads, {config.vocab_size:,} byte-level BPE
 tokens; stored as {recipe.stored}), pretrained on {seen / 1e6:.1f} M tokens: \
 {1 - recipe.share:.0%} of them the Python standard
 library's sources and docstrings, {recipe.share:.0%} procedural exercises. It is there so that
-studies, tests and examples run with no network; it knows nothing else. The text of the
+studies, tests and measurements run with no network; it knows nothing else. The text of the
 fine-tuning tasks was not part of its training.
 
     {command}

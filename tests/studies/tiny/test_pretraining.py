@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers import AutoTokenizer
 
-from optuna_lora_rl.tiny import pretraining
-from optuna_lora_rl.tiny.pretraining import Recipe
+from studies.tiny import pretraining
+from studies.tiny.pretraining import Recipe
 
 BRIEF = Recipe(steps=4, batch_size=2, sequence_length=64, warmup=1, exercises=400, files=6, seed=1)
 

@@ -7,10 +7,10 @@ import pytest
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.tiny import FAMILIES
-from optuna_lora_rl.tiny import table
-from optuna_lora_rl.tiny.measurements import Measurement
-from optuna_lora_rl.tiny.measurements import Plan
-from optuna_lora_rl.tiny.measurements import read
+from studies.tiny import table
+from studies.tiny.measurements import Measurement
+from studies.tiny.measurements import Plan
+from studies.tiny.measurements import read
 
 PLAN = Plan(configurations=3, seeds=2, steps=5)
 
@@ -59,10 +59,10 @@ def test_the_page_states_the_command_and_the_versions() -> None:
     page = table.document(
         [row],
         PLAN,
-        command="python -m optuna_lora_rl.tiny.table --steps 5",
+        command="python -m studies.tiny.table --steps 5",
         records=Path("studies/runs.jsonl"),
     )
-    assert "    python -m optuna_lora_rl.tiny.table --steps 5\n" in page
+    assert "    python -m studies.tiny.table --steps 5\n" in page
     assert "| `dates-small` | 4.000 | 3.000 | 2.000 | 1.100 | 72% |" in page
     assert "torch" in page
     assert "`studies/runs.jsonl`" in page

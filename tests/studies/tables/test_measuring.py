@@ -9,10 +9,10 @@ import pytest
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.learning.tables import design
-from optuna_lora_rl.learning.tables import measuring
 from optuna_lora_rl.learning.tables import records
 from optuna_lora_rl.learning.tables.records import UNTUNED
 from optuna_lora_rl.learning.tables.records import Record
+from studies.tables import measuring
 
 TASK = "tiny-narrow/plurals-small"
 
