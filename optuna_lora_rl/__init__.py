@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from typing import Any
 
 if TYPE_CHECKING:
+    from optuna_lora_rl.policy.context import TuningContext
     from optuna_lora_rl.samplers.bandit import BanditSampler
     from optuna_lora_rl.samplers.explanation import explain
     from optuna_lora_rl.samplers.rl import RLSampler
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
     from optuna_lora_rl.study.tuning import tune
 
 __version__ = "0.1.0"
-__all__ = ["BanditSampler", "LoraSpace", "RLSampler", "explain", "tune"]
+__all__ = ["BanditSampler", "LoraSpace", "RLSampler", "TuningContext", "explain", "tune"]
 
 _HOMES = {
     "BanditSampler": "optuna_lora_rl.samplers.bandit",
     "LoraSpace": "optuna_lora_rl.space",
     "RLSampler": "optuna_lora_rl.samplers.rl",
+    "TuningContext": "optuna_lora_rl.policy.context",
     "explain": "optuna_lora_rl.samplers.explanation",
     "tune": "optuna_lora_rl.study.tuning",
 }

@@ -39,6 +39,7 @@ from optuna_lora_rl.policy.candidates import children
 from optuna_lora_rl.policy.candidates import climb
 from optuna_lora_rl.policy.candidates import closeness
 from optuna_lora_rl.policy.candidates import proposals
+from optuna_lora_rl.policy.context import TuningContext
 from optuna_lora_rl.policy.dimensions import Space
 from optuna_lora_rl.policy.features import View
 from optuna_lora_rl.policy.features import context
@@ -407,6 +408,7 @@ def draw_parameter(
     generator: torch.Generator | None,
     *,
     bank: bool = False,
+    tuning: TuningContext | None = None,
 ) -> float:
     """The unit coordinate of one parameter, the others given or unknown.
 
@@ -416,12 +418,13 @@ def draw_parameter(
         column: of the parameter.
         generator: for a draw from the prior; ``None`` for the guides' value.
         bank: whether a bank of surfaces chooses the learning rate instead of the guides.
+        tuning: what is known of model, data and run.
     """
-    prior = space_prior(space)
+    prior = space_prior(space, tuning)
     if generator is None:
         point = prior.point(given)
         if bank and space.dimensions[column].role == "learning_rate":
-            point = space.snap(Bank(Layout(space)).at_best_rate(point))
+            point = space.snap(Bank(Layout(space, tuning)).at_best_rate(point))
         return float(point[column])
     weight = torch.from_numpy(prior.log_density_given(given)[column]).exp()
     cell = int(torch.multinomial(weight, 1, generator=generator))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from optuna_lora_rl.policy.bank import Bank
+from optuna_lora_rl.policy.context import TuningContext
 from optuna_lora_rl.policy.dimensions import Space
 from optuna_lora_rl.policy.prior import GUIDE_RATIO
 from optuna_lora_rl.policy.prior import GUIDE_RATIO_SPREAD
@@ -116,8 +117,12 @@ class Layout:
 
     Args:
         space: the dimensions.
+        context: what is known of model, data and run.
 
     Attributes:
+        context: the same.
+        expected: log10 of the best learning rate that follows from it; ``None`` without a model.
+        rows: log10 of the examples that a run is taken to see; ``None`` where nobody says.
         default: the guides' configuration, shape (D,).
         sweep: an expert's learning-rate sweep at three sizes of a run, shape (SWEEP, D).
         unordered: columns without order, shape (D,).
@@ -131,8 +136,9 @@ class Layout:
         present: numbers of the roles that the space has.
     """
 
-    def __init__(self, space: Space) -> None:
-        prior = space_prior(space)
+    def __init__(self, space: Space, context: TuningContext | None = None) -> None:
+        prior = space_prior(space, context)
+        self.context, self.expected, self.rows = context, prior.expected, prior.rows
         self.default, self.sweep = prior.point(), prior.sweep()
         self.unordered, self.is_lora = space.is_categorical, prior.is_lora
         self.column = [space.role_columns.get(role, -1) for role in ROLES]

@@ -21,8 +21,13 @@ import numpy as np
 from optuna_lora_rl.policy.prior import GUIDE_LR
 from optuna_lora_rl.policy.prior import NODES
 from optuna_lora_rl.policy.roles import ROLES
+from optuna_lora_rl.policy.scaling import Normal
+from optuna_lora_rl.policy.scaling import method_shift
+from optuna_lora_rl.policy.scaling import overfitting
+from optuna_lora_rl.policy.scaling import smallness
 
 if TYPE_CHECKING:
+    from optuna_lora_rl.policy.context import TuningContext
     from optuna_lora_rl.policy.layout import Layout
     from optuna_lora_rl.policy.layout import Points
 
@@ -30,6 +35,8 @@ if TYPE_CHECKING:
 # and by how much too low (decades); likewise where it is not.
 _BELIEVED, _GUIDES_RIGHT = 0.65, 0.4
 _NEAR_GUIDES, _FROM_GUIDES = (0.1, 0.4), (0.3, 1.2)
+# How often what follows from a known model is right, and how far off it is where it is not.
+_MODEL_RIGHT, _MODEL_WRONG = 0.85, 0.6
 # Decades from a range's centre to the best rate, mean and deviation, on the measured tables.
 _TABLES_CENTRE = (0.4, 0.4)
 _LOG10_2 = math.log10(2.0)
@@ -168,7 +175,7 @@ def natural_values(points: Points, layout: Layout) -> _Values:
 def draw_shapes(rng: np.random.Generator, layout: Layout, count: int) -> Shapes:
     """Random surfaces of a LoRA study over a space, half like the tables and half broader."""
     half = count // 2
-    parts = _like_tables(rng, half), _broad(rng, count - half)
+    parts = _like_tables(rng, half), _broad(rng, count - half, layout.context)
     rates = (
         _best_rates(rng, layout, half, *_TABLES_CENTRE),
         _best_rates(rng, layout, count - half, 0.0, None),
@@ -213,8 +220,10 @@ def _like_tables(rng: np.random.Generator, count: int) -> _Values:
     }
 
 
-def _broad(rng: np.random.Generator, count: int) -> _Values:
+def _broad(rng: np.random.Generator, count: int, context: TuningContext | None) -> _Values:
     """Whatever a LoRA run may be: with a cliff or without, costly or not, on little data."""
+    # The fewer examples, the more often and the sooner a larger adapter overfits.
+    small, sooner = overfitting(context), 2.5 * smallness(context)
 
     def some(share: float) -> np.ndarray:
         return rng.random(count) < share
@@ -234,8 +243,8 @@ def _broad(rng: np.random.Generator, count: int) -> _Values:
         "scale": rng.uniform(0.7, 4.0, count),
         "steps": np.abs(rng.normal(0.0, 0.05, count)),
         "batch": rng.normal(0.0, 0.03, count),
-        "overfit": some(0.22) * rng.uniform(0.03, 0.25, count),
-        "onset": rng.uniform(0.0, 5.0, count),
+        "overfit": some(small) * rng.uniform(0.03, 0.25, count),
+        "onset": rng.uniform(0.0, 5.0, count) - sooner,
         "dropout": np.abs(rng.normal(0.0, 0.05, count)),
         "cost": some(0.65) * rng.exponential(0.06, count),
         "compute": some(0.5) * rng.exponential(0.05, count),
@@ -254,7 +263,7 @@ def _best_rates(
         up: decades from a range's centre to the rate that its writer believed to be best.
         spread: their deviation; by default it grows with the range.
     """
-    near, far = ((GUIDE_LR + up_, deviation) for up_, deviation in (_NEAR_GUIDES, _FROM_GUIDES))
+    near, far, right = _beliefs(layout)
     if layout.column[_RATE] < 0:
         return rng.normal(*far, count)
     table = layout.natural[_RATE]
@@ -262,13 +271,29 @@ def _best_rates(
     if spread is None:
         spread = 0.2 + 0.12 * min(high - low, 6.0)
     rate = np.linspace(max(low, centre - 4.0) - 0.3, high + 0.3, 512)
-    density = _GUIDES_RIGHT * _bell(rate, *near) + (1 - _GUIDES_RIGHT) * _bell(rate, *far)
+    density = right * _bell(rate, *near) + (1 - right) * _bell(rate, *far)
     density *= _BELIEVED * _bell(rate, centre + up, spread) + (1 - _BELIEVED) * _bell(
         centre, GUIDE_LR, spread
     )
     share = np.cumsum(density + 1e-300)
     even = (rng.permutation(count) + 0.5) / max(count, 1)
     return np.interp(even, share / share[-1], rate)
+
+
+def _beliefs(layout: Layout) -> tuple[Normal, Normal, float]:
+    """What is believed of the best rate when it is right, when not, and how often it is right.
+
+    The guides, or what follows from the model where it is known.
+    """
+    shift = method_shift(layout.context)
+    if layout.expected is None:
+        near, far = (
+            Normal(GUIDE_LR + up + shift.mean, math.hypot(deviation, shift.deviation))
+            for up, deviation in (_NEAR_GUIDES, _FROM_GUIDES)
+        )
+        return near, far, _GUIDES_RIGHT
+    mean, deviation = layout.expected
+    return layout.expected, Normal(mean, _MODEL_WRONG + deviation), _MODEL_RIGHT
 
 
 def _bell(x: np.ndarray | float, mean: float, deviation: float) -> np.ndarray:

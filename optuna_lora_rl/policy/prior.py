@@ -7,7 +7,9 @@ where a parameter's role is known and the space looks like a LoRA one; elsewhere
 Evidence: guides start from rank 16-32, alpha = rank or twice that, all linear layers, no dropout,
 learning rate 2e-4; in published sweeps of 28 large models a learning rate near 3e-4 with a large
 rank is nearly best for most. A range is evidence as well: whoever writes 1e-4 ... 1e-1 does not
-expect 2e-4, so the centre of the range pulls the guide's learning rate towards it.
+expect 2e-4, so the centre of the range pulls the guide's learning rate towards it. Where the
+model, the data or the method are known, what follows from them
+(:mod:`~optuna_lora_rl.policy.scaling`) takes the guides' place.
 """
 
 from __future__ import annotations
@@ -18,8 +20,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from optuna_lora_rl.policy.context import TuningContext
 from optuna_lora_rl.policy.dimensions import Dimension
 from optuna_lora_rl.policy.dimensions import Space
+from optuna_lora_rl.policy.scaling import Normal
+from optuna_lora_rl.policy.scaling import expected_rate
+from optuna_lora_rl.policy.scaling import less_rank
+from optuna_lora_rl.policy.scaling import log10_rows
+from optuna_lora_rl.policy.scaling import method_shift
+from optuna_lora_rl.policy.scaling import more_dropout
+from optuna_lora_rl.policy.scaling import smallness
 
 NODES = 65
 U = np.linspace(0.0, 1.0, NODES)
@@ -98,38 +108,54 @@ def _normal(x: np.ndarray, mean: float, deviation: float) -> np.ndarray:
     return np.exp(-0.5 * ((x - mean) / deviation) ** 2) / deviation
 
 
-def learning_rate_density(natural: np.ndarray) -> np.ndarray:
+def learning_rate_density(
+    natural: np.ndarray, expected: Normal | None = None, shift: float = 0.0
+) -> np.ndarray:
     """Density of the best learning rate over a range, given in decades at the nodes.
 
     The guide's value, drawn towards the centre of the range (both as normal densities), plus a
     broad part for the cases in which the guide is wrong about the scale.
+
+    Args:
+        natural: the range at the nodes, in decades.
+        expected: what follows from the model; by default the guides' value.
+        shift: decades by which the method's rates lie above those of guides for SFT.
     """
     low, high = float(natural.min()), float(natural.max())
     centre, width = 0.5 * (low + high), max(high - low, 1e-3)
-    guide, spread = GUIDE_LR_SPREAD**-2, RANGE_SPREAD**-2
-    mean = (guide * GUIDE_LR + spread * centre) / (guide + spread)
+    believed = expected or Normal(GUIDE_LR + shift, GUIDE_LR_SPREAD)
+    guide, spread = believed.deviation**-2, RANGE_SPREAD**-2
+    mean = (guide * believed.mean + spread * centre) / (guide + spread)
     deviation = (guide + spread) ** -0.5
     broad = 0.3 * _normal(natural, centre, max(0.3, 0.35 * width))
-    if not low < mean < high:  # the guide has nothing to say about this range
+    if expected is None and not low < mean < high:  # the guide says nothing about this range
         return broad
     return 0.7 * _normal(natural, mean, deviation) + broad
 
 
-def density_table(dimension: Dimension) -> np.ndarray:
-    """Density over the unit interval by role alone, shape (NODES,), mean 1."""
-    x, role = natural_table(dimension), dimension.role
+def density_table(
+    dimension: Dimension, context: TuningContext | None = None, expected: Normal | None = None
+) -> np.ndarray:
+    """Density over the unit interval by role alone, shape (NODES,), mean 1.
+
+    Args:
+        dimension: the parameter.
+        context: what is known of model, data and run.
+        expected: log10 of the learning rate that follows from it.
+    """
+    x, role, few = natural_table(dimension), dimension.role, smallness(context)
     if role == "learning_rate":
-        density = learning_rate_density(x)
+        density = learning_rate_density(x, expected, method_shift(context).mean)
     elif role == "rank":
-        density = _normal(x, 4.8, 1.2) + 0.15
+        density = _normal(x, 4.8 - less_rank(context), 1.2) + 0.15
     elif role == "alpha":
         density = _normal(x, 5.3, 1.3) + 0.1
     elif role == "alpha_ratio":
         density = _normal(x, GUIDE_RATIO, GUIDE_RATIO_SPREAD) + 0.05
     elif role == "dropout":
-        density = np.exp(-x / 0.05) + 0.15
+        density = np.exp(-np.abs(x - more_dropout(context)) / 0.05) + 0.15
     elif role in ("targets", "layers"):
-        density = np.exp(1.5 * x)
+        density = np.exp((1.5 - few) * x)
     elif role == "batch_size":
         density = _normal(x, GUIDE_BATCH, 1.3) + 0.1
     elif role == "weight_decay":
@@ -162,12 +188,18 @@ class SpacePrior:
         is_lora: whether the guides' prior applies.
         log_density: shape (d, NODES); flat rows where nothing is known.
         natural: natural values at the nodes, shape (d, NODES); only rows with a role mean much.
+        context: what is known of model, data and run.
+        expected: log10 of the learning rate that follows from it, for alpha = 2 rank.
+        rows: log10 of the examples that a run is taken to see.
     """
 
     space: Space
     is_lora: bool
     log_density: np.ndarray
     natural: np.ndarray
+    context: TuningContext | None = None
+    expected: Normal | None = None
+    rows: float | None = None
 
     def log_density_given(self, given: np.ndarray) -> np.ndarray:
         """Densities that know a configuration's rank when they judge its alpha."""
@@ -196,7 +228,7 @@ class SpacePrior:
             return 0.5 if dimension.is_ordered else float(dimension.grid()[0])
         natural, rank = self.natural[column], self.space.role_columns.get("rank")
         if dimension.role == "rank":
-            return float(np.interp(GUIDE_RANK, natural, U))
+            return float(np.interp(GUIDE_RANK - less_rank(self.context), natural, U))
         if dimension.role == "batch_size":
             return float(np.interp(GUIDE_BATCH, natural, U))
         if dimension.role == "alpha" and rank is not None:
@@ -239,12 +271,26 @@ class SpacePrior:
         return [usual, small, large]
 
 
-def space_prior(space: Space, *, lora: bool | None = None) -> SpacePrior:
-    """Tabulate the prior of a space; ``lora`` overrules whether it is a LoRA one."""
-    lora = space.is_lora if lora is None else lora
+def space_prior(space: Space, context: TuningContext | None = None) -> SpacePrior:
+    """Tabulate the prior of a space, where something is known of model, data and run by that."""
     natural, density = np.ones((len(space), NODES)), np.ones((len(space), NODES))
     for column, dimension in enumerate(space.dimensions):
         natural[column] = natural_table(dimension)
-        if lora:
-            density[column] = density_table(dimension)
-    return SpacePrior(space, lora, np.log(density), natural)
+    rows = log10_rows(context, space, _length_of_run(space, natural))
+    expected = expected_rate(context, rows)
+    for column, dimension in enumerate(space.dimensions):
+        if space.is_lora:
+            density[column] = density_table(dimension, context, expected)
+    return SpacePrior(space, space.is_lora, np.log(density), natural, context, expected, rows)
+
+
+def _length_of_run(space: Space, natural: np.ndarray) -> dict[str, float]:
+    """log2 of the steps and of the batch size that the guides' configuration has, where tuned."""
+    columns = space.role_columns
+    found = {}
+    if "steps" in columns:
+        found["steps"] = float(natural[columns["steps"], -1])
+    if "batch_size" in columns:
+        table = natural[columns["batch_size"]]
+        found["batch_size"] = float(min(max(GUIDE_BATCH, table.min()), table.max()))
+    return found

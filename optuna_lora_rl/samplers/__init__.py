@@ -30,6 +30,8 @@ __all__ = ["NAMES", "BanditSampler", "RLSampler", "check", "create", "proposal"]
 
 # Where a trial keeps what its sampler had in mind.
 PROPOSAL_KEY = "optuna_lora_rl:proposal"
+# Where a study keeps what is known of model, data and run.
+CONTEXT_KEY = "optuna_lora_rl:context"
 
 _HOMES = {
     "rl": ("optuna_lora_rl.samplers.rl", "RLSampler"),

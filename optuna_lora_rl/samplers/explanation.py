@@ -24,10 +24,13 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.policy.context import TuningContext
 from optuna_lora_rl.policy.layout import Layout
+from optuna_lora_rl.policy.scaling import reasons
 from optuna_lora_rl.policy.scores import standardise
 from optuna_lora_rl.policy.surrogate import Process
 from optuna_lora_rl.policy.surrogate import fit_theta
+from optuna_lora_rl.samplers import CONTEXT_KEY
 from optuna_lora_rl.samplers import proposal
 from optuna_lora_rl.samplers.cut_short import with_evidence
 from optuna_lora_rl.samplers.history import History
@@ -141,11 +144,13 @@ class Explanation:
         noise: deviation of a run round its configuration's value, as the surrogate sees it, in
             the objective's units.
         origins: where each trial came from and why, by its number.
+        reasons: what was expected before the first trial, and from what, in sentences.
     """
 
     parameters: tuple[Parameter, ...]
     noise: float
     origins: Mapping[int, Origin]
+    reasons: tuple[str, ...] = ()
 
     def figure(self) -> go.Figure:
         """Mean and band along each parameter, with the trials and the prior, for plotly."""
@@ -158,7 +163,9 @@ class Explanation:
             f"{p.name}: importance {p.importance:.0%}, best {_short(p.best)}"
             for p in self.parameters
         ]
-        return "\n".join([*lines, *(f"trial {n}: {said}" for n, said in self.origins.items())])
+        return "\n".join(
+            [*self.reasons, *lines, *(f"trial {n}: {said}" for n, said in self.origins.items())]
+        )
 
     def __repr__(self) -> str:
         # The arrays of a curve are for figures.
@@ -170,7 +177,8 @@ class Explanation:
         heads = ("parameter", "importance (PED-ANOVA)", "best so far")
         origins = [(str(number), str(said)) for number, said in self.origins.items()]
         return (
-            _html_table(heads, parameters)
+            "".join(f"<p>{html.escape(reason)}</p>" for reason in self.reasons)
+            + _html_table(heads, parameters)
             + "<p>figure() draws the predicted objective along each parameter.</p>"
             + f"<details><summary>Where each of the {len(origins)} trials came from</summary>"
             + _html_table(("trial", "why it was proposed"), origins)
@@ -220,24 +228,29 @@ def explain(
     distributions: dict[str, BaseDistribution] = {}
     for trial in with_evidence(trials):
         distributions.update(trial.distributions)
-    space = space_of({n: d for n, d in distributions.items() if not d.single()}, roles)
+    said = study.user_attrs.get(CONTEXT_KEY)
+    tuning = None if said is None else TuningContext.from_dict(said)
+    tuned = {n: d for n, d in distributions.items() if not d.single()}
+    space = space_of(tuned, roles, said=tuning is not None)
+    layout = Layout(space, tuning)
+    why = tuple(reasons(tuning, layout.expected, layout.rows)) if tuning else ()
     origins = {trial.number: origin(trial) for trial in trials}
     history = read_history(trials, space, study.directions)
     # An infinite value has no place in the objective's units.
     history = history.select(~np.isinf(history.scores[:, objective]))
     if history.scored.sum() < _FEWEST:
-        return Explanation((), math.nan, origins)
+        return Explanation((), math.nan, origins, why)
     shares = _importances(study, objective)
     last = {t.number: _last_report(t, objective, len(study.directions)) for t in trials}
     with on_cpu(), np.errstate(all="ignore"):
-        model = _Model.of(space, history, objective, study.directions[objective], last)
+        model = _Model.of(space, layout, history, objective, study.directions[objective], last)
         parameters = [
             model.parameter(column, shares.get(name, 0.0))
             for column, name in enumerate(space.names)
         ]
         noise = model.noise
     parameters.sort(key=lambda p: -p.importance)
-    return Explanation(tuple(parameters), noise, origins)
+    return Explanation(tuple(parameters), noise, origins, why)
 
 
 def _importances(study: Study, objective: int) -> dict[str, float]:
@@ -303,12 +316,12 @@ class _Model:
     def of(
         cls,
         space: Space,
+        layout: Layout,
         history: History,
         objective: int,
         direction: StudyDirection,
         last: Mapping[int, float],
     ) -> _Model:
-        layout = Layout(space)
         finished = np.flatnonzero(~history.running)[-_MOST_ROWS:]
         points = np.where(np.isnan(history.points), layout.default, history.points)
         good = history.scored[finished]

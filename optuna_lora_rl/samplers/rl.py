@@ -21,6 +21,7 @@ from optuna.trial import TrialState
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.policy import weights as weight_files
 from optuna_lora_rl.policy.conditions import settle
+from optuna_lora_rl.policy.context import TuningContext
 from optuna_lora_rl.policy.decision import Decision
 from optuna_lora_rl.policy.decision import Settings
 from optuna_lora_rl.policy.decision import decide
@@ -29,6 +30,7 @@ from optuna_lora_rl.policy.decision import fit_feasibility
 from optuna_lora_rl.policy.decision import fit_hyperparameters
 from optuna_lora_rl.policy.layout import Layout
 from optuna_lora_rl.policy.network import Correction
+from optuna_lora_rl.samplers import CONTEXT_KEY
 from optuna_lora_rl.samplers import PROPOSAL_KEY
 from optuna_lora_rl.samplers import cut_short
 from optuna_lora_rl.samplers import is_whole
@@ -126,6 +128,10 @@ class RLSampler(BaseSampler):
         adapt: ``True`` lets the policy learn from the study itself: small, bounded PPO updates
             after 8, 16, 32 and 64 finished trials, computed from the trials alone. Workers agree
             on them where they have the same seed. The network then speaks in every space.
+        context: what is known of the model, the data and the run before the first trial:
+            ``TuningContext.of(model, examples=5000)``. The learning rates, ranks and dropouts that
+            it begins with follow from it. It is stored with the study, so that a sampler without
+            one, in another worker or later, has the same. A study with a context is a LoRA study.
 
     Raises:
         UserError: an argument is not one of those above, or the weights are missing or made for
@@ -143,11 +149,14 @@ class RLSampler(BaseSampler):
         n_candidates: int = 256,
         source_studies: Sequence[Study | Sequence[FrozenTrial]] = (),
         adapt: bool = False,
+        context: TuningContext | None = None,
     ) -> None:
         if adapt not in (True, False):
             raise UserError(f"adapt is {adapt!r}, but must be True or False")
         if adapt and not learned:
             raise UserError("adapt is True, but learned is False, so that there is no policy")
+        if context is not None and not isinstance(context, TuningContext):
+            raise UserError(f"context is {context!r}, but must be a TuningContext")
         if n_trials is not None and not (is_whole(n_trials) and n_trials >= 1):
             raise UserError(f"n_trials is {n_trials!r}, but must be a whole number, at least 1")
         if not (is_whole(n_candidates) and n_candidates >= 16):
@@ -160,6 +169,7 @@ class RLSampler(BaseSampler):
         self._network = weight_files.load(weights) if learned else None
         # The shipped network was trained without the bank, and together they are worse.
         self._settings = Settings(candidates=n_candidates, bank=not learned)
+        self._context = context
         self._earlier = EarlierStudies(source_studies, self._roles)
         # It keeps the first seed: reseeding for every thread would undo what was learnt.
         network, seed = self._network, self._seed
@@ -173,10 +183,11 @@ class RLSampler(BaseSampler):
         self._spaces: Memo[Space] = Memo()
         self._layouts: Memo[Layout] = Memo()
         self._fits: Memo[np.ndarray] = Memo()
+        self._stored: dict[tuple[int, int], TuningContext | None] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("_lock", "_union", "_ledger", "_spaces", "_layouts", "_fits"):
+        for name in ("_lock", "_union", "_ledger", "_spaces", "_layouts", "_fits", "_stored"):
             del state[name]
         return state
 
@@ -222,9 +233,10 @@ class RLSampler(BaseSampler):
         if not search_space:
             return {}
         # By what is written, not by what is equal: 0 is False, but must not become it.
-        said = self._earlier.are_lora
+        tuning = self._known(study)
+        said = self._earlier.are_lora or tuning is not None
         space = self._spaces.get(
-            repr(search_space), lambda: space_of(search_space, self._roles, said=said)
+            (repr(search_space), said), lambda: space_of(search_space, self._roles, said=said)
         )
         with self._lock:
             seed = self._seed
@@ -237,7 +249,7 @@ class RLSampler(BaseSampler):
             )
             generator = _generator(seed, history.turn, space.names + ("again",) * attempt)
             with on_cpu(), np.errstate(all="ignore"):
-                decision, units = self._think(space, history, study.directions, generator)
+                decision, units = self._think(space, history, study.directions, generator, tuning)
             # What another worker took it would also have had for second best: so drawn.
             point, why = _chosen(decision, units, generator if attempt else None)
             params = space.decode(point)
@@ -273,7 +285,8 @@ class RLSampler(BaseSampler):
         # All that the study has asked for so far says whether it is a LoRA one.
         asked = {**self._union.read(trials, trial.number), **trial.distributions}
         asked = {k: v for k, v in asked.items() if not v.single()}
-        said = self._earlier.are_lora
+        tuning = self._known(study)
+        said = self._earlier.are_lora or tuning is not None
         space = space_of({**asked, param_name: param_distribution}, self._roles, said=said)
         generator = _generator(seed, turn, (param_name,))
         # A trial that another worker has just begun may not have chosen anything yet.
@@ -292,10 +305,27 @@ class RLSampler(BaseSampler):
                 draw = None if first else generator
                 # The surfaces know of one score a trial.
                 bank = self._settings.bank and len(study.directions) == 1
-                coordinate = draw_parameter(space, given, column, draw, bank=bank)
+                coordinate = draw_parameter(space, given, column, draw, bank=bank, tuning=tuning)
         if PROPOSAL_KEY not in trial.system_attrs or source == "transfer":
             study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL_KEY, {"source": source})
         return space.dimensions[column].decode(coordinate)
+
+    def _known(self, study: Study) -> TuningContext | None:
+        """What is known of model, data and run: as given, or as stored with the study.
+
+        It is looked for once; what is given is stored where nothing is.
+        """
+        study_id, storage = study._study_id, study._storage
+        key = (id(storage), study_id)
+        if key not in self._stored:
+            said = storage.get_study_user_attrs(study_id).get(CONTEXT_KEY)
+            known = self._context
+            if known is None and said is not None:
+                known = TuningContext.from_dict(said)
+            elif known is not None and said is None:
+                storage.set_study_user_attr(study_id, CONTEXT_KEY, known.as_dict())
+            self._stored[key] = known
+        return self._stored[key]
 
     def _think(
         self,
@@ -303,6 +333,7 @@ class RLSampler(BaseSampler):
         history: History,
         directions: Sequence[StudyDirection],
         generator: torch.Generator,
+        tuning: TuningContext | None,
     ) -> tuple[Decision, tuple[float, float] | None]:
         """The policy's step, and what takes its scores to the objective's units."""
         # What the network learnt is what parameters do in a LoRA run. Where there are none it
@@ -313,10 +344,10 @@ class RLSampler(BaseSampler):
 
             def rebuild(before: History, turn: int, points: np.ndarray) -> Decision:
                 again = _generator(seed, turn, space.names)
-                return self._decide(space, before, directions, again, None, points)[0]
+                return self._decide(space, before, directions, again, None, tuning, points)[0]
 
             network = self._adaptation.network(space, history, rebuild)
-        decision, told = self._decide(space, history, directions, generator, network)
+        decision, told = self._decide(space, history, directions, generator, network, tuning)
         return decision, units_of(told, decision.trials, directions)
 
     def _decide(
@@ -326,13 +357,14 @@ class RLSampler(BaseSampler):
         directions: Sequence[StudyDirection],
         generator: torch.Generator,
         network: Scorer | None,
+        tuning: TuningContext | None,
         points: np.ndarray | None = None,
     ) -> tuple[Decision, History]:
         """The policy's step after a history, and the part of the history that it looked at.
 
         ``points`` (k, d) join the candidates.
         """
-        layout = self._layouts.get(space.written, lambda: Layout(space))
+        layout = self._layouts.get((space.written, tuning), lambda: Layout(space, tuning))
         default = layout.default
         # The surfaces know of one score a trial.
         bank = self._settings.bank and len(directions) == 1
@@ -343,7 +375,7 @@ class RLSampler(BaseSampler):
         def snap(x: np.ndarray) -> np.ndarray:
             return settle(space.snap(x), conditions, default)
 
-        theta = self._hyperparameters(layout, space.written, history)
+        theta = self._hyperparameters(layout, space.written + repr(tuning), history)
         history = recent_and_best(history)
         weights = objective_weights(len(directions), generator)
         trials = observe(history, default, self._n_trials, weights)

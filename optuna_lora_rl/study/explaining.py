@@ -81,6 +81,8 @@ def show(
         _one(console, trial, _origin(trial))
         return None
     found = found or explain(study)
+    for reason in found.reasons:
+        console.print(f"Before the first trial: {reason}.")
     console.print(_origins(trials))
     if not found.parameters:
         console.print("Three results or more are needed to say what they taught.")

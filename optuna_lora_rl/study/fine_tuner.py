@@ -10,6 +10,7 @@ from optuna_lora_rl.activity import OnActivity
 from optuna_lora_rl.activity import unseen
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning.errors import FineTuningError
+from optuna_lora_rl.policy.context import TuningContext
 from optuna_lora_rl.rank import tables
 from optuna_lora_rl.study import data_report
 from optuna_lora_rl.study import wording
@@ -49,6 +50,29 @@ def make(
         typical=spec.lora_space().middle(),
         cache=cache,
         on_activity=on_activity,
+    )
+
+
+def context(spec: StudySpec, tuner: FineTuner) -> TuningContext:
+    """What is known of model, data and run before the first trial, for the sampler."""
+    traits, space = tuner.traits(), spec.lora_space()
+    tuned, usual = space.distributions(), space.middle()
+    batch = None if "batch_size" in tuned else int(usual["batch_size"])
+    steps = None
+    if not tuned.keys() & {"max_steps", "num_train_epochs"}:
+        steps = max(int(usual["max_steps"]), 0)
+        if not steps and batch is not None:
+            epochs = float(usual["num_train_epochs"])
+            steps = max(round(epochs * traits["train_examples"] / batch), 1)
+    return TuningContext(
+        hidden_size=int(traits["hidden_size"]),
+        layers=int(traits["model_layers"]),
+        parameters=int(traits["model_parameters"]),
+        examples=int(traits["train_examples"]),
+        tokens=float(traits["mean_tokens"]),
+        steps=steps or None,
+        batch_size=batch,
+        method="sft",
     )
 
 

@@ -22,6 +22,7 @@ from optuna_lora_rl.finetuning import process
 from optuna_lora_rl.finetuning.errors import FineTuningError
 from optuna_lora_rl.finetuning.errors import MachineError
 from optuna_lora_rl.finetuning.trackers import TENSORBOARD_FOLDER
+from optuna_lora_rl.samplers import CONTEXT_KEY
 from optuna_lora_rl.study import adapters
 from optuna_lora_rl.study import answering
 from optuna_lora_rl.study import checks
@@ -245,6 +246,7 @@ class _Worker:
             notes = fine_tuner.prepare(self._tuner, self.spec)
             self._tell_where(self._tuner.precision)
             self._tell_data(self._tuner.data_facts())
+            self._tell_sampler(self._tuner)
             for note in notes:
                 self.display.says(note)
         return self._tuner
@@ -254,6 +256,12 @@ class _Worker:
         for sentence in filter(None, (*said, *data_report.warnings(facts))):
             self.display.says(sentence)
         self.study.set_user_attr(data_report.DATA, facts)
+
+    def _tell_sampler(self, tuner: FineTuner) -> None:
+        """Keeps with the study what is known before its first trial, if it has not begun."""
+        if CONTEXT_KEY not in self.study.user_attrs and not self._trials():
+            known = fine_tuner.context(self.spec, tuner)
+            self.study.set_user_attr(CONTEXT_KEY, known.as_dict())
 
     def _training(self) -> TrainingOptions:
         """How trials train: in the arithmetic in which the study began, where this machine can."""
