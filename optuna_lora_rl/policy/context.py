@@ -74,11 +74,12 @@ class TuningContext:
                     f"context: {name} is {value!r}, but must be a whole number, at least 1"
                 )
             object.__setattr__(self, name, int(value))
-        if self.tokens is not None:
-            number = isinstance(self.tokens, Real) and not isinstance(self.tokens, bool)
-            if not (number and 0 < self.tokens <= _LARGEST):
-                raise UserError(f"context: tokens is {self.tokens!r}, but must be a number over 0")
-            object.__setattr__(self, "tokens", float(self.tokens))
+        tokens: Any = self.tokens
+        if tokens is not None:
+            number = isinstance(tokens, Real) and not isinstance(tokens, bool)
+            if not (number and 0 < tokens <= _LARGEST):
+                raise UserError(f"context: tokens is {tokens!r}, but must be a number over 0")
+            object.__setattr__(self, "tokens", float(tokens))
         for name, allowed in (("method", METHODS), ("quantization", QUANTIZATIONS)):
             value = getattr(self, name)
             if value is not None and value not in allowed:
@@ -114,7 +115,8 @@ class TuningContext:
             raise UserError(
                 f"context: {_named(model)} does not say how wide it is; give hidden_size"
             )
-        found = {"hidden_size": width, "layers": depth, "parameters": _parameters(model)}
+        found: dict[str, Any] = {"hidden_size": width, "layers": depth}
+        found["parameters"] = _parameters(model)
         found["quantization"] = _quantization(config.get("quantization_config"))
         return cls(**{**found, **known})
 
@@ -185,7 +187,7 @@ def _read(name: str) -> Mapping[str, Any]:
 
 def _first(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
     found = (config.get(name) for name in names)
-    return next((int(v) for v in found if isinstance(v, Integral) and v > 0), None)
+    return next((int(v) for v in found if isinstance(v, Integral) and int(v) > 0), None)
 
 
 def _parameters(model: Any) -> int | None:
