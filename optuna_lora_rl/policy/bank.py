@@ -40,6 +40,8 @@ from optuna_lora_rl.policy.prior import U
 from optuna_lora_rl.policy.roles import ROLES
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from optuna_lora_rl.policy.candidates import Trials
     from optuna_lora_rl.policy.layout import Layout
     from optuna_lora_rl.policy.layout import Points
@@ -141,14 +143,20 @@ class Posterior:
     Args:
         bank: of the space.
         trials: of the study.
+        charge: what is known to be taken from the scores of points x (N, D), in units of y.
 
     Attributes:
         weights: of surfaces and spans, shape (M, B), summing to 1.
         share: how far the bank is believed against the plain process, from 0 to 1.
     """
 
-    def __init__(self, bank: Bank, trials: Trials) -> None:
-        self._bank = bank
+    def __init__(
+        self,
+        bank: Bank,
+        trials: Trials,
+        charge: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> None:
+        self._bank, self._charge = bank, charge
         self._guided = (1.0 + len(trials) / _GUIDED_TRIALS) ** -2
         seen = trials.points(bank.layout)
         f = bank.values(seen).astype(float)
@@ -186,12 +194,16 @@ class Posterior:
         alpha = (r - offset) @ inverse
         at = f + alpha @ K
         good = trials.good[~trials.failed]
+        if trials.charged is not None:
+            at = at - trials.charged[~trials.failed] / self._b[:, None]
         best = at[:, good].max(1, initial=-math.inf)
         if len(X) and not good.any():
             best = at.min(1) - 1.0
         if len(pending):
             ahead = bank.values(pending, self._rows).astype(float)
             ahead += alpha @ bank.covariance(X, pending.coordinates, _DEVIATION)
+            if self._charge:
+                ahead -= self._charge(pending.x) / self._b[:, None]
             best = np.maximum(best, ahead.max(1))
             X = np.concatenate([X, pending.coordinates])
             alpha = np.concatenate([alpha, np.zeros((_PAIRS, len(pending)))], 1)
@@ -199,15 +211,18 @@ class Posterior:
         self._X, self._inverse = X, np.linalg.inv(np.linalg.cholesky(K))
         self._alpha, self._best = alpha.astype(np.float32), best.astype(np.float32)[:, None]
 
-    def log_gain(self, points: Points) -> np.ndarray:
+    def log_gain(self, points: Points, charged: np.ndarray | None = None) -> np.ndarray:
         """log of the expected improvement in units of y, shape (N,).
 
-        The guides' preference for all but the learning rate joins it, and fades.
+        The guides' preference for all but the learning rate joins it, and fades. What is charged
+        of each point, shape (N,), in units of y, is taken from what the surfaces say.
         """
         from scipy.special import ndtr  # slow to import
 
         guided = self._guided * self._bank.rest_prior(points)
         f = self._bank.values(points, self._rows)
+        if charged is not None:
+            f -= (charged / self._b[:, None]).astype(np.float32)
         if not len(self._X):  # nothing to improve on, but failures
             return guided + 20.0 * np.log(np.maximum(f, -1.0).mean(0) + 1.05)
         k = self._bank.covariance(self._X, points.coordinates, _DEVIATION)

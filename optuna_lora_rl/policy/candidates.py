@@ -70,6 +70,8 @@ class Trials:
         infeasible: which of them broke a constraint, shape (n,).
         pending: running trials, shape (m, D).
         horizon: number of trials that the study will have; 0 where unknown.
+        charged: what is known to be taken from each score, in its units, shape (n,): ``y`` is then
+            the quality before it. ``None`` where nothing is known.
     """
 
     x: np.ndarray
@@ -78,6 +80,7 @@ class Trials:
     infeasible: np.ndarray
     pending: np.ndarray
     horizon: int = 0
+    charged: np.ndarray | None = None
     _points: tuple[Layout, Points] | None = field(default=None, init=False, repr=False)
 
     @classmethod
@@ -99,6 +102,11 @@ class Trials:
         """Shape (n,): finished within the constraints, with a score of their own."""
         return ~(self.failed | self.infeasible)
 
+    @cached_property
+    def net(self) -> np.ndarray:
+        """Scores less what is charged, shape (n,)."""
+        return self.y if self.charged is None else self.y - self.charged
+
     def points(self, layout: Layout) -> Points:
         """The finished trials with what their space says of them."""
         if self._points is None or self._points[0] is not layout:
@@ -112,7 +120,7 @@ class Trials:
         """
         if not len(self.x):
             return default[None], np.zeros(1, dtype=bool)
-        order = np.argsort(np.where(self.good, -self.y, np.inf), kind="stable")[:count]
+        order = np.argsort(np.where(self.good, -self.net, np.inf), kind="stable")[:count]
         real = self.good[order]
         return np.where(real[:, None], self.x[order], default), real
 
@@ -121,7 +129,7 @@ class Trials:
         """The best trial's place; ``None`` without a good one."""
         if not self.good.any():
             return None
-        return int(np.argmax(np.where(self.good, self.y, -np.inf)))
+        return int(np.argmax(np.where(self.good, self.net, -np.inf)))
 
     @cached_property
     def doomed(self) -> np.ndarray:
@@ -357,8 +365,10 @@ def _dense(n: int, count: int) -> np.ndarray:
     return np.maximum(places, np.arange(len(places)))
 
 
-def climb(x: np.ndarray, layout: Layout, process: Process, best: float, steps: int) -> np.ndarray:
-    """Where steps uphill from x (K, D) lead, not yet snapped."""
+def climb(
+    x: np.ndarray, layout: Layout, process: Process, best: float | np.ndarray, steps: int
+) -> np.ndarray:
+    """Where steps uphill from x (K, D) lead, not yet snapped; ``best`` may be of each (K,)."""
     step = _FIRST_STEP * np.minimum(np.exp(process.theta[:-2]), _LONGEST)
     previous, apart = np.zeros(x.shape), process.apart(x)
     for _ in range(steps):

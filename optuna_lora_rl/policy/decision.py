@@ -74,6 +74,8 @@ _FARTHEST = 3.0
 # between the two, and improvement lures beyond it: a point has to look more like what was kept
 # by so much, and that counts so many times.
 _ALIKE, _CARE = 0.5, 8.0
+# What is known to be taken from the scores of points x (N, D), shape (N,).
+Charge = Callable[[np.ndarray], np.ndarray]
 # Log-probability that points keep the constraints, shape (N,).
 Feasibility = Callable[[Points], np.ndarray]
 
@@ -265,6 +267,7 @@ def decide(
     feasibility: Feasibility | None = None,
     theta: np.ndarray | None = None,
     sources: Sequence[SourceModel] = (),
+    charge: Charge | None = None,
 ) -> Decision:
     """Condition the surrogate, generate candidates and score them.
 
@@ -279,6 +282,7 @@ def decide(
         feasibility: log-probability that points keep the constraints.
         theta: the surrogate's hyperparameters, shape (D + 2,); fitted here where not given.
         sources: what earlier studies know of this space.
+        charge: what is known to be taken from the scores, in units of the trials' ``y``.
     """
     opinion = weigh(sources, layout, trials) if sources else None
     if opinion and opinion.trust < _LEAST_TRUST:
@@ -290,23 +294,28 @@ def decide(
         theta = fit_hyperparameters(layout, fitted, settings)
     own = Process(seen, fitted.y, layout.unordered, theta, _noise(trials, settings))
     process: Process | Informed = Informed(own, opinion) if opinion else own
-    best = process.incumbent(trials.good)
+    best = process.incumbent(trials.good, 0.0 if trials.charged is None else trials.charged)
     if len(trials.pending):
         # What is believed of a running trial is also what there is to improve on: else the next
         # proposal would gain once more what that trial gains, from right beside it.
         pending = layout.points(trials.pending).coordinates
-        best = max(best, float(process.posterior(pending)[0].max()))
+        ahead = process.posterior(pending)[0]
+        best = max(best, float((ahead - charge(trials.pending) if charge else ahead).max()))
         process = process.believe(pending)
 
     banked = _banked(layout, trials, settings)
-    surfaces = Posterior(layout.bank, trials) if banked and trials.begun else None
+    surfaces = Posterior(layout.bank, trials, charge) if banked and trials.begun else None
     share = (1.0 - trust) * surfaces.share if surfaces else 0.0
 
     def look(points: Points) -> View:
         mean, deviation = process.posterior(points.coordinates)
+        charged = None
+        if charge:
+            charged = charge(points.x)
+            mean = mean - charged
         log_ei = log_improvement(mean, deviation, best).value
         if surfaces:
-            log_ei = _mixed(surfaces.log_gain(points), log_ei, share)
+            log_ei = _mixed(surfaces.log_gain(points, charged), log_ei, share)
         sure = feasibility(points) if feasibility else np.zeros(len(points))
         return View(mean, deviation, log_ei + sure, points.log_prior, sure)
 
@@ -314,7 +323,7 @@ def decide(
         # What earlier studies add has no gradient here.
         if isinstance(process, Informed):
             return x
-        return climb(x, layout, process, best, settings.steps)
+        return climb(x, layout, process, best + charge(x) if charge else best, settings.steps)
 
     weight = (1.0 - trust) * (1.0 - share) * (1.0 + len(trials) / settings.prior_trials) ** -2
     earlier = np.concatenate([source.best for source in sources]) if opinion else None

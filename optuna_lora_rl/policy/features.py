@@ -259,7 +259,7 @@ def _agreement(layout: Layout, trials: Trials) -> float:
     if not len(trials):
         return 0.0
     p = trials.points(layout).log_prior
-    p, y = p - p.mean(), trials.y - trials.y.mean()
+    p, y = p - p.mean(), trials.net - trials.net.mean()
     scale = math.sqrt(float((p * p).sum() * (y * y).sum()))
     return float((p * y).sum()) / scale if scale > 1e-9 else 0.0
 
@@ -269,6 +269,6 @@ def _progress(trials: Trials) -> tuple[float, float]:
     best = trials.best_at
     if best is None:
         return 0.0, 0.0
-    gain = float(trials.y[best] - trials.y[0])
+    gain = float(trials.net[best] - trials.net[0])
     since = len(trials) - 1 - best
     return math.log(since + 1.0) / 3.0, min(max(gain, -4.0), 4.0) / 2.0

@@ -118,9 +118,12 @@ class Layout:
     Args:
         space: the dimensions.
         context: what is known of model, data and run.
+        charged: whether the study knows what a configuration costs, so that scores are told as
+            quality.
 
     Attributes:
-        context: the same.
+        context: what is known of model, data and run.
+        charged: whether costs are known.
         expected: log10 of the best learning rate that follows from it; ``None`` without a model.
         rows: log10 of the examples that a run is taken to see; ``None`` where nobody says.
         default: the guides' configuration, shape (D,).
@@ -136,7 +139,10 @@ class Layout:
         present: numbers of the roles that the space has.
     """
 
-    def __init__(self, space: Space, context: TuningContext | None = None) -> None:
+    def __init__(
+        self, space: Space, context: TuningContext | None = None, *, charged: bool = False
+    ) -> None:
+        self.charged = charged
         prior = space_prior(space, context)
         self.context, self.expected, self.rows = context, prior.expected, prior.rows
         self.default, self.sweep = prior.point(), prior.sweep()

@@ -185,6 +185,9 @@ def draw_shapes(rng: np.random.Generator, layout: Layout, count: int) -> Shapes:
         for part, rate in zip(parts, rates, strict=True)
     )
     shapes = one.with_(other)
+    if layout.charged:  # then the surfaces are of quality alone
+        none = np.zeros_like(shapes.cost)
+        shapes = replace(shapes, cost=none, compute=none)
     # The rates are best at the guides' values of the rest.
     lift = shapes.lift(natural_values(layout.usual, layout))[:, 0]
     return replace(shapes, peak=shapes.peak + lift)

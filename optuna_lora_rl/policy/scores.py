@@ -60,6 +60,22 @@ def _floor(known: np.ndarray, high: float, count: int) -> float:
     return median - 3.0 * span if span > 0 and count >= 3 else -math.inf
 
 
+def unit(scores: np.ndarray, y: np.ndarray, failed: np.ndarray) -> float | None:
+    """What a standardised score's unit is worth in scores; ``None`` without two different ones.
+
+    The two best tell: it is only the bad ones that standardising draws in.
+    """
+    told = np.where(failed, -math.inf, y)
+    if not len(told):
+        return None
+    best = int(told.argmax())
+    lower = np.where(told < told[best] - 1e-9, told, -math.inf)
+    second = int(lower.argmax())
+    if not (math.isfinite(lower[second]) and np.isfinite(scores[[best, second]]).all()):
+        return None
+    return float((scores[best] - scores[second]) / (y[best] - y[second]))
+
+
 def power(size: float) -> float:
     """The power of two about a size, 1 for 0: dividing by it changes no digit."""
     return float(size / (2.0 * np.frexp(size)[0])) if size > 0 else 1.0

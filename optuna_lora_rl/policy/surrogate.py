@@ -148,7 +148,7 @@ class Process:
         variance = self.s - np.einsum("nj,nj->j", v, v)
         return self._alpha.dot(k), np.sqrt(np.maximum(variance, 1e-10))
 
-    def slope(self, x: np.ndarray, best: float, apart: np.ndarray) -> np.ndarray:
+    def slope(self, x: np.ndarray, best: float | np.ndarray, apart: np.ndarray) -> np.ndarray:
         """Gradient of the log expected improvement over ``best`` at x, in x's shape.
 
         ``apart`` of x stays as it is on the way up: only ordered coordinates move.
@@ -174,9 +174,9 @@ class Process:
         """The mean at the observations, shape (n,)."""
         return self._at_trials @ self._alpha
 
-    def incumbent(self, eligible: np.ndarray) -> float:
-        """The best posterior mean at an eligible observation, shape (n,)."""
-        return incumbent(self.at_trials, eligible)
+    def incumbent(self, eligible: np.ndarray, charged: np.ndarray | float = 0.0) -> float:
+        """The best posterior mean, less what is charged, at an eligible observation, (n,) each."""
+        return incumbent(self.at_trials - charged, eligible)
 
     def leave_one_out(self) -> np.ndarray:
         """Each score as the process predicts it from the others, shape (n,).

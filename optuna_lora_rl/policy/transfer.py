@@ -206,10 +206,10 @@ class Informed:
         expected, kappa = self.opinion(x)
         return expected + kappa * mean, kappa * deviation
 
-    def incumbent(self, eligible: np.ndarray) -> float:
-        """The best posterior mean at an eligible observation, shape (n,)."""
+    def incumbent(self, eligible: np.ndarray, charged: np.ndarray | float = 0.0) -> float:
+        """The best posterior mean, less what is charged, at an eligible observation, (n,) each."""
         expected, kappa = self.opinion(self.process.X)
-        return incumbent(expected + kappa * self.process.at_trials, eligible)
+        return incumbent(expected + kappa * self.process.at_trials - charged, eligible)
 
     def believe(self, x: np.ndarray) -> Informed:
         """Conditioned also on running trials x (m, D), taken to end at their predicted mean."""

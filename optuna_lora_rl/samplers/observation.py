@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +16,7 @@ from optuna_lora_rl.policy.conditions import Condition
 from optuna_lora_rl.policy.conditions import learn_conditions
 from optuna_lora_rl.policy.scores import scalarise
 from optuna_lora_rl.policy.scores import standardise
+from optuna_lora_rl.policy.scores import unit
 from optuna_lora_rl.samplers.history import History
 
 if TYPE_CHECKING:
@@ -26,6 +29,10 @@ _MAX_TRIALS = 200
 _MAX_PENDING = 32
 # So many failures are no accident.
 _NO_ACCIDENT = 2
+# Units of score that the costs of a space differ by, as long as nobody can say.
+_SPREAD = 0.2
+# Costs of points (N, D), shape (N,).
+Costs = Callable[[np.ndarray], np.ndarray]
 
 
 def constraints_of(history: History) -> np.ndarray:
@@ -58,19 +65,12 @@ def units_of(
     if len(directions) > 1:
         return None
     score = history.scores[~history.running, 0]
-    y = np.where(trials.failed, -math.inf, trials.y)
-    if not len(y):
-        return None
-    best = int(y.argmax())
-    lower = np.where(y < y[best] - 1e-9, y, -math.inf)
-    second = int(lower.argmax())
-    if lower[second] == -math.inf or not (
-        math.isfinite(score[best]) and math.isfinite(score[second])
-    ):
+    scale = unit(score, trials.net, trials.failed)
+    if scale is None:
         return None
     sign = 1.0 if directions[0] == StudyDirection.MAXIMIZE else -1.0
-    scale = float((score[best] - score[second]) / (y[best] - y[second]))
-    return sign * float(score[best] - scale * y[best]), sign * scale
+    best = int(np.where(trials.failed, -math.inf, trials.net).argmax())
+    return sign * float(score[best] - scale * trials.net[best]), sign * scale
 
 
 def objective_weights(n_objectives: int, generator: torch.Generator) -> np.ndarray:
@@ -83,7 +83,10 @@ def objective_weights(n_objectives: int, generator: torch.Generator) -> np.ndarr
 
 
 def observe(
-    history: History, default: np.ndarray, n_trials: int | None, weights: np.ndarray
+    history: History,
+    default: np.ndarray,
+    n_trials: int | None,
+    weights: np.ndarray,
 ) -> Trials:
     """The history as the policy takes it: no NaN, one score a trial."""
     points = np.where(np.isnan(history.points), default, history.points)
@@ -103,6 +106,29 @@ def observe(
         pending=points[running],
         horizon=n_trials or 0,
     )
+
+
+def before_costs(history: History, costs: np.ndarray) -> History:
+    """The history with the quality of trials as their scores, before costs (n,) were taken."""
+    return replace(history, scores=history.scores + costs[:, None])
+
+
+def charge_of(trials: Trials, quality: History, costs: Costs, points: np.ndarray) -> Costs:
+    """What points are charged in units of the trials' ``y``; the trials get to know theirs.
+
+    Args:
+        trials: as observed from ``quality``.
+        quality: the history before costs were taken.
+        costs: of points.
+        points: of the space, shape (N, D), over which the costs differ by ``_SPREAD`` units as
+            long as no two different scores tell.
+    """
+    finished = ~quality.running
+    worth = unit(quality.scores[finished, 0], trials.y, trials.failed)
+    if worth is None:
+        worth = max(float(np.ptp(costs(points))), 1e-12) / _SPREAD
+    trials.charged = costs(quality.points[finished]) / worth
+    return lambda x: costs(x) / worth
 
 
 def recent_and_best(history: History, after: int | None = None) -> History:

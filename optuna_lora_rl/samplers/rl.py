@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -45,9 +47,14 @@ from optuna_lora_rl.samplers.history import Ledger
 from optuna_lora_rl.samplers.history import is_taken
 from optuna_lora_rl.samplers.history import publish
 from optuna_lora_rl.samplers.history import space_of
+from optuna_lora_rl.samplers.known_cost import Cost
+from optuna_lora_rl.samplers.known_cost import KnownCost
 from optuna_lora_rl.samplers.memory import Memo
 from optuna_lora_rl.samplers.memory import UnionSpace
 from optuna_lora_rl.samplers.memory import milestone
+from optuna_lora_rl.samplers.observation import Costs
+from optuna_lora_rl.samplers.observation import before_costs
+from optuna_lora_rl.samplers.observation import charge_of
 from optuna_lora_rl.samplers.observation import conditions_of
 from optuna_lora_rl.samplers.observation import constraints_of
 from optuna_lora_rl.samplers.observation import objective_weights
@@ -72,6 +79,13 @@ _MAX_GRID = 1024
 _FEW_TRIALS, _FEW_ITERATIONS, _MANY_ITERATIONS = 20, 20, 60
 # Thoughts that a proposal may take where other workers keep having the same.
 _ATTEMPTS = 16
+
+
+class _Known(NamedTuple):
+    """What a study knows beside its trials: see the arguments ``context`` and ``cost``."""
+
+    tuning: TuningContext | None
+    costs: Costs | None
 
 
 class RLSampler(BaseSampler):
@@ -132,10 +146,16 @@ class RLSampler(BaseSampler):
             ``TuningContext.of(model, examples=5000)``. The learning rates, ranks and dropouts that
             it begins with follow from it. It is stored with the study, so that a sampler without
             one, in another worker or later, has the same. A study with a context is a LoRA study.
+        cost: what a configuration's score is charged, as a function of its parameters by name:
+            where the score is quality minus cost, that cost; where a loss plus cost is minimised,
+            that cost, too. Then only the quality has to be learnt. It is asked for hundreds of
+            configurations at each proposal, and should depend on nothing but the parameters. For
+            one objective.
 
     Raises:
         UserError: an argument is not one of those above, or the weights are missing or made for
-            another version.
+            another version. When a trial is asked: ``cost`` raised an error or gave no number, or
+            the study has several objectives.
     """
 
     def __init__(
@@ -150,6 +170,7 @@ class RLSampler(BaseSampler):
         source_studies: Sequence[Study | Sequence[FrozenTrial]] = (),
         adapt: bool = False,
         context: TuningContext | None = None,
+        cost: Cost | None = None,
     ) -> None:
         if adapt not in (True, False):
             raise UserError(f"adapt is {adapt!r}, but must be True or False")
@@ -170,6 +191,7 @@ class RLSampler(BaseSampler):
         # The shipped network was trained without the bank, and together they are worse.
         self._settings = Settings(candidates=n_candidates, bank=not learned)
         self._context = context
+        self._cost = None if cost is None else KnownCost(cost)
         self._earlier = EarlierStudies(source_studies, self._roles)
         # It keeps the first seed: reseeding for every thread would undo what was learnt.
         network, seed = self._network, self._seed
@@ -194,6 +216,10 @@ class RLSampler(BaseSampler):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
+
+    def charge(self, cost: Cost) -> None:
+        """Tell what a configuration's score is charged; as the argument ``cost``."""
+        self._cost = KnownCost(cost)
 
     def reseed_rng(self) -> None:
         """Take a new seed. Optuna calls this where copies of the sampler work in parallel."""
@@ -238,6 +264,7 @@ class RLSampler(BaseSampler):
         space = self._spaces.get(
             (repr(search_space), said), lambda: space_of(search_space, self._roles, said=said)
         )
+        known = _Known(tuning, self._costs(study, space))
         with self._lock:
             seed = self._seed
         for attempt in range(_ATTEMPTS):
@@ -249,7 +276,7 @@ class RLSampler(BaseSampler):
             )
             generator = _generator(seed, history.turn, space.names + ("again",) * attempt)
             with on_cpu(), np.errstate(all="ignore"):
-                decision, units = self._think(space, history, study.directions, generator, tuning)
+                decision, units = self._think(space, history, study.directions, generator, known)
             # What another worker took it would also have had for second best: so drawn.
             point, why = _chosen(decision, units, generator if attempt else None)
             params = space.decode(point)
@@ -310,6 +337,18 @@ class RLSampler(BaseSampler):
             study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL_KEY, {"source": source})
         return space.dimensions[column].decode(coordinate)
 
+    def _costs(self, study: Study, space: Space) -> Costs | None:
+        """What configurations of a space are charged, where that is known."""
+        if self._cost is None:
+            return None
+        if len(study.directions) > 1:
+            raise UserError("cost is for one objective, but the study has several")
+        # Parameters with a single value are no part of the space.
+        constant: dict[str, Any] = {}
+        for trial in study.get_trials(deepcopy=False)[-8:]:
+            constant.update({k: v for k, v in trial.params.items() if k not in space.names})
+        return partial(self._cost.at, space, constant=constant)
+
     def _known(self, study: Study) -> TuningContext | None:
         """What is known of model, data and run: as given, or as stored with the study.
 
@@ -333,7 +372,7 @@ class RLSampler(BaseSampler):
         history: History,
         directions: Sequence[StudyDirection],
         generator: torch.Generator,
-        tuning: TuningContext | None,
+        known: _Known,
     ) -> tuple[Decision, tuple[float, float] | None]:
         """The policy's step, and what takes its scores to the objective's units."""
         # What the network learnt is what parameters do in a LoRA run. Where there are none it
@@ -344,10 +383,10 @@ class RLSampler(BaseSampler):
 
             def rebuild(before: History, turn: int, points: np.ndarray) -> Decision:
                 again = _generator(seed, turn, space.names)
-                return self._decide(space, before, directions, again, None, tuning, points)[0]
+                return self._decide(space, before, directions, again, None, known, points)[0]
 
             network = self._adaptation.network(space, history, rebuild)
-        decision, told = self._decide(space, history, directions, generator, network, tuning)
+        decision, told = self._decide(space, history, directions, generator, network, known)
         return decision, units_of(told, decision.trials, directions)
 
     def _decide(
@@ -357,14 +396,18 @@ class RLSampler(BaseSampler):
         directions: Sequence[StudyDirection],
         generator: torch.Generator,
         network: Scorer | None,
-        tuning: TuningContext | None,
+        known: _Known,
         points: np.ndarray | None = None,
     ) -> tuple[Decision, History]:
         """The policy's step after a history, and the part of the history that it looked at.
 
         ``points`` (k, d) join the candidates.
         """
-        layout = self._layouts.get((space.written, tuning), lambda: Layout(space, tuning))
+        tuning, costs = known
+        charged = costs is not None
+        layout = self._layouts.get(
+            (space.written, tuning, charged), lambda: Layout(space, tuning, charged=charged)
+        )
         default = layout.default
         # The surfaces know of one score a trial.
         bank = self._settings.bank and len(directions) == 1
@@ -375,10 +418,14 @@ class RLSampler(BaseSampler):
         def snap(x: np.ndarray) -> np.ndarray:
             return settle(space.snap(x), conditions, default)
 
-        theta = self._hyperparameters(layout, space.written + repr(tuning), history)
-        history = recent_and_best(history)
+        paid = costs(history.points) if costs else None
+        # The surrogate learns the quality, from which the costs are taken where it matters.
+        quality = history if paid is None else before_costs(history, paid)
+        theta = self._hyperparameters(layout, space.written + repr(tuning), quality)
+        history, quality = recent_and_best(history), recent_and_best(quality)
         weights = objective_weights(len(directions), generator)
-        trials = observe(history, default, self._n_trials, weights)
+        trials = observe(quality, default, self._n_trials, weights)
+        charge = charge_of(trials, quality, costs, snap(layout.sweep)) if costs else None
         constraints = constraints_of(history)[~history.running]
         with torch.no_grad():
             decision = decide(
@@ -392,6 +439,7 @@ class RLSampler(BaseSampler):
                 feasibility=fit_feasibility(layout, trials, constraints),
                 theta=theta,
                 sources=self._earlier.models(space, layout, directions, weights),
+                charge=charge,
             )
         return decision, history
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from optuna.distributions import CategoricalDistribution
+from optuna.distributions import FloatDistribution
+from optuna.distributions import IntDistribution
 
 from optuna_lora_rl.activity import OnActivity
 from optuna_lora_rl.activity import unseen
@@ -14,13 +19,18 @@ from optuna_lora_rl.policy.context import TuningContext
 from optuna_lora_rl.rank import tables
 from optuna_lora_rl.study import data_report
 from optuna_lora_rl.study import wording
+from optuna_lora_rl.vocabulary import DEFAULTS
 
 if TYPE_CHECKING:
     from optuna_lora_rl.finetuning.finetuner import FineTuner
+    from optuna.distributions import BaseDistribution
+
     from optuna_lora_rl.finetuning.forecast import Forecast
     from optuna_lora_rl.finetuning.options import TrainingOptions
     from optuna_lora_rl.study.spec import Budget
     from optuna_lora_rl.study.spec import StudySpec
+    from optuna_lora_rl.vocabulary import Configuration
+    from optuna_lora_rl.vocabulary import Value
 
 
 def make(
@@ -119,3 +129,64 @@ def forecast(found: Forecast, budget: Budget) -> str:
     if budget.trials is None:
         return said
     return f"{said}; {budget.trials} trials {wording.duration(whole)} where none is pruned"
+
+
+# What a run's counted cost depends on beside the rank.
+_COUNTED = (
+    *("target_modules", "layers", "batch_size", "max_steps", "num_train_epochs"),
+    *("optim", "use_dora", "lora_dropout", "init_lora_weights"),
+)
+_STRAIGHT = ("lora_rank", "rank_allocation", "rank_change", "truncate_energy", "truncate_rank")
+
+
+class CountedCost:
+    """What the score of a study's configurations is charged, counted without running them.
+
+    With the same rank in every layer it rises in a straight line with the rank, so that two ranks
+    tell all of them.
+
+    Args:
+        spec: of the study.
+        tuner: its fine-tuner.
+    """
+
+    def __init__(self, spec: StudySpec, tuner: FineTuner) -> None:
+        self._weight, self._tuner = spec.objective.cost_weight, tuner
+        self._space, self._tuned = spec.lora_space(), spec.lora_space().distributions()
+        self._lines: dict[tuple[Value, ...], tuple[float, float]] = {}
+
+    @staticmethod
+    def holds(spec: StudySpec) -> bool:
+        """Whether the score of a study is charged so."""
+        objective, usual = spec.objective, spec.lora_space().middle()
+        rank = spec.lora_space().distributions().keys() & set(_STRAIGHT[1:])
+        plain = all(usual[name] == DEFAULTS[name] for name in _STRAIGHT[1:])
+        counted = objective.cost_source == "estimated" and objective.cost_weight > 0
+        return counted and spec.n_objectives == 1 and plain and not rank
+
+    def __call__(self, params: Mapping[str, Value]) -> float:
+        """The charge of an Optuna trial's parameters."""
+        read = {
+            name: params[name]
+            for name in self._tuned
+            if name in (*_COUNTED, "lora_rank", "lora_rank_ratio") and name in params
+        }
+        # What has no part in it may be anything.
+        others = {name: _any(one) for name, one in self._tuned.items() if name not in read}
+        configuration = self._space.resolve({**others, **read})
+        key = tuple(configuration[name] for name in _COUNTED)
+        if key not in self._lines:
+            low, high = (self._count({**configuration, "lora_rank": rank}) for rank in (1, 129))
+            self._lines[key] = low, (high - low) / 128.0
+        start, slope = self._lines[key]
+        return start + slope * (int(configuration["lora_rank"]) - 1)
+
+    def _count(self, configuration: Configuration) -> float:
+        return self._weight * self._tuner.estimate(configuration)[1]["total"]
+
+
+def _any(distribution: BaseDistribution) -> Value:
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices[0]  # type: ignore[return-value]
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    return distribution.low

@@ -258,7 +258,13 @@ class _Worker:
         self.study.set_user_attr(data_report.DATA, facts)
 
     def _tell_sampler(self, tuner: FineTuner) -> None:
-        """Keeps with the study what is known before its first trial, if it has not begun."""
+        """Tells what is known before the first trial: model, data, run, and what costs what."""
+        # With it comes torch.
+        from optuna_lora_rl.samplers import RLSampler
+
+        sampler = self.study.sampler
+        if isinstance(sampler, RLSampler) and fine_tuner.CountedCost.holds(self.spec):
+            sampler.charge(fine_tuner.CountedCost(self.spec, tuner))
         if CONTEXT_KEY not in self.study.user_attrs and not self._trials():
             known = fine_tuner.context(self.spec, tuner)
             self.study.set_user_attr(CONTEXT_KEY, known.as_dict())

@@ -132,6 +132,13 @@ class PaperTuner:
             "splits": splits,
         }
 
+    def traits(self) -> dict[str, Any]:
+        sizes = {"hidden_size": 128, "model_layers": 4, "model_parameters": 10**6}
+        return {**sizes, "train_examples": 40, "mean_tokens": 12.5}
+
+    def estimate(self, configuration: Any) -> tuple[None, dict[str, float]]:
+        return None, {"total": configuration["lora_rank"] / 8}
+
     def baseline(self) -> Evaluation:
         return Evaluation(loss=2.0, token_accuracy=0.25)
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 from optuna.trial import TrialState
 
+from optuna_lora_rl import TuningContext
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning.errors import FineTuningError
 from optuna_lora_rl.pruners import NAMES as PRUNERS
+from optuna_lora_rl.samplers import CONTEXT_KEY
+from optuna_lora_rl.samplers import RLSampler
 from optuna_lora_rl.study import opening
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import runner
@@ -84,6 +90,21 @@ def test_an_interrupted_study_proposes_what_an_uninterrupted_one_does(
     assert len(resumed.study.trials) == 15
     assert [t.params for t in kept] == [t.params for t in whole.study.trials]
     assert [t.values for t in kept] == [t.values for t in whole.study.trials]
+
+
+def test_the_sampler_knows_the_model_and_what_a_trial_will_cost(
+    paper: type[PaperTuner], make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Callable[[Mapping[str, Any]], float]] = []
+    monkeypatch.setattr(RLSampler, "charge", lambda self, cost: told.append(cost))
+    spec = make_spec({"sampler": "rl", "budget": 2})
+    study = runner.run(spec).study
+    context = TuningContext.from_dict(study.user_attrs[CONTEXT_KEY])
+    assert (context.hidden_size, context.examples, context.method) == (128, 40, "sft")
+    assert context.batch_size is not None and context.steps is not None
+    for trial in study.trials:
+        charged = spec.objective.cost_weight * trial.user_attrs["cost"]
+        assert told[0](trial.params) == pytest.approx(charged)
 
 
 def test_trials_that_ran_beside_a_killed_one_are_not_proposed_again(
