@@ -54,7 +54,9 @@ class Improvement(NamedTuple):
     by_deviation: np.ndarray
 
 
-def log_improvement(mean: np.ndarray, deviation: np.ndarray, best: float) -> Improvement:
+def log_improvement(
+    mean: np.ndarray, deviation: np.ndarray, best: float | np.ndarray
+) -> Improvement:
     """Log of E[max(f - best, 0)] for f ~ N(mean, deviation^2), accurate far below the best.
 
     With z = (mean - best) / deviation and Mills' ratio R = Phi / phi the improvement is

@@ -88,7 +88,7 @@ class KnownCost:
 
     def _ask(self, params: dict[str, Any], read: set[str]) -> float:
         try:
-            value = self._function(_Watched(params, read))
+            value: Any = self._function(_Watched(params, read))
         except Exception as error:
             raise UserError(
                 f"cost raised {type(error).__name__} for {params}: {str(error).strip()}"

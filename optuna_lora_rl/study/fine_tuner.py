@@ -22,9 +22,9 @@ from optuna_lora_rl.study import wording
 from optuna_lora_rl.vocabulary import DEFAULTS
 
 if TYPE_CHECKING:
-    from optuna_lora_rl.finetuning.finetuner import FineTuner
     from optuna.distributions import BaseDistribution
 
+    from optuna_lora_rl.finetuning.finetuner import FineTuner
     from optuna_lora_rl.finetuning.forecast import Forecast
     from optuna_lora_rl.finetuning.options import TrainingOptions
     from optuna_lora_rl.study.spec import Budget
