@@ -156,3 +156,8 @@ def _without_value(match: re.Match[str]) -> str:
     value = match[2].lstrip("\\")
     quote = value[0] if value[0] in "'\"" else ""
     return f"{match[1]}{quote}***{quote}"
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,6 +1,6 @@
 """How much of a front the learned sampler covers, beside Optuna's NSGA-II, TPE, GP and random.
 
-    python studies/fronts.py
+    PYTHONPATH=. python studies/fronts.py
 
 LoRA problems are the measured tables of the families that were held out (``learning/tables``): a
 study minimises the cost of a run and maximises its quality over six parameters, with the noise of
@@ -49,15 +49,15 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
 from optuna_lora_rl import samplers
-from optuna_lora_rl.learning.comparison import running
-from optuna_lora_rl.learning.comparison import statistics
-from optuna_lora_rl.learning.comparison import writing
-from optuna_lora_rl.learning.comparison.measured import GUISES
-from optuna_lora_rl.learning.comparison.measured import measured_tasks
-from optuna_lora_rl.learning.comparison.protocol import SamplerEntry
+from optuna_lora_rl.learning import statistics
+from optuna_lora_rl.learning import writing
 from optuna_lora_rl.learning.tables import surfaces
 from optuna_lora_rl.learning.tables.problem import TableProblem
 from optuna_lora_rl.learning.tables.problem import undominated
+from studies.comparison import running
+from studies.comparison.measured import GUISES
+from studies.comparison.measured import measured_tasks
+from studies.comparison.protocol import SamplerEntry
 
 FILE = str(Path(__file__).resolve())
 RECORDS = measuring.FOLDER.parent / "logs" / "fronts.jsonl"

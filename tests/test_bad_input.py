@@ -194,24 +194,6 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
         "--samplers: 'best' is not known",
     ),
 }
-COMPARISONS = {
-    "no such sampler": (
-        "samplers.gp.name",
-        "gpp",
-        "samplers.gp.name is 'gpp', but must be one of",
-    ),
-    "no such option": ("samplers.gp.speed", "1", "sampler 'gp' has no option 'speed'"),
-    "no such start": ("samplers.gp.start", "well", "samplers.gp.start is 'well'"),
-    "no such family": (
-        "problems.mixd",
-        "{}",
-        "mixd is not a known key; did you mean mixed",
-    ),
-    "no such function": ("problems.functions.families", "[cube]", "is 'cube', but must be"),
-    "no family": ("problems", "{}", "problems names no family, but must have some of"),
-    "no such reference": ("reference", "tpe", "reference is 'tpe', but must be one of gp"),
-    "no trials": ("trials", "0", "trials is 0, but must be at least 1"),
-}
 
 
 def said_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -283,21 +265,3 @@ def test_all_mistakes_of_a_file_are_listed(
     said = said_of(["validate", file], capsys)
     assert "small.yaml has 3 mistakes" in said
     assert all(key in said for key in ("budget.trials", "objective.metric", "training?"))
-
-
-@pytest.mark.parametrize("case", COMPARISONS)
-def test_mistakes_in_a_comparison(
-    case: str, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    key, value, sentence = COMPARISONS[case]
-    text = "samplers: {gp: {}}\nproblems: {functions: {families: [sphere], dimensions: [2]}}\n"
-    (folder / "comparison.yaml").write_text(text, encoding="utf-8")
-    said = said_of(["compare", "comparison.yaml", "--set", f"{key}={value}"], capsys)
-    assert sentence in said and len(said.splitlines()) == 1
-
-
-def test_a_file_that_is_neither_a_study_nor_a_comparison(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (folder / "other.yaml").write_text("samplers: {gp: {}}", encoding="utf-8")
-    assert "is neither a study" in said_of(["compare", "other.yaml"], capsys)

@@ -10,6 +10,7 @@ import typer
 
 from optuna_lora_rl.commands.given import Overrides
 from optuna_lora_rl.commands.given import Quiet
+from optuna_lora_rl.commands.given import StudyFile
 from optuna_lora_rl.commands.given import split
 from optuna_lora_rl.commands.given import working
 from optuna_lora_rl.terminal import console
@@ -27,34 +28,21 @@ _Processes = Annotated[
 
 @app.command()
 def compare(
-    file: Annotated[
-        Path,
-        typer.Argument(metavar="FILE.YAML", help="A study, or a comparison on known problems."),
-    ],
+    file: StudyFile,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for the results.")
     ] = None,
-    samplers: Annotated[
-        str | None,
-        typer.Option(help="Names, separated by commas; rl,tpe,random for a study by default."),
-    ] = None,
-    seeds: Annotated[
-        int | None, typer.Option(min=1, help="How many seeds each, from 0 on; 5 by default.")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Studies at the same time; 1 by default.")
-    ] = None,
+    samplers: Annotated[str, typer.Option(help="Names, separated by commas.")] = "rl,tpe,random",
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds each, from 0 on.")] = 5,
+    workers: Annotated[int, typer.Option(min=1, help="Studies at the same time.")] = 1,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """Compare samplers on one fine-tuning study, or on the problems that a file names.
+    """Compare samplers on one fine-tuning study.
 
-    A study is run with several samplers and seeds, and the best scores are compared. A file with
-    the key problems says itself which samplers, problems and seeds.
+    The study is run with several samplers and seeds, and the best scores are compared. Running it
+    again goes on with what is missing.
 
-    Running it again goes on with what is missing.
-
-    Example: [bold]optuna-lora-rl compare study.yaml --samplers rl,tpe --seeds 5 -o results[/], or
-    [bold]optuna-lora-rl compare studies/sampler_comparison.yaml --workers 2[/]
+    Example: [bold]optuna-lora-rl compare study.yaml --samplers rl,tpe --seeds 5 -o results[/]
     """
     with working():
         from optuna_lora_rl.study import comparison
@@ -62,7 +50,7 @@ def compare(
     try:
         comparison.compare(
             file,
-            samplers=split(samplers),
+            samplers=split(samplers) or (),
             seeds=seeds,
             workers=workers,
             output=output,

@@ -30,6 +30,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.errors import first_line
 from optuna_lora_rl.finetuning import sft
 from optuna_lora_rl.finetuning.architecture import Architecture
 from optuna_lora_rl.finetuning.cache import once
@@ -46,7 +47,6 @@ from optuna_lora_rl.finetuning.model_call import PLAIN
 from optuna_lora_rl.finetuning.model_call import ModelCall
 from optuna_lora_rl.finetuning.options import TrainingOptions
 from optuna_lora_rl.finetuning.reached import with_siblings
-from optuna_lora_rl.finetuning.sources import first_line
 from optuna_lora_rl.finetuning.targets import layer_indices
 from optuna_lora_rl.finetuning.targets import select
 from optuna_lora_rl.finetuning.tokens import Tokens

@@ -18,6 +18,7 @@ from optuna_lora_rl.activity import OnActivity
 from optuna_lora_rl.activity import counted
 from optuna_lora_rl.activity import unseen
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.errors import first_line
 from optuna_lora_rl.finetuning import process
 from optuna_lora_rl.finetuning.cache import once
 from optuna_lora_rl.finetuning.configuration import Configuration
@@ -30,7 +31,6 @@ from optuna_lora_rl.finetuning.options import ModelOptions
 from optuna_lora_rl.finetuning.options import ObjectiveOptions
 from optuna_lora_rl.finetuning.options import TrainingOptions
 from optuna_lora_rl.finetuning.progress import Report
-from optuna_lora_rl.finetuning.sources import first_line
 from optuna_lora_rl.finetuning.trackers import Follower
 from optuna_lora_rl.vocabulary import TARGET_PRESETS
 from optuna_lora_rl.vocabulary import Value

@@ -30,13 +30,13 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.errors import first_line
 from optuna_lora_rl.finetuning import products
 from optuna_lora_rl.finetuning.architecture import Architecture
 from optuna_lora_rl.finetuning.architecture import LinearModule
 from optuna_lora_rl.finetuning.configuration import Configuration
 from optuna_lora_rl.finetuning.errors import FineTuningError
 from optuna_lora_rl.finetuning.isolation import quiet
-from optuna_lora_rl.finetuning.sources import first_line
 from optuna_lora_rl.finetuning.targets import peft_names
 from optuna_lora_rl.finetuning.targets import select
 from optuna_lora_rl.rank import allocation

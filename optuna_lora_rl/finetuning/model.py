@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.errors import first_line
 from optuna_lora_rl.finetuning import architecture
 from optuna_lora_rl.finetuning import attention
 from optuna_lora_rl.finetuning import content
@@ -172,10 +173,10 @@ def _check_whole(name: str, model: PreTrainedModel, loaded: Mapping[str, Any]) -
 
 def _failure(options: ModelOptions, local: bool, error: Exception) -> str:
     if options.attn_implementation is not None and re.search("attn|attention", f"{error}".lower()):
-        reason = sources.first_line(error)
+        reason = first_line(error)
         return f"attn_implementation {options.attn_implementation!r} cannot be used: {reason}"
     if local:
-        reason = sources.first_line(error)
+        reason = first_line(error)
         return f"the folder {options.name!r} cannot be loaded as a causal language model: {reason}"
     return sources.failure("model", options.name, error)
 

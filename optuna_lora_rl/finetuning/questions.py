@@ -16,9 +16,9 @@ from optuna_lora_rl.activity import OnActivity
 from optuna_lora_rl.activity import counted
 from optuna_lora_rl.activity import unseen
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.errors import first_line
 from optuna_lora_rl.finetuning.data import draw
 from optuna_lora_rl.finetuning.files import Row
-from optuna_lora_rl.finetuning.sources import first_line
 
 if TYPE_CHECKING:
     from torch import nn

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from optuna_lora_rl.errors import UserError
-from optuna_lora_rl.finetuning.sources import first_line
+from optuna_lora_rl.errors import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -32,6 +32,7 @@ from trl import SFTTrainer
 from optuna_lora_rl.activity import OnActivity
 from optuna_lora_rl.activity import unseen
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.errors import first_line
 from optuna_lora_rl.finetuning import heads
 from optuna_lora_rl.finetuning.configuration import Configuration
 from optuna_lora_rl.finetuning.errors import FineTuningError
@@ -39,7 +40,6 @@ from optuna_lora_rl.finetuning.isolation import quiet
 from optuna_lora_rl.finetuning.model_call import PLAIN
 from optuna_lora_rl.finetuning.model_call import ModelCall
 from optuna_lora_rl.finetuning.options import TrainingOptions
-from optuna_lora_rl.finetuning.sources import first_line
 from optuna_lora_rl.finetuning.trackers import Follower
 from optuna_lora_rl.finetuning.trainer import Batches
 from optuna_lora_rl.finetuning.trainer import Evaluations

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.errors import first_line
 from optuna_lora_rl.finetuning import files
 from optuna_lora_rl.finetuning.files import Row
 from optuna_lora_rl.real import PREFIXES
@@ -330,12 +331,6 @@ def failure(kind: str, name: str, error: Exception) -> str:
     if missing:
         return f"there is no {kind} {name!r}, neither here nor on the hub"
     return f"the {kind} {name!r} cannot be loaded: {first_line(error)}"
-
-
-def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message, or its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _is_reachable(endpoint: str) -> bool:

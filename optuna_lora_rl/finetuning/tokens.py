@@ -29,6 +29,7 @@ from trl import SFTTrainer
 from trl import pack_dataset
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.errors import first_line
 from optuna_lora_rl.finetuning.cache import kept
 from optuna_lora_rl.finetuning.data import Splits
 from optuna_lora_rl.finetuning.data import fingerprint
@@ -37,7 +38,6 @@ from optuna_lora_rl.finetuning.files import Row
 from optuna_lora_rl.finetuning.lora import restored
 from optuna_lora_rl.finetuning.model import Base
 from optuna_lora_rl.finetuning.options import TrainingOptions
-from optuna_lora_rl.finetuning.sources import first_line
 
 # Of TRL's columns: what runs read. Beside them stands how long an example was before it was cut.
 _COLUMNS = ("input_ids", "labels", "seq_lengths")

@@ -1,9 +1,7 @@
-"""Compares samplers: on one fine-tuning study, or by a file of samplers and problems.
+"""Compares samplers on one fine-tuning study, run with each of them and several seeds.
 
-A study is run with several samplers and seeds. Every run is a process of its own with one thread,
-so that runs side by side do not disturb each other; with estimated costs the result does not
-depend on how many there are. A file with ``problems`` is for
-:mod:`optuna_lora_rl.learning.comparison`.
+Every run is a process of its own with one thread, so that runs side by side do not disturb each
+other; with estimated costs the result does not depend on how many there are.
 """
 
 from __future__ import annotations
@@ -29,15 +27,14 @@ from optuna_lora_rl.activity import counted
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.errors import masked
 from optuna_lora_rl.finetuning import process
-from optuna_lora_rl.learning.comparison.statistics import interval
-from optuna_lora_rl.learning.comparison.writing import cell
-from optuna_lora_rl.learning.comparison.writing import footer
-from optuna_lora_rl.learning.comparison.writing import table
-from optuna_lora_rl.learning.comparison.writing import versions
+from optuna_lora_rl.learning.statistics import interval
+from optuna_lora_rl.learning.writing import cell
+from optuna_lora_rl.learning.writing import footer
+from optuna_lora_rl.learning.writing import table
+from optuna_lora_rl.learning.writing import versions
 from optuna_lora_rl.samplers import NAMES
 from optuna_lora_rl.study import opening
 from optuna_lora_rl.study import outcome
-from optuna_lora_rl.study import reading
 from optuna_lora_rl.study.outcome import Usage
 from optuna_lora_rl.study.spec import StudySpec
 from optuna_lora_rl.study.spec import load
@@ -48,7 +45,6 @@ if TYPE_CHECKING:
 
 _PACKAGES = ("optuna", "torch", "transformers", "peft", "trl", "scikit-learn", "numpy")
 _CHECKPOINTS = (5, 10, 20, 50)
-_SAMPLERS = ("rl", "tpe", "random")
 
 
 @dataclass(frozen=True)
@@ -69,98 +65,34 @@ class Contestant:
 def compare(
     file: Path,
     *,
-    samplers: Sequence[str] | None,
-    seeds: int | None,
-    workers: int | None,
-    output: Path | None,
-    overrides: Sequence[str],
+    samplers: Sequence[str] = ("rl", "tpe", "random"),
+    seeds: int = 5,
+    workers: int = 1,
+    output: Path | None = None,
+    overrides: Sequence[str] = (),
     console: Console,
 ) -> None:
     """Runs what is missing, and writes ``comparison.json`` and ``comparison.md``.
 
     Args:
-        file: Of a study, or of a comparison.
-        samplers: Names; for a comparison some of its entries. By default ``rl``, ``tpe`` and
-            ``random`` for a study, and all entries for a comparison.
-        seeds: Seeds 0 to ``seeds - 1`` are run for each sampler; 5 for a study by default.
-        workers: Runs at the same time; 1 for a study by default.
+        file: Of the study.
+        samplers: Their names.
+        seeds: Seeds 0 to ``seeds - 1`` are run for each sampler.
+        workers: Runs at the same time.
         output: Folder for the results. By default ``comparison`` in the study's output folder,
-            where its runs are kept in any case, or what the comparison's file says.
+            where its runs are kept in any case.
         overrides: ``key=value`` assignments over the file.
         console: Is told of every finished run.
 
     Raises:
-        UserError: If the file is of neither kind, a sampler's name is unknown, or a run fails.
+        UserError: If the file is no study, a sampler's name is unknown, or a run fails.
     """
-    content = reading.read_yaml(file)
-    if "problems" in content:
-        said = {"seeds": seeds, "workers": workers}
-        overrides = [*overrides, *(f"{k}={v}" for k, v in said.items() if v is not None)]
-        _compare_on_problems(file, content, samplers, output, overrides, console)
-    elif content.keys() & {"data", "model"}:
-        _compare_on_study(
-            file,
-            samplers=samplers or _SAMPLERS,
-            seeds=seeds or 5,
-            workers=workers or 1,
-            output=output or load(file, overrides).folder / "comparison",
-            overrides=overrides,
-            console=console,
-        )
-    else:
-        raise UserError(
-            f"{file} is neither a study, which has the key data, nor a comparison of samplers, "
-            "which has the key problems"
-        )
-
-
-def _compare_on_problems(
-    file: Path,
-    content: dict[str, Any],
-    samplers: Sequence[str] | None,
-    output: Path | None,
-    overrides: Sequence[str],
-    console: Console,
-) -> None:
-    from optuna_lora_rl.learning.comparison import command
-    from optuna_lora_rl.learning.comparison.protocol import Protocol
-
-    reading.override(content, overrides, {})
-    entries = content.get("samplers")
-    if samplers is not None and isinstance(entries, dict):
-        for name in samplers:
-            if name not in entries:
-                raise UserError(
-                    f"--samplers: {name!r} is not in {file}; use some of {', '.join(entries)}"
-                )
-        content["samplers"] = {name: entries[name] for name in samplers}
-    content.setdefault("name", file.stem)
-    protocol = reading.validate(Protocol, content, str(file))
-    folder = output or Path(protocol.output or f"runs/{protocol.name}")
-    typed = ["optuna-lora-rl", "compare", str(file)]
-    typed += [] if samplers is None else ["--samplers", ",".join(samplers)]
-    typed += [part for o in overrides for part in ("--set", o)]
-    typed += [] if output is None else ["--output", str(output)]
-    command.compare(protocol, folder, command=masked(shlex.join(typed)), console=console)
-    said = f"the results are in {folder}/comparison.md, .html and .json"
-    console.print(said, highlight=False, soft_wrap=True)
-
-
-def _compare_on_study(
-    file: Path,
-    *,
-    samplers: Sequence[str],
-    seeds: int,
-    workers: int,
-    output: Path,
-    overrides: Sequence[str],
-    console: Console,
-) -> None:
     for name in samplers:
         if name not in NAMES:
             raise UserError(f"--samplers: {name!r} is not known; use some of {', '.join(NAMES)}")
     process.check()
     spec = load(file, overrides)
+    output = output or spec.folder / "comparison"
     opening.claim(spec)
     contestants = [
         _contestant(spec, name, seed, overrides) for name in samplers for seed in range(seeds)

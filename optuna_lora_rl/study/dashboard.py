@@ -21,6 +21,7 @@ from optuna.artifacts import upload_artifact
 from optuna.trial import TrialState
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.errors import first_line
 from optuna_lora_rl.study import adapters
 from optuna_lora_rl.study import charts
 from optuna_lora_rl.study import layers
@@ -105,7 +106,7 @@ def listening(spec: StudySpec, *, host: str, port: int) -> WSGIServer:
     try:
         server = make_server(host, port, app, server_class=_Server, handler_class=_Handler)
     except (OSError, OverflowError, UnicodeError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or wording.first_line(error)
+        reason = (isinstance(error, OSError) and error.strerror) or first_line(error)
         raise UserError(
             f"the dashboard cannot listen on {host}, port {port} ({reason}); give another with "
             "--host and --port"

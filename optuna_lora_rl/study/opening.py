@@ -175,12 +175,12 @@ def enqueue_guides(study: optuna.Study, spec: StudySpec) -> None:
     """Sees to it that the guides' configuration comes next, once, where the file asks for it."""
     if spec.first_trial != "guides":
         return
-    from optuna_lora_rl.learning.comparison import openings
+    from optuna_lora_rl.study import guides
 
     with output.lock(spec.folder):
         if any(outcome.GUIDES in t.user_attrs for t in study.get_trials(deepcopy=False)):
             return
-        params = openings.defaults(spec.lora_space().distributions())
+        params = guides.defaults(spec.lora_space().distributions())
         study.enqueue_trial(params, user_attrs={outcome.GUIDES: True})
 
 

@@ -18,6 +18,7 @@ import optuna
 
 from optuna_lora_rl.activity import Activity
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.errors import first_line
 from optuna_lora_rl.finetuning import process
 from optuna_lora_rl.finetuning.errors import FineTuningError
 from optuna_lora_rl.finetuning.errors import MachineError
@@ -174,7 +175,7 @@ class _Worker:
             try:
                 untuned = tuner.baseline()
             except (RuntimeError, MemoryError) as error:
-                reason = wording.first_line(error)
+                reason = first_line(error)
                 raise UserError(f"the untuned model cannot be evaluated: {reason}") from error
         self.study.set_user_attr(report.UNTUNED, untuned.metrics())
         if not any(outcome.counts(trial) for trial in self._trials()):
@@ -298,7 +299,7 @@ class _Worker:
                 found = tuner.forecast()
             except FineTuningError as error:
                 # The trials may be others, and tell their own failures.
-                reason = wording.first_line(error)
+                reason = first_line(error)
                 self.display.says(f"a typical trial could not be measured: {reason}")
                 return
             except MachineError as error:
@@ -337,9 +338,7 @@ class _Worker:
                 evaluation = tuner.test(there.folder)
             except (RuntimeError, MemoryError, UserError) as error:
                 # The study is done; it must not lose its adapter to this.
-                self.display.says(
-                    f"the test split could not be evaluated: {wording.first_line(error)}"
-                )
+                self.display.says(f"the test split could not be evaluated: {first_line(error)}")
                 return
         metrics = {} if evaluation is None else evaluation.metrics()
         self.study.set_user_attr(report.TEST, {"trial": there.trial.number, **metrics})
@@ -354,7 +353,7 @@ class _Worker:
                 answering.ask(self.study, self.spec, self._load(), who)
             except (RuntimeError, MemoryError, UserError) as error:
                 # Nor to this.
-                reason = wording.first_line(error)
+                reason = first_line(error)
                 self.display.says(f"held-out questions could not be answered: {reason}")
 
     def _trials(self) -> list[FrozenTrial]:
@@ -377,7 +376,7 @@ def _why(error: BaseException) -> str:
         return "the run was interrupted"
     if storage.fatal_cause(error) is not None:
         return "the disk or the database failed"
-    return f"the run ended by an error: {wording.first_line(error)}"
+    return f"the run ended by an error: {first_line(error)}"
 
 
 @contextmanager

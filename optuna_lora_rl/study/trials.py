@@ -24,6 +24,7 @@ from optuna.trial import TrialState
 
 from optuna_lora_rl import pruners
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.errors import first_line
 from optuna_lora_rl.errors import is_outside
 from optuna_lora_rl.finetuning.errors import FineTuningError
 from optuna_lora_rl.finetuning.errors import MachineError
@@ -33,7 +34,6 @@ from optuna_lora_rl.study import layers
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import output
 from optuna_lora_rl.study import storage
-from optuna_lora_rl.study import wording
 from optuna_lora_rl.study.opening import propose
 
 if TYPE_CHECKING:
@@ -330,6 +330,6 @@ def _reason(error: Exception) -> str:
 
 def _words(error: Exception) -> str:
     """The error's first line, with its type where it is not one of our own."""
-    line = wording.first_line(error)
+    line = first_line(error)
     own = isinstance(error, FineTuningError | UserError)
     return line if own else f"{type(error).__name__}: {line}"

@@ -183,11 +183,6 @@ def _shown(path: Path) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its type if it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 _NUMBERS = re.compile(r"[+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
 

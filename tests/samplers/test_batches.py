@@ -15,12 +15,12 @@ from optuna.trial import create_trial
 
 from optuna_lora_rl import RLSampler
 from optuna_lora_rl import samplers
-from optuna_lora_rl.learning.comparison.functions import classic_problems
-from optuna_lora_rl.learning.comparison.problem import Problem
-from optuna_lora_rl.learning.comparison.synthetic import TEST_SEED
-from optuna_lora_rl.learning.comparison.synthetic import synthetic_problems
 from optuna_lora_rl.samplers import rl
 from optuna_lora_rl.samplers.history import space_of
+from studies.comparison.functions import classic_problems
+from studies.comparison.problem import Problem
+from studies.comparison.synthetic import TEST_SEED
+from studies.comparison.synthetic import synthetic_problems
 from tests.samplers.subjects import suggest_lora
 
 NAMES = ["rl", "bandit", "tpe", "gp", "random"]

@@ -5,21 +5,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from optuna_lora_rl.errors import UserError
-from optuna_lora_rl.learning.comparison import functions
-from optuna_lora_rl.learning.comparison import measured
-from optuna_lora_rl.learning.comparison import networks
-from optuna_lora_rl.learning.comparison import synthetic
+from studies.comparison import functions
+from studies.comparison import measured
+from studies.comparison import networks
+from studies.comparison import synthetic
+from studies.comparison.importing import imported
+from studies.comparison.problem import Problem
 
 if TYPE_CHECKING:
-    from optuna_lora_rl.learning.comparison.problem import Problem
-    from optuna_lora_rl.learning.comparison.protocol import Problems
+    from studies.comparison.protocol import Problems
 
 
 def build(wanted: Problems) -> list[Problem]:
     """All problems of the named families.
 
     Raises:
-        UserError: no table of the wanted split has been measured.
+        UserError: no table of the wanted split has been measured, or an import cannot be had.
     """
     problems: list[Problem] = []
     if (tables := wanted.tables) is not None:
@@ -42,4 +43,15 @@ def build(wanted: Problems) -> list[Problem]:
         problems += [functions.mixed_problem(k) for k in range(chosen_mixed.first, last)]
     if wanted.networks is not None:
         problems += networks.network_problems()
+    for path in wanted.import_ or ():
+        problems += _imported(path)
+    return problems
+
+
+def _imported(path: str) -> list[Problem]:
+    found = imported("problems.import", path)
+    found = found() if callable(found) else found
+    problems = [found] if isinstance(found, Problem) else found
+    if not isinstance(problems, list) or not all(isinstance(one, Problem) for one in problems):
+        raise UserError(f"problems.import: {path} gives neither a Problem nor a list of them")
     return problems

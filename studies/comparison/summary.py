@@ -11,17 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from optuna_lora_rl.learning.comparison import statistics
-from optuna_lora_rl.learning.comparison.problem import Problem
-from optuna_lora_rl.learning.comparison.protocol import Protocol
-from optuna_lora_rl.learning.comparison.running import Key
-from optuna_lora_rl.learning.comparison.running import Record
-from optuna_lora_rl.learning.comparison.writing import cell
-from optuna_lora_rl.learning.comparison.writing import footer
-from optuna_lora_rl.learning.comparison.writing import table
-from optuna_lora_rl.learning.comparison.writing import versions
+from optuna_lora_rl.learning import statistics
+from optuna_lora_rl.learning.writing import cell
+from optuna_lora_rl.learning.writing import footer
+from optuna_lora_rl.learning.writing import table
+from optuna_lora_rl.learning.writing import versions
+from studies.comparison.problem import Problem
+from studies.comparison.protocol import Protocol
+from studies.comparison.running import Key
+from studies.comparison.running import Record
 
-PACKAGES = ("optuna", "torch", "numpy", "scipy", "cmaes", "smac", "HEBO", "optunahub")
+PACKAGES = ("optuna", "torch", "numpy", "scipy", "cmaes", "smac")
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from optuna.distributions import IntDistribution
 from optuna.trial import TrialState
 
 from optuna_lora_rl.errors import UserError
-from optuna_lora_rl.learning.comparison import running
-from optuna_lora_rl.learning.comparison.problem import LORA
-from optuna_lora_rl.learning.comparison.problem import Problem
-from optuna_lora_rl.learning.comparison.protocol import Protocol
-from optuna_lora_rl.learning.comparison.protocol import SamplerEntry
+from studies.comparison import running
+from studies.comparison.problem import LORA
+from studies.comparison.problem import Problem
+from studies.comparison.protocol import Protocol
+from studies.comparison.protocol import SamplerEntry
 
 
 def protocol(**changes: Any) -> Protocol:

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from optuna_lora_rl.learning.comparison import statistics
+from optuna_lora_rl.learning import statistics
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from optuna_lora_rl.learning.comparison.summary import Curves
+    from studies.comparison.summary import Curves
 
 # Okabe and Ito's colours, which colour-blind people tell apart, then darker ones; the reference
 # has its own.

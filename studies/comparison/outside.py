@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import tempfile
-import warnings
 from abc import ABC
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
 
-import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.distributions import CategoricalDistribution
@@ -123,50 +121,6 @@ class SmacSampler(_AskAndTell):
         self._smac.tell(self._asked, TrialValue(cost=cost, status=StatusType.SUCCESS))
 
 
-class HeboSampler(_AskAndTell):
-    """HEBO at its defaults.
-
-    Cowen-Rivers et al. 2022, "HEBO: Pushing The Limits of Sample-Efficient Hyperparameter
-    Optimisation".
-    """
-
-    def __init__(self, space: Mapping[str, BaseDistribution], seed: int) -> None:
-        _need("hebo", "pip install HEBO (its 0.3.6 asks for numpy below 1.25)")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from hebo.design_space.design_space import DesignSpace
-            from hebo.optimizers.hebo import HEBO
-
-        super().__init__(space, seed)
-        design = DesignSpace().parse([_hebo(name, d) for name, d in space.items()])
-        self._hebo = HEBO(design, scramble_seed=seed)
-        self._asked: Any = None
-
-    def ask(self) -> dict[str, Any]:
-        self._asked = self._hebo.suggest(n_suggestions=1)
-        found = self._asked.iloc[0].to_dict()
-        return {name: _native(found[name], d) for name, d in self._space.items()}
-
-    def tell(self, cost: float) -> None:
-        self._hebo.observe(self._asked, np.array([[cost]]))
-
-
-def auto_sampler(seed: int) -> BaseSampler:
-    """OptunaHub's AutoSampler, which is fetched from its registry on first use."""
-    _need("optunahub", "pip install 'optuna_lora_rl[peers]'")
-    import optunahub
-
-    try:
-        module = optunahub.load_module("samplers/auto_sampler")
-    except Exception as error:
-        # Whatever keeps it from the registry: no network, no cache, another layout.
-        raise UserError(
-            f"sampler 'auto' could not be fetched from OptunaHub ({type(error).__name__}); "
-            "leave it out where the registry is out of reach"
-        ) from error
-    return module.AutoSampler(seed=seed)
-
-
 def _need(package: str, how: str) -> None:
     if find_spec(package) is None:
         raise UserError(f"sampler {package!r} needs the package {package}: {how}")
@@ -181,14 +135,6 @@ def _configspace(name: str, d: Any) -> Any:
         return Categorical(name, list(range(len(d.choices))))
     kind = Integer if isinstance(d, IntDistribution) else Float
     return kind(name, (d.low, d.high), log=d.log)
-
-
-def _hebo(name: str, d: Any) -> dict[str, Any]:
-    if isinstance(d, CategoricalDistribution):
-        return {"name": name, "type": "cat", "categories": list(range(len(d.choices)))}
-    if isinstance(d, IntDistribution):
-        return {"name": name, "type": "pow_int" if d.log else "int", "lb": d.low, "ub": d.high}
-    return {"name": name, "type": "pow" if d.log else "num", "lb": d.low, "ub": d.high}
 
 
 def _native(value: Any, d: Any) -> Any:

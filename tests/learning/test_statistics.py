@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from optuna_lora_rl.learning.comparison import statistics
+from optuna_lora_rl.learning import statistics
 
 
 def test_the_interval_is_that_of_a_mean_over_problems() -> None:

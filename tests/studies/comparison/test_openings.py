@@ -9,7 +9,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
 
-from optuna_lora_rl.learning.comparison import openings
+from studies.comparison import openings
 
 LORA = {
     "learning_rate": FloatDistribution(1e-5, 1e-1, log=True),
@@ -18,31 +18,6 @@ LORA = {
     "lora_dropout": FloatDistribution(0.0, 0.3),
     "target_modules": CategoricalDistribution(["qv", "mlp", "all-linear"]),
 }
-
-
-def test_defaults_are_what_guides_say() -> None:
-    params = openings.defaults(LORA)
-    assert params["lora_rank"] == 16 and params["lora_alpha"] == 32
-    assert params["learning_rate"] == pytest.approx(2e-4)
-    assert params["lora_dropout"] == 0 and params["target_modules"] == "all-linear"
-
-
-def test_defaults_outside_a_range_move_to_its_end() -> None:
-    shifted = LORA | {
-        "learning_rate": FloatDistribution(1e-3, 1e-1, log=True),
-        "lora_rank": CategoricalDistribution([32, 64]),
-    }
-    params = openings.defaults(shifted)
-    assert params["learning_rate"] == pytest.approx(1e-3)
-    assert params["lora_rank"] == 32 and params["lora_alpha"] == 64
-
-
-def test_defaults_of_another_trade_are_the_middle() -> None:
-    space = {
-        "depth": IntDistribution(1, 9),
-        "learning_rate": FloatDistribution(1e-4, 1.0, log=True),
-    }
-    assert openings.defaults(space) == {"depth": 5, "learning_rate": pytest.approx(1e-2)}
 
 
 def _swept(score: Any) -> list[float]:

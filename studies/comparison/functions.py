@@ -18,9 +18,9 @@ from optuna.distributions import CategoricalDistribution
 from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
 
-from optuna_lora_rl.learning.comparison.problem import OTHER
-from optuna_lora_rl.learning.comparison.problem import Problem
-from optuna_lora_rl.learning.comparison.problem import draw
+from studies.comparison.problem import OTHER
+from studies.comparison.problem import Problem
+from studies.comparison.problem import draw
 
 # Configurations whose median value is regret 1.
 _DRAWS = 2000

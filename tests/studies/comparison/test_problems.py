@@ -9,12 +9,12 @@ import numpy as np
 import optuna
 import pytest
 
-from optuna_lora_rl.learning.comparison import functions
-from optuna_lora_rl.learning.comparison import networks
-from optuna_lora_rl.learning.comparison.problem import Problem
-from optuna_lora_rl.learning.comparison.problem import draw
-from optuna_lora_rl.learning.comparison.synthetic import TEST_SEED
-from optuna_lora_rl.learning.comparison.synthetic import synthetic_problems
+from studies.comparison import functions
+from studies.comparison import networks
+from studies.comparison.problem import Problem
+from studies.comparison.problem import draw
+from studies.comparison.synthetic import TEST_SEED
+from studies.comparison.synthetic import synthetic_problems
 
 HARTMANN = [0.20169, 0.150011, 0.476874, 0.275332, 0.311652, 0.6573]
 

@@ -3,26 +3,71 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
 
-from optuna_lora_rl.learning.comparison import figures
-from optuna_lora_rl.learning.comparison import running
-from optuna_lora_rl.learning.comparison import summary
-from optuna_lora_rl.learning.comparison.problems import build
+from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.errors import masked
+from optuna_lora_rl.study import reading
+from studies.comparison import figures
+from studies.comparison import running
+from studies.comparison import summary
+from studies.comparison.problems import build
+from studies.comparison.protocol import Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Sequence
 
     from rich.console import Console
-
-    from optuna_lora_rl.learning.comparison.protocol import Protocol
 
 RECORDS = "records.jsonl"
 # Lines of progress where there is no terminal.
 _LINES = 20
+
+
+def from_file(
+    file: Path,
+    samplers: Sequence[str] | None,
+    output: Path | None,
+    overrides: Sequence[str],
+    console: Console,
+) -> None:
+    """Runs a file's comparison, and says where the results are.
+
+    Args:
+        file: the comparison, in YAML.
+        samplers: some of its entries; all if None.
+        output: folder for the results; what the file says if None.
+        overrides: ``key=value`` assignments over the file.
+        console: shows how far it is.
+
+    Raises:
+        UserError: the file is not as it has to be, or a sampler or problem cannot be made.
+    """
+    content = reading.read_yaml(file)
+    reading.override(content, overrides, {})
+    entries = content.get("samplers")
+    if samplers is not None and isinstance(entries, dict):
+        for name in samplers:
+            if name not in entries:
+                raise UserError(
+                    f"--samplers: {name!r} is not in {file}; use some of {', '.join(entries)}"
+                )
+        content["samplers"] = {name: entries[name] for name in samplers}
+    content.setdefault("name", file.stem)
+    protocol = reading.validate(Protocol, content, str(file))
+    folder = output or Path(protocol.output or f"runs/{protocol.name}")
+    typed = ["python", "-m", "studies.comparison", str(file)]
+    typed += [] if samplers is None else ["--samplers", ",".join(samplers)]
+    typed += [part for o in overrides for part in ("--set", o)]
+    typed += [] if output is None else ["--output", str(output)]
+    compare(protocol, folder, command=masked(shlex.join(typed)), console=console)
+    said = f"the results are in {folder}/comparison.md, .html and .json"
+    console.print(said, highlight=False, soft_wrap=True)
 
 
 def compare(protocol: Protocol, output: Path, *, command: str, console: Console) -> dict[str, Any]:

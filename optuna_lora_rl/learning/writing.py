@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from optuna_lora_rl.learning.comparison.statistics import Interval
+    from optuna_lora_rl.learning.statistics import Interval
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:

@@ -10,12 +10,12 @@ from optuna.distributions import CategoricalDistribution
 from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
 
-from optuna_lora_rl.learning.comparison.problem import LORA
-from optuna_lora_rl.learning.comparison.problem import OTHER
-from optuna_lora_rl.learning.comparison.problem import Problem
 from optuna_lora_rl.learning.tasks import Task
 from optuna_lora_rl.learning.tasks import draw_tasks
 from optuna_lora_rl.policy.dimensions import Dimension
+from studies.comparison.problem import LORA
+from studies.comparison.problem import OTHER
+from studies.comparison.problem import Problem
 
 # Tasks of this seed are neither trained nor validated on.
 TEST_SEED = 777_000_001

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from optuna_lora_rl.learning.comparison import measured
-from optuna_lora_rl.learning.comparison.problem import Problem
-from optuna_lora_rl.learning.comparison.problem import draw
 from optuna_lora_rl.learning.tables.surfaces import Surfaces
+from studies.comparison import measured
+from studies.comparison.problem import Problem
+from studies.comparison.problem import draw
 from tests.learning.tables.conftest import fits  # noqa: F401
 from tests.learning.tables.conftest import fitted  # noqa: F401
 from tests.learning.tables.conftest import prices  # noqa: F401

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from optuna_lora_rl.learning.comparison import figures
-from optuna_lora_rl.learning.comparison import summary
-from optuna_lora_rl.learning.comparison.problems import build
-from optuna_lora_rl.learning.comparison.running import Record
-from tests.learning.comparison.test_running import protocol
+from studies.comparison import figures
+from studies.comparison import summary
+from studies.comparison.problems import build
+from studies.comparison.running import Record
+from tests.studies.comparison.test_running import protocol
 
 PROTOCOL = protocol(
     samplers={"rl": None, "tpe": None},

@@ -11,11 +11,11 @@ from pydantic import ConfigDict
 from pydantic import Field
 from pydantic import model_validator
 
-from optuna_lora_rl.learning.comparison.functions import BBOB
-from optuna_lora_rl.learning.comparison.measured import GUISES
-from optuna_lora_rl.learning.comparison.peers import NAMES
-from optuna_lora_rl.learning.comparison.statistics import FLOOR
-from optuna_lora_rl.learning.comparison.synthetic import TEST_SEED
+from optuna_lora_rl.learning.statistics import FLOOR
+from studies.comparison.functions import BBOB
+from studies.comparison.measured import GUISES
+from studies.comparison.peers import NAMES
+from studies.comparison.synthetic import TEST_SEED
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -26,6 +26,12 @@ class SamplerEntry(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="allow")
 
     name: str = Field(description="The sampler; the entry's own name where nothing is said.")
+    import_: str | None = Field(
+        default=None,
+        alias="import",
+        description="A sampler of your own, `module:Class`; seed, space and n_trials are given to "
+        "it where it takes them.",
+    )
     start: Literal["none", "defaults", "sweep"] = Field(
         default="none",
         description="What a person tries before the sampler takes over: nothing, the guides' "
@@ -98,6 +104,13 @@ class Problems(_Family):
     functions: Functions | None = Field(default=None, description="BBOB-like functions.")
     mixed: Mixed | None = Field(default=None, description="Mixed spaces, not of LoRA.")
     networks: Networks | None = Field(default=None, description="Tuning of small classifiers.")
+    import_: list[str] | None = Field(
+        default=None,
+        alias="import",
+        min_length=1,
+        description="Problems of your own, each `module:name`: a Problem, a list of them, or a "
+        "function that returns either.",
+    )
 
 
 class Protocol(BaseModel):
@@ -135,7 +148,7 @@ class Protocol(BaseModel):
     @model_validator(mode="after")
     def _fits_together(self) -> Protocol:
         for label, entry in self.samplers.items():
-            if entry.name not in NAMES:
+            if entry.import_ is None and entry.name not in NAMES:
                 raise ValueError(
                     f"samplers.{label}.name is {entry.name!r}, but must be one of "
                     f"{', '.join(NAMES)}"
@@ -145,7 +158,7 @@ class Protocol(BaseModel):
                 f"reference is {self.reference!r}, but must be one of {', '.join(self.samplers)}"
             )
         if all(family is None for family in self.problems.model_dump().values()):
-            families = ", ".join(Problems.model_fields)
+            families = ", ".join(f.alias or name for name, f in Problems.model_fields.items())
             raise ValueError(f"problems names no family, but must have some of {families}")
         return self
 

@@ -30,18 +30,21 @@ import numpy as np
 import optuna
 import torch
 
+import optuna_lora_rl
 from optuna_lora_rl.errors import UserError
-from optuna_lora_rl.learning.comparison import peers
-from optuna_lora_rl.learning.comparison.problem import Problem
-from optuna_lora_rl.learning.comparison.problems import build
-from optuna_lora_rl.learning.comparison.protocol import Protocol
-from optuna_lora_rl.learning.comparison.protocol import SamplerEntry
+from studies.comparison import peers
+from studies.comparison.importing import imported
+from studies.comparison.importing import source
+from studies.comparison.problem import Problem
+from studies.comparison.problems import build
+from studies.comparison.protocol import Protocol
+from studies.comparison.protocol import SamplerEntry
 
 # A study: its sampler's label, its problem's name, its seed.
 Key = tuple[str, str, int]
 # Regret before the first trial that does not fail, and the most that any can have.
 MOST = 3.0
-_PACKAGE = Path(__file__).parents[2]
+_PACKAGE = Path(optuna_lora_rl.__file__).parent
 
 
 @dataclass(frozen=True)
@@ -116,14 +119,19 @@ def study(problem: Problem, entry: SamplerEntry, key: Key, made_by: str, trials:
 
 def made_by(entry: SamplerEntry) -> str:
     """Changes with a sampler's options, weights and code; of other libraries with the version."""
-    said = [entry.model_dump_json()]
+    # Records from before there were imports stay what they were.
+    left_out = {"import_"} if entry.import_ is None else set()
+    said = [entry.model_dump_json(exclude=left_out)]
+    if entry.import_ is not None:
+        build = imported(f"samplers.{entry.name}.import", entry.import_)
+        said.append(hashlib.sha256(source(build)).hexdigest())
     if entry.name in ("rl", "bandit"):
         files = [f for room in ("policy", "samplers") for f in (_PACKAGE / room).rglob("*")]
         weights = entry.options.get("weights")
         files = sorted(f for f in files if f.suffix in (".py", ".safetensors"))
         files += [Path(str(weights))] if weights and Path(str(weights)).is_file() else []
         said += [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-    packages = {"cmaes": "cmaes", "smac": "smac", "hebo": "HEBO", "auto": "optunahub"}
+    packages = {"cmaes": "cmaes", "smac": "smac"}
     for package in ("optuna", packages.get(entry.name, "numpy")):
         try:
             said.append(f"{package} {version(package)}")
@@ -218,7 +226,7 @@ def _in_parallel(protocol: Protocol, missing: Mapping[Key, str]) -> Iterator[Rec
             min(protocol.workers, len(missing)),
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_begin,
-            initargs=(protocol.model_dump_json(),),
+            initargs=(protocol.model_dump_json(by_alias=True),),
         ) as pool,
     ):
         left = {pool.submit(_study, *one) for one in missing.items()}

@@ -1,6 +1,6 @@
 """Tuning a small classifier, as measured: what has to do with networks, but not with LoRA.
 
-    python -m optuna_lora_rl.learning.comparison.networks
+    python -m studies.comparison.networks
 
 measures scikit-learn's MLPClassifier on its three built-in classification sets over a grid (about
 five minutes) and writes ``networks.json``. Between the grid's points the log loss is interpolated
@@ -25,9 +25,9 @@ from optuna.distributions import CategoricalDistribution
 from optuna.distributions import FloatDistribution
 from optuna.distributions import IntDistribution
 
-from optuna_lora_rl.learning.comparison.problem import OTHER
-from optuna_lora_rl.learning.comparison.problem import Problem
-from optuna_lora_rl.learning.comparison.problem import draw
+from studies.comparison.problem import OTHER
+from studies.comparison.problem import Problem
+from studies.comparison.problem import draw
 
 FILE = Path(__file__).with_suffix(".json")
 _EPOCHS = 12
@@ -106,7 +106,7 @@ def measure() -> dict[str, Any]:
         for name in DATA
     }
     return {
-        "command": "python -m optuna_lora_rl.learning.comparison.networks",
+        "command": "python -m studies.comparison.networks",
         "scikit-learn": version("scikit-learn"),
         "epochs": _EPOCHS,
         "seconds": round(time.perf_counter() - started),

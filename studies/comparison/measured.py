@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 
 from optuna_lora_rl.learning import tables
-from optuna_lora_rl.learning.comparison.problem import LORA
-from optuna_lora_rl.learning.comparison.problem import Problem
 from optuna_lora_rl.learning.tables import dataset
 from optuna_lora_rl.learning.tables import surfaces
 from optuna_lora_rl.learning.tables.problem import TableProblem
+from studies.comparison.problem import LORA
+from studies.comparison.problem import Problem
 
 _MAIN = (
     "learning_rate",
