@@ -55,11 +55,12 @@ def test_outputs_and_gradients_are_pefts(changes: dict[str, Any]) -> None:
     model, x = adapted(**changes), torch.randn(2, 7, 24)
     plain = outcome(model, x)
     with cast_once(model):
-        found = outcome(model, x)
+        # The layers have one input, which shows in the first pass.
+        first, found = outcome(model, x), outcome(model, x)
         exact = outcome(model, x, mixed=False)
-    for ours, theirs in zip(found, plain, strict=True):
+    for ours, theirs in zip([*first, *found], [*plain, *plain], strict=True):
         assert ours.dtype == theirs.dtype
-        scale = float(theirs.float().abs().max())
+        scale = float(theirs.detach().float().abs().max())
         torch.testing.assert_close(ours / scale, theirs / scale, rtol=0, atol=0.02)
     # Without autocast nothing is changed, and afterwards nothing is left.
     for ours, theirs in zip(exact, outcome(model, x, mixed=False), strict=True):
@@ -67,18 +68,100 @@ def test_outputs_and_gradients_are_pefts(changes: dict[str, Any]) -> None:
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
-def test_an_adapter_that_is_off_adds_nothing_and_one_input_is_cast_once() -> None:
+def test_an_adapter_that_is_off_adds_nothing() -> None:
     model, x = adapted(), torch.randn(5, 24)
     base = model.get_base_model()
     with cast_once(model), torch.autocast("cpu", dtype=torch.bfloat16):
         with model.disable_adapter():
             off = model(x)
         assert torch.equal(off[:, :32], base.q.base_layer(x))
-        seen: list[torch.Tensor] = []
-        for layer in (base.q, base.k):
-            layer.base_layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        model(x)
-    assert seen[0] is seen[1]
+        assert torch.equal(off[:, 32:], base.k.base_layer(x))
+
+
+def test_layers_with_one_input_are_one_step_from_the_second_pass_on() -> None:
+    model, x = adapted(), torch.randn(5, 24, requires_grad=True)
+    base = model.get_base_model()
+
+    def steps(*layers: nn.Module) -> int:
+        return len({layer(x).grad_fn for layer in layers})
+
+    with cast_once(model), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert steps(base.q, base.k) == 2
+        assert steps(base.q, base.k) == 1
+        # With another input each computes alone.
+        q = base.q(x)
+        k = base.k(x + 1)
+        assert q.grad_fn is not k.grad_fn
+        torch.testing.assert_close(k, base.k(x + 1))
+        # One whose output nobody used sends nothing back.
+        (whole,) = torch.autograd.grad(base.q(x).float().sum(), x)
+        base.q.set_adapter("default")
+        with model.disable_adapter():
+            base.k(x)
+        (alone,) = torch.autograd.grad(base.q(x).float().sum(), x)
+        assert torch.equal(whole, alone)
+
+
+def test_a_layer_between_that_drops_out_computes_alone() -> None:
+    model, x = adapted(lora_dropout=0.5), torch.randn(5, 24)
+    base = model.get_base_model()
+    base.q.lora_dropout["default"] = nn.Identity()
+    with cast_once(model), torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(2):
+            torch.manual_seed(3)
+            base.q(x)
+            found = base.k(x)
+        torch.manual_seed(3)
+        torch.testing.assert_close(found, base.k(x + 0))
+        # In evaluation nothing drops out.
+        model.eval()
+        assert torch.equal(base.k(x), base.k(x))
+
+
+class Square(nn.Module):
+    """Named like the norms of models, and another thing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(24)), 1e-6
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.square() * self.weight
+
+
+def test_norms_are_the_models_own_with_their_gradients() -> None:
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    torch.manual_seed(0)
+    other = type("OtherRMSNorm", (Square,), {})()
+    model = nn.ModuleList(
+        [LlamaRMSNorm(24, 1e-3), GemmaRMSNorm(24, 1e-3), other, nn.LayerNorm(24)]
+    )
+    model.requires_grad_(False)
+    for norm in model:
+        norm.weight.uniform_(-1, 1)
+    x = torch.randn(2, 5, 24)
+
+    def run(norm: nn.Module) -> list[torch.Tensor]:
+        own = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = norm(own)
+        return [y, *torch.autograd.grad(y.square().sum(), own)]
+
+    plain = [run(norm) for norm in model]
+    with cast_once(model):
+        replaced = ["forward" in norm.__dict__ for norm in model]
+        found = [run(norm) for norm in model]
+        # One that is trained is left to itself, and so are runs in float32.
+        model[0].requires_grad_(True)
+        trained = run(model[0])
+        exact = model[1](x)
+    assert replaced == [True, True, False, False]
+    for ours, theirs in zip(found, plain, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert torch.equal(trained[0], plain[0][0]) and torch.equal(exact, model[1](x))
+    assert not any("forward" in norm.__dict__ for norm in model)
 
 
 def test_weights_that_change_are_cast_again() -> None:
