@@ -60,8 +60,9 @@ if TYPE_CHECKING:
     from optuna_lora_rl.finetuning.trial import TrialResult
 
 FILE = str(Path(__file__).resolve())
-# Short ones, none of those that the pruners' options were chosen on (studies/curves.py), of
-# families that the policy was not trained on (its weights were chosen on the last two families).
+# Short ones, none of those that the pruners' options were chosen on
+# (studies/results/pruner_replay_reading.md), of families that the policy was not trained on (its
+# weights were chosen on the last two families).
 TASKS = ("cipher-small", "plurals-small", "reviews-ample", "units-ample")
 # What naive.suggest says in Optuna's words.
 SPACE: dict[str, Any] = {

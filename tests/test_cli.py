@@ -29,7 +29,7 @@ from tests.study.conftest import paper  # noqa: F401
 from tests.study.conftest import study_file  # noqa: F401
 
 COMMANDS = ["init", "validate", "run", "status", "best", "ask", "tell", "export", "dashboard"]
-COMMANDS += ["explain", "report", "compare", "train-policy", "learn"]
+COMMANDS += ["explain", "report", "compare", "train-policy"]
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 from typing import Annotated
 
 import typer
@@ -14,9 +13,6 @@ from optuna_lora_rl.commands.given import StudyFile
 from optuna_lora_rl.commands.given import split
 from optuna_lora_rl.commands.given import working
 from optuna_lora_rl.terminal import console
-
-if TYPE_CHECKING:
-    from optuna_lora_rl.learning.fine_tuning import Learnt
 
 app = typer.Typer()
 
@@ -110,80 +106,11 @@ def train_policy(
     console().print(f"the weights are in {weights}, the figure beside them", soft_wrap=True)
 
 
-@app.command()
-def learn(
-    storage: Annotated[
-        str,
-        typer.Option(
-            "--storage",
-            metavar="URL",
-            help="The database of your studies, or the output folder of a run.",
-        ),
-    ],
-    study: Annotated[
-        list[str],
-        typer.Option(
-            "--study", metavar="NAME", help="A study of it; may be repeated. All if none."
-        ),
-    ] = [],  # noqa: B006
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="The weights to write.")
-    ] = Path("weights.safetensors"),
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same weights.")] = 0,
-    updates: Annotated[
-        int, typer.Option(min=1, help="How many updates, imitation first, then PPO.")
-    ] = 24,
-    weights: Annotated[
-        Path | None, typer.Option(help="Weights to start from; by default the shipped ones.")
-    ] = None,
-    quiet: Quiet = False,
-    processes: _Processes = None,
-) -> None:
-    """Fine-tune RLSampler's policy on surrogates of your own finished studies.
-
-    What the result gains is measured on tasks of the same studies that chose nothing; where
-    nothing is gained, the weights stay as they were.
-
-    Example: [bold]optuna-lora-rl learn --storage runs/first -o weights.safetensors[/], then
-    sampler: {name: rl, weights: weights.safetensors} in a study's file.
-    """
-    with working(quiet=quiet) as on_activity:
-        from optuna_lora_rl.learning import fine_tuning
-        from optuna_lora_rl.study import opening
-
-        with opening.quiet():
-            found = opening.load_studies(storage, study)
-            sources, left_out = fine_tuning.read(found, all_wanted=bool(study))
-        for name in left_out:
-            print(f"{name} is left out: it has too few trials with a result")
-        settings = fine_tuning.LearningSettings(seed=seed, updates=updates)
-        result = fine_tuning.learn(
-            sources,
-            output,
-            settings,
-            start=weights,
-            on_activity=on_activity,
-            processes=processes or _cores(),
-        )
-    console().print(_learnt(result), soft_wrap=True)
-
-
 def _cores() -> int:
     """That this process may use, as torch counts them."""
     import torch
 
     return torch.get_num_threads()
-
-
-def _learnt(result: Learnt) -> str:
-    if not result.kept:
-        return (
-            f"no update gained anything on your studies; {result.path} holds the start's weights"
-        )
-    return (
-        f"the weights are in {result.path}: log10 regret lower by {result.gain:+.3f}"
-        f" ({result.low:+.3f} to {result.high:+.3f}) on further tasks from your studies"
-    )
 
 
 def _say(metrics: dict[str, float]) -> None:

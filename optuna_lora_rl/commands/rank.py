@@ -187,11 +187,11 @@ def truncate(
     qualities = None
     if study is not None:
         from optuna_lora_rl.finetuning import process
-        from optuna_lora_rl.study import sizing
+        from optuna_lora_rl.study import fine_tuner
 
         # Both refuse what cannot be used, before the adapter is decomposed.
         process.check()
-        qualities = partial(sizing.qualities, load(study, []), adapter)
+        qualities = partial(fine_tuner.qualities, load(study, []), adapter)
 
     layers.truncate(
         console(),

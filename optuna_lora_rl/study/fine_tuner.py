@@ -18,6 +18,7 @@ from optuna_lora_rl.finetuning.errors import FineTuningError
 from optuna_lora_rl.policy.context import TuningContext
 from optuna_lora_rl.rank import tables
 from optuna_lora_rl.study import data_report
+from optuna_lora_rl.study import opening
 from optuna_lora_rl.study import wording
 from optuna_lora_rl.vocabulary import DEFAULTS
 
@@ -190,3 +191,22 @@ def _any(distribution: BaseDistribution) -> Value:
         return distribution.choices[0]  # type: ignore[return-value]
     assert isinstance(distribution, FloatDistribution | IntDistribution)
     return distribution.low
+
+
+def qualities(spec: StudySpec, adapter: Path, on_activity: OnActivity = unseen) -> list[float]:
+    """Evaluates a saved adapter, cut to each share of its energy.
+
+    Args:
+        spec: Whose model, data and metric.
+        adapter: Folder of the adapter.
+        on_activity: Told how far it is.
+
+    Returns:
+        The qualities, in the order of :func:`optuna_lora_rl.rank.truncation.sizes`.
+
+    Raises:
+        UserError: When model, data or adapter cannot be had, or do not go together.
+    """
+    opening.claim(spec)
+    tuner = make(spec, cache=spec.folder / "cache", on_activity=on_activity)
+    return tuner.cut(adapter)

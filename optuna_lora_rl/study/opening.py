@@ -290,26 +290,6 @@ def load_named(name: str | None, url: str) -> optuna.Study:
         return optuna.load_study(study_name=name, storage=storage)
 
 
-def load_studies(url: str, names: Sequence[str]) -> list[optuna.Study]:
-    """Studies of a storage by name, or all of it.
-
-    Args:
-        url: The storage's SQLAlchemy URL, or the output folder of an earlier run.
-        names: The studies' names; none for all.
-
-    Raises:
-        UserError: A storage or study that is not there, or a storage without any.
-    """
-    if names:
-        return [load_named(name, url) for name in names]
-    storage, where = _open(url)
-    with database_errors(_url(url)[0]):
-        found = optuna.get_all_study_names(storage)
-        if not found:
-            raise UserError(f"{where} holds no study")
-        return [optuna.load_study(study_name=name, storage=storage) for name in sorted(found)]
-
-
 def _open(url: str) -> tuple[optuna.storages.BaseStorage, str]:
     """The storage, which has to be there, and how to call it in a sentence."""
     url, where = _url(url)
