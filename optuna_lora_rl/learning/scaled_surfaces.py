@@ -2,13 +2,14 @@
 
 Notations
     n    measured runs of a table
-    v    natural values of points by role, as ``policy.lora_surfaces.Shapes`` asks for them
+    v    natural values of points by role: log10 of the learning rate, log2 of alpha / rank
+         (``ratio``), rank, batch size, steps and the share of adapted modules, and dropout
     x    natural values in the order of ``dimensions``, shape (N, P)
 
-A table of some dozen runs cannot fix a Gaussian process in seven dimensions. A surface is the
-parametric form of LoRA surfaces (a ridge of learning rates, capacity, length), whose parameters
-``python -m studies.tables scale`` fits with a prior from all tables, plus a Gaussian process
-(Matern 5/2, lengthscales given) over what the form leaves of the measured runs.
+A table of some dozen runs cannot fix a Gaussian process in seven dimensions. A surface is a
+parametric form (``Plateau``), whose parameters ``python -m studies.tables scale fit`` fits with a
+prior from all tables, plus a Gaussian process (Matern 5/2, lengthscales given) over what the form
+leaves of the measured runs.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from typing import TYPE_CHECKING
 from typing import Any
 
 import numpy as np
+from scipy.special import expit
 
 from optuna_lora_rl.learning.tables import scaled
+from optuna_lora_rl.learning.tables.surfaces import DIVERGED
+from optuna_lora_rl.learning.tables.surfaces import WORST
+from optuna_lora_rl.policy.context import TuningContext
 from optuna_lora_rl.policy.dimensions import Dimension
 from optuna_lora_rl.policy.dimensions import make_space
-from optuna_lora_rl.policy.lora_surfaces import Shapes
 from optuna_lora_rl.policy.prior import coverage
 
 if TYPE_CHECKING:
@@ -34,7 +38,6 @@ if TYPE_CHECKING:
     from optuna_lora_rl.learning.tables.dataset import Table
 
 FITS = Path(__file__).resolve().parent / "tables" / "scaled.json"
-WORST, DIVERGED = -0.5, -0.05
 LENGTHS = {
     "learning_rate": 0.7,
     "ratio": 2.5,
@@ -46,6 +49,16 @@ LENGTHS = {
 }
 """Lengthscales of what the form leaves: decades of the rate, octaves, and dropout as it is."""
 
+_LOG10_2, _NINE = math.log10(2.0), math.log(9.0)
+# What tables and tuning contexts call the same.
+_CONTEXT = {
+    "hidden_size": "hidden_size",
+    "model_layers": "layers",
+    "model_parameters": "parameters",
+    "examples": "examples",
+    "mean_tokens": "tokens",
+    "method": "method",
+}
 _LOGARITHMIC = ("learning_rate", "lora_rank", "alpha_ratio", "batch_size", "max_steps")
 TARGETS = ("qv", "attention", "mlp", "all-linear")
 
@@ -57,6 +70,8 @@ def natural(parameters: Mapping[str, Any]) -> dict[str, np.ndarray]:
         parameters: Columns by name, as a table has them.
     """
     covers = np.array([coverage(name) for name in parameters["target_modules"]], dtype=float)
+    if "layers" in parameters:
+        covers *= [1.0 if name == "all" else coverage(name) for name in parameters["layers"]]
     return {
         "learning_rate": np.log10(parameters["learning_rate"]),
         "ratio": np.log2(parameters["alpha_ratio"]),
@@ -75,15 +90,72 @@ def quality(table: Table) -> np.ndarray:
     return found
 
 
-def shape(fit: Mapping[str, Any]) -> Shapes:
-    """The single shape of a table's fit."""
-    return Shapes(**{name: np.array([value]) for name, value in fit["shape"].items()})
+@dataclass(frozen=True)
+class Plateau:
+    """Quality as learning rates see it: nothing, a rise, a plateau, a fall.
 
+    Attributes:
+        rate: log10 of the best rate, the middle of the plateau, at alpha = 2 rank, rank 16, all
+            linear modules and the middle steps and batch size.
+        half: Decades from there to where a tenth of the rise is missing, and to where a tenth of
+            the fall is done.
+        widens: Exponent of the steps by which that grows: longer runs learn at lower rates, but
+            do not bear higher ones.
+        rising: Decades in which the rise goes from a half to .73 (a logistic curve's scale).
+        falling: Likewise of the fall.
+        drop: Quality that the fall takes.
+        by_ratio: Exponents by which alpha / rank makes a learning rate effective,
+        by_rank: the rank,
+        by_size: the share of adapted modules,
+        by_steps: the steps,
+        by_batch: and one over the batch size.
+        top: Quality of a large adapter at the plateau.
+        lack: Share of it that an adapter of rank 1 on all modules lacks.
+        scale: Octaves of size over which the lack falls by half.
+        large: Quality by octave of size beyond rank 8.
+        steps: Quality by octave of steps,
+        batch: and of the batch size.
+        dropout: What a dropout of .1 gains.
+        middle_steps: log2 of the steps in the middle.
+        middle_batch: log2 of the batch size in the middle.
+    """
 
-def form(fit: Mapping[str, Any], v: dict[str, np.ndarray]) -> np.ndarray:
-    """Quality by the parametric form alone, shape (N,)."""
-    values: np.ndarray = fit["offset"] + fit["span"] * shape(fit)(v)[0]
-    return values
+    rate: float
+    half: float
+    widens: float
+    rising: float
+    falling: float
+    drop: float
+    by_ratio: float
+    by_rank: float
+    by_size: float
+    by_steps: float
+    by_batch: float
+    top: float
+    lack: float
+    scale: float
+    large: float
+    steps: float
+    batch: float
+    dropout: float
+    middle_steps: float
+    middle_batch: float
+
+    def __call__(self, v: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Quality at points, shape (N,)."""
+        steps, batch = v["steps"] - self.middle_steps, v["batch_size"] - self.middle_batch
+        lift = self.by_ratio * (v["ratio"] - 1) + self.by_rank * (v["rank"] - 4)
+        lift = lift + self.by_size * v["share"] + self.by_steps * steps - self.by_batch * batch
+        off = v["learning_rate"] + _LOG10_2 * lift - self.rate
+        half = np.maximum(self.half + _LOG10_2 * self.widens * steps, 0.0)
+        size = v["rank"] + v["share"]
+        high = self.top * (1 - self.lack * np.exp2(-size / self.scale))
+        high = high + self.large * np.maximum(size - 3, 0) + self.steps * steps
+        high = high + self.batch * batch + self.dropout * v["dropout"] / 0.1
+        rises = expit((off + half) / self.rising + _NINE)
+        quality: np.ndarray = high * rises
+        quality -= self.drop * expit((off - half) / self.falling - _NINE)
+        return quality
 
 
 def correlation(v: dict[str, np.ndarray], w: dict[str, np.ndarray]) -> np.ndarray:
@@ -133,11 +205,16 @@ class ScaledSurface:
     Args:
         table: The measured runs.
         fit: Its entry of the fits.
+
+    Attributes:
+        name: Of the table.
+        context: What is known before the first trial, with the steps where they do not vary.
+        noise: Deviation of a run, in quality.
+        dimensions: What varies in the table, over the range that it has there.
     """
 
     def __init__(self, table: Table, fit: Mapping[str, Any]) -> None:
         self.name: str = table.task.name
-        self.context: dict[str, Any] = dict(table.task.context)
         self.noise: float = fit["noise"]
         self.dimensions = _dimensions(table)
         # Parameters that do not vary in this table have one value.
@@ -146,20 +223,21 @@ class ScaledSurface:
             for name in scaled.VARIED
             if name not in {one.name for one in self.dimensions}
         }
-        self._fit = fit
         self._v = natural(table.parameters)
-        left = quality(table) - form(fit, self._v)
+        self._form = Plateau(**fit["form"])
+        left = quality(table) - self._form(self._v)
         covariance = fit["left"] ** 2 * correlation(self._v, self._v)
         covariance[np.diag_indices_from(covariance)] += fit["noise"] ** 2
         self._weights = fit["left"] ** 2 * np.linalg.solve(covariance, left)
         self._cost = _Cost.of(table)
-        if steps := self._fixed.get("max_steps"):
-            self.context["steps"] = int(steps)
+        known = {said: table.task.context[name] for name, said in _CONTEXT.items()}
+        steps = self._fixed.get("max_steps")
+        self.context = TuningContext(**known, steps=None if steps is None else int(steps))
 
     def __call__(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Final quality and divergence at natural values x, each of shape (N,)."""
         v = self._natural(x)
-        value = form(self._fit, v) + correlation(v, self._v) @ self._weights
+        value = self._form(v) + correlation(v, self._v) @ self._weights
         return np.clip(value, WORST, 1.0), value < DIVERGED
 
     def cost(self, x: np.ndarray) -> np.ndarray:

@@ -103,6 +103,8 @@ def fit_scale(given: argparse.Namespace) -> None:
     from studies.tables import scale_report
 
     tables = scaled.load(path=given.compiled)
+    if not given.alone:
+        tables += scale_fitting.others()
     fits, regression = scale_fitting.fit_all(tables, lambda line: print(line, flush=True))
     scale_fitting.write(given.fits, fits, regression)
     page = scale_report.page(fits, regression, "python -m studies.tables scale fit")
@@ -121,6 +123,7 @@ def _add_scale(parser: argparse.ArgumentParser) -> None:
         if action is fit_scale:
             command.add_argument("--fits", type=Path, default=FITS)
             command.add_argument("--page", type=Path, default=Path("studies/results/scale.md"))
+            command.add_argument("--alone", action="store_true", help="without the 26 others")
         else:
             command.add_argument("--folder", type=Path, default=Path("logs/scale"))
 

@@ -33,7 +33,12 @@ def page(fits: Sequence[Fit], regression: Regression, command: str) -> str:
         _regression(regression),
         "The same without one of the regressors, and by split (what is kept out of training is "
         "whole widths, a whole length, and families):",
-        _alternatives(fits),
+        _alternatives(fits, regression),
+        "## The ends of the plateau",
+        "Where a tenth of the rise is missing, and where a tenth of the fall is done: regression "
+        "of the tables' ends on what is known (least squares, weighted by how well each table's "
+        "rate is known), with 95% intervals over resampled tables.",
+        _edges(fits),
         "## Exponents within tables",
         "Mean over tables, each weighted by how well it fits, with the 95% interval of the mean "
         "over resampled tables. An exponent of .64 of alpha / rank says that four times the ratio "
@@ -55,7 +60,7 @@ def _regression(regression: Regression) -> str:
         "| --- | ---: | ---: |",
     ]
     for name, value, (low, high) in zip(
-        regression.names, regression.coefficients, regression.intervals, strict=True
+        scale_fitting.NAMES, regression.coefficients, regression.intervals, strict=True
     ):
         said = {"one": "(128 wide, 4 layers, 48 steps of 8 rows out of 256 examples)"}
         rows.append(f"| {said.get(name, name)} | {value:.2f} | {low:.2f} to {high:.2f} |")
@@ -66,27 +71,52 @@ def _regression(regression: Regression) -> str:
     )
 
 
-def _alternatives(fits: Sequence[Fit]) -> str:
-    names = list(scale_fitting.REGRESSORS)
-    chosen = {"all": names} | {
-        f"without {name}": [other for other in names if other != name] for name in names[1:]
-    }
-    lots: list[tuple[str, Sequence[Fit], list[str]]] = [
-        (said, fits, kept) for said, kept in chosen.items()
-    ]
-    lots.append(("all, small models alone", [f for f in fits if _is_small(f)], names))
-    lots.append(("all, split train alone", [f for f in fits if _split(f) == "train"], names))
-    rows = [
-        "| regression | tables | " + " | ".join(names[1:]) + " | spread |",
-        "| --- |" + " ---: |" * (len(names) + 1),
-    ]
-    for said, some, kept in lots:
-        if len(some) <= len(names) + 2:
+def _alternatives(fits: Sequence[Fit], regression: Regression) -> str:
+    names = scale_fitting.NAMES[1:]
+    lots: list[tuple[str, Sequence[Fit], tuple[str, ...]]] = [("all", fits, ())]
+    lots += [(f"without {name}", fits, (name,)) for name in names]
+    lots.append(("small models alone", [one for one in fits if _is_small(one)], ()))
+    lots.append(("split train alone", [one for one in fits if _split(one) == "train"], ()))
+    rows = [f"| regression | tables | in the middle | {' | '.join(names)} |"]
+    rows.append("| --- |" + " ---: |" * (len(names) + 2))
+    for said, some, without in lots:
+        if not some:
             continue
-        found = scale_fitting.regress(some, kept, resamples=0)
-        values = dict(zip(found.names, found.coefficients, strict=True))
-        cells = [f"{values[name]:.2f}" if name in values else "-" for name in names[1:]]
-        rows.append(f"| {said} | {len(some)} | {' | '.join(cells)} | {found.spread:.3f} |")
+        found = scale_fitting.solved(some, regression.coefficients, without, 0).coefficients
+        cells = [
+            "-" if name in without else f"{value:.2f}"
+            for name, value in zip(scale_fitting.NAMES, found, strict=True)
+        ]
+        rows.append(f"| {said} | {len(some)} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+_EDGES = ("one", "width", "depth", "steps", "examples")
+
+
+def _edges(fits: Sequence[Fit]) -> str:
+    places = [scale_fitting.NAMES.index(name) for name in _EDGES]
+    X = np.array([scale_fitting.regressors(one.known)[places] for one in fits])
+    weights = np.array([1 / (one.deviation**2 + 0.2**2) for one in fits])
+    rows = [f"| decades of | {' | '.join(_EDGES[1:])} | in the middle |"]
+    rows.append("| --- |" + " ---: |" * len(_EDGES))
+    for said, sign in (("lowest good rate", -1.0), ("highest good rate", 1.0)):
+        y = np.array([one.rate + sign * one.form.half for one in fits])
+
+        def found(kept: np.ndarray, y: np.ndarray = y) -> np.ndarray:
+            w = weights[kept]
+            gram = (X[kept].T * w) @ X[kept] + 1e-3 * np.eye(len(_EDGES))
+            solved: np.ndarray = np.linalg.solve(gram, (X[kept].T * w) @ y[kept])
+            return solved
+
+        rng = np.random.default_rng(0)
+        drawn = [found(rng.integers(len(fits), size=len(fits))) for _ in range(1000)]
+        low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
+        cells = [
+            f"{value:.2f} [{a:.2f}, {b:.2f}]"
+            for value, a, b in zip(found(np.arange(len(fits))), low, high, strict=True)
+        ]
+        rows.append(f"| {said} | {' | '.join([*cells[1:], cells[0]])} |")
     return "\n".join(rows)
 
 
@@ -105,8 +135,11 @@ def _exponents(fits: Sequence[Fit]) -> str:
         "by_size": "share of modules",
         "by_steps": "steps, within a table",
         "by_batch": "1 / batch size, within a table",
-        "below": "width below the best rate, decades",
-        "above": "width above it, decades",
+        "half": "half the width of the plateau, decades",
+        "widens": "steps, by which that grows",
+        "rising": "scale of the rise, decades",
+        "falling": "scale of the fall, decades",
+        "drop": "quality that the fall takes",
     }
     lots = {
         "all": list(fits),
@@ -119,7 +152,7 @@ def _exponents(fits: Sequence[Fit]) -> str:
     for name, said in names.items():
         cells = []
         for some in lots.values():
-            values = np.array([one.parameters[name] for one in some])
+            values = np.array([getattr(one.form, name) for one in some])
             cells.append("{:.2f} [{:.2f}, {:.2f}]".format(values.mean(), *_interval(values)))
         rows.append(f"| {said} | {' | '.join(cells)} |")
     return "\n".join(rows)
@@ -168,8 +201,6 @@ def _choices(fits: Sequence[Fit]) -> str:
 
 def _best(one: Fit, changes: dict[str, float]) -> float:
     """The largest quality over learning rates, of a configuration in the middle of a table."""
-    from optuna_lora_rl.learning.scaled_surfaces import form
-
     rates = np.linspace(-5.0, -0.5, 91)
     middle = {
         "ratio": 1.0,
@@ -180,8 +211,7 @@ def _best(one: Fit, changes: dict[str, float]) -> float:
         "steps": math.log2(one.known["steps"]),
     }
     v = {name: np.full(len(rates), value) for name, value in {**middle, **changes}.items()}
-    fitted = scale_fitting.entry(one, 0.0, 0.0)
-    return float(form(fitted, {"learning_rate": rates, **v}).max())
+    return float(one.form({"learning_rate": rates, **v}).max())
 
 
 def _tables(fits: Sequence[Fit]) -> str:
