@@ -221,9 +221,11 @@ def _package(job: measuring.Job, chosen: list[dict[str, Any]]) -> Callable[[], m
         model_call._saves = lambda model, inputs: False
     elif job["without"] == "own products":
         from optuna_lora_rl.finetuning import heads
+        from optuna_lora_rl.finetuning import norms
         from optuna_lora_rl.finetuning import products
 
         products._autocast = lambda x: None
+        norms.RootMeanSquare.of = lambda norm: None
         heads.FEW = 0
 
     def once() -> measuring.Result:

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 from transformers import AttentionMaskInterface
 from transformers import PreTrainedModel
-from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -53,11 +53,13 @@ class Rows:
         parts: Begin and end of each block of rows that is computed together.
         groups: Rows of about the same length, for a CPU that computes in 16 bits. No others have
             any. Which type it is shows only inside the model, where autocast is on.
+        places: Where each of the groups' tokens lies, (groups' tokens,).
         back: Where each token lies among the groups' tokens, (tokens,).
     """
 
     parts: list[tuple[int, int]]
     groups: list[_Group]
+    places: Tensor
     back: Tensor
 
     @classmethod
@@ -69,13 +71,12 @@ class Rows:
             device: Where they are.
         """
         groups = _groups(lengths) if device.type == "cpu" else []
+        none = torch.empty(0, dtype=torch.long)
+        places = torch.cat([none, *(group.places.view(-1) for group in groups)])
+        real = torch.cat([none.bool(), *(group.real.view(-1) for group in groups)])
         back = torch.empty(sum(lengths), dtype=torch.long)
-        count = 0
-        for group in groups:
-            among = torch.arange(group.places.numel()).view_as(group.places) + count
-            back[group.places[group.real]] = among[group.real]
-            count += group.places.numel()
-        return cls(_parts(lengths, device), groups, back)
+        back[places[real]] = real.nonzero()[:, 0]
+        return cls(_parts(lengths, device), groups, places, back)
 
     @property
     def seen(self) -> int:
@@ -97,11 +98,6 @@ class _Group:
     places: Tensor
     real: Tensor
     masks: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def laid(self, x: Tensor) -> Tensor:
-        """Returns the rows' part of x (1, heads, tokens, width), (R, heads, T, width)."""
-        part = x[0].index_select(1, self.places.view(-1))
-        return part.unflatten(1, self.places.shape).transpose(0, 1)
 
     def mask(self, whole: Tensor, dtype: torch.dtype) -> Tensor:
         """Returns the part of a mask of all tokens, (1, 1, tokens, tokens), as numbers to add."""
@@ -183,17 +179,57 @@ def _side_by_side(
     **kwargs: Any,
 ) -> Tensor:
     """Computes the rows group by group, (1, tokens, heads, width)."""
+    shapes = [group.places.shape for group in rows.groups]
+    counts = [group.places.numel() for group in rows.groups]
+    laid = (
+        _Laid.apply(x[0].transpose(0, 1), rows.places, rows.back).split(counts)
+        for x in (query, key, value)
+    )
     found = []
-    for group in rows.groups:
-        q, k, v = group.laid(query), group.laid(key), group.laid(value)
+    for group, shape, *parts in zip(rows.groups, shapes, *laid, strict=True):
+        q, k, v = (part.unflatten(0, shape) for part in parts)
         mask = group.mask(attention_mask, query.dtype)
-        if q.shape[2] <= _SHORT:
+        if shape[1] <= _SHORT:
             out = _multiplied_out(module, q, k, v, mask, **kwargs)
         else:
-            out = sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0]
+            heads = (x.transpose(1, 2) for x in (q, k, v))
+            out = sdpa_attention_forward(module, *heads, mask, **kwargs)[0]
         found.append(out.flatten(0, 1))
     together = torch.cat(found) if len(found) > 1 else found[0]
-    return together.index_select(0, rows.back).unsqueeze(0)
+    return _Back.apply(together, rows).unsqueeze(0)
+
+
+class _Laid(torch.autograd.Function):
+    """Tokens x (tokens, ...) as the groups have them.
+
+    A token that only repeats another sends nothing back: it is masked where it is looked at, and
+    what it sees is dropped.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor, back: Tensor) -> Tensor:
+        ctx.back = back
+        return x.index_select(0, places)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        return g.index_select(0, ctx.back), None, None
+
+
+class _Back(torch.autograd.Function):
+    """The groups' tokens x (groups' tokens, ...) end to end again, without those that repeat."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Rows) -> Tensor:
+        ctx.rows = rows
+        return x.index_select(0, rows.back)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        found = g.new_zeros(len(ctx.rows.places), *g.shape[1:])
+        return found.index_copy_(0, ctx.rows.back, g), None
 
 
 def _multiplied_out(
@@ -206,13 +242,20 @@ def _multiplied_out(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Attention of short rows, (R, T, heads, width)."""
-    share = q.shape[1] // k.shape[1]
-    k, v = repeat_kv(k, share), repeat_kv(v, share)
-    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    weights = torch.add(mask, q @ k.mT, alpha=scale).softmax(dim=-1)
+    """Attention of short rows (R, T, heads, width), the same shape.
+
+    Query heads that share a key head are multiplied with it as one.
+    """
+    rows, tokens, heads, width = q.shape
+    own = k.shape[2]
+    scale = width**-0.5 if scaling is None else scaling
+    q = q.unflatten(2, (own, heads // own)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    scores = (q @ k.mT).view(rows, own, heads // own, tokens, tokens)
+    weights = torch.add(mask[:, :, None], scores, alpha=scale).softmax(dim=-1)
     weights = nn.functional.dropout(weights, dropout, module.training)
-    return (weights @ v).transpose(1, 2)
+    out = (weights.flatten(2, 3) @ v).unflatten(2, (heads // own, tokens))
+    return out.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 AttentionInterface.register(BY_BLOCKS, _attention)
