@@ -34,9 +34,12 @@ from optuna_lora_rl.policy.network import Correction
 from optuna_lora_rl.policy.network import Scorer
 from optuna_lora_rl.policy.roles import ROLES
 from optuna_lora_rl.policy.scores import standardise
+from optuna_lora_rl.policy.scores import unit
 
 # Cheaper than at work: the surrogate's fit starts from the last step's.
 SETTINGS = Settings(candidates=64, rounds=2, steps=3, iterations=7, fit_rows=60)
+# For a network that sees surfaces, the run and costs.
+WIDE = replace(SETTINGS, bank=True, moves=True, wide=True)
 _FIRST_ITERATIONS = 12
 # Features of the truth that the critic sees: a task's, the regret so far and the trials left.
 PRIVILEGED = 6
@@ -46,6 +49,10 @@ _WORST = 3.0
 # than the final score by so many deviations of the noise.
 _JUDGES, _CURVE_NOISE = 4, 2.0
 _LEARNING_RATE = ROLES.index("learning_rate")
+# The first trials of a study, and the regret beyond which all are as bad.
+_EARLY, _MEDIAN = 5, 1.5
+# Units of score that the costs of a space differ by, as long as nobody can say.
+_SPREAD = 0.2
 
 # Applies a function to jobs, in their order: ``map``, or that of a pool of processes.
 Map = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
@@ -62,6 +69,7 @@ class TuningEnvironment:
         lag: results arrive so many trials late (parallel workers), 0 to 3.
         horizon: what the policy is told about the length; 0 for nothing.
         pruning: whether poor trials are stopped early.
+        linear: weight of the decrease of the regret itself in the reward of the first trials.
     """
 
     def __init__(
@@ -74,9 +82,11 @@ class TuningEnvironment:
         lag: int = 0,
         horizon: int = 0,
         pruning: bool = False,
+        linear: float = 0.0,
     ) -> None:
         self.task, self.length, self.generator = task, length, generator
         self._settings, self._lag, self._horizon, self._pruning = settings, lag, horizon, pruning
+        self._linear = linear
         self._x = np.zeros((length, len(task.space)))
         self._scores, self._excess = np.zeros(length), np.full(length, math.nan)
         self._failed, self._pruned = np.zeros(length, dtype=bool), np.zeros(length, dtype=bool)
@@ -97,18 +107,34 @@ class TuningEnvironment:
     def observe(self) -> Trials:
         """The trials as the policy sees them."""
         n = self._seen
+        scores = self._scores[:n]
+        if self.task.charges:
+            scores = scores + self.task.cost(self._x[:n])
         return Trials(
             x=self._x[:n],
-            y=standardise(self._scores[:n], self._failed[:n]),
+            y=standardise(scores, self._failed[:n]),
             failed=self._failed[:n],
             infeasible=self._excess[:n] > 0,
             pending=self._x[max(n, self.steps - _PENDING) : self.steps],
             horizon=self._horizon,
         )
 
+    def _charge(self, trials: Trials) -> Callable[[np.ndarray], np.ndarray] | None:
+        """What points are charged in units of the trials' ``y``; the trials get to know theirs."""
+        task, n = self.task, self._seen
+        if not task.charges:
+            return None
+        quality = self._scores[:n] + task.cost(trials.x)
+        worth = unit(quality, trials.y, trials.failed)
+        if worth is None:
+            worth = max(float(np.ptp(task.cost(task.layout.sweep))), 1e-12) / _SPREAD
+        trials.charged = task.cost(trials.x) / worth
+        return lambda x: task.cost(x) / worth
+
     def decide(self, network: Correction | None) -> Decision:
         """Candidates and logits for the next step."""
         settings, task, trials = self._settings, self.task, self.observe()
+        charge = self._charge(trials)
         if self._theta is None:
             settings = replace(settings, iterations=_FIRST_ITERATIONS)
         with np.errstate(all="ignore"):
@@ -124,6 +150,7 @@ class TuningEnvironment:
                 settings,
                 feasibility=feasibility,
                 theta=self._theta,
+                charge=charge,
             )
         return self._decision
 
@@ -147,7 +174,10 @@ class TuningEnvironment:
         void = failed or estimate is not None or excess > 0
         before, found = self.regret, _WORST if void else min(max(1.0 - score, 0.0), _WORST)
         self.regret = min(before, float(found))
-        return math.log(before + task.floor) - math.log(self.regret + task.floor)
+        gain = math.log(before + task.floor) - math.log(self.regret + task.floor)
+        if t < _EARLY:
+            gain += self._linear * (min(before, _MEDIAN) - min(self.regret, _MEDIAN))
+        return gain
 
     def _prune(self, judged: float) -> float | None:
         """The score that a median pruner leaves a trial that it stops; else ``None``.
@@ -166,6 +196,11 @@ class TuningEnvironment:
         """What the critic sees of the truth while training, shape (PRIVILEGED,)."""
         regret, left = math.log(self.regret + self.task.floor), self.length - self.steps
         return np.append(self.task.truth, [regret, left / 20.0]).astype(np.float32)
+
+
+def settings_of(network: Scorer | None) -> Settings:
+    """As a network is trained."""
+    return WIDE if network is not None and network.wide else SETTINGS
 
 
 # Chooses the configuration of an opening trial, shape (D,), or leaves it to the policy.
@@ -222,7 +257,7 @@ def rollout_regret(
     seed: int,
     *,
     opening: Opening = no_opening,
-    settings: Settings = SETTINGS,
+    settings: Settings | None = None,
     run: Map = map,
 ) -> np.ndarray:
     """Regret after each trial of one greedy study a task, shape (B, length).
@@ -233,9 +268,10 @@ def rollout_regret(
         network: the learned scorer; ``None`` for the residual policy.
         seed: of candidates and noise; the same seed pairs policies.
         opening: makes the first choices.
-        settings: of the policy's step.
+        settings: of the policy's step; by default as the network was trained.
         run: applies a function to jobs.
     """
+    settings = settings or settings_of(network)
     correction = None if network is None else Correction.of(network)
     study = partial(_greedy, length=length, network=correction, opening=opening, settings=settings)
     seeds = np.random.default_rng(seed).integers(2**62, size=len(tasks)).tolist()

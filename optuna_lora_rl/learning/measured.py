@@ -17,11 +17,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace
+from typing import Any
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from optuna_lora_rl.policy.context import TuningContext
 from optuna_lora_rl.policy.dimensions import Dimension
 from optuna_lora_rl.policy.dimensions import Space
 from optuna_lora_rl.policy.dimensions import make_space
@@ -62,10 +64,13 @@ class ResponseSurface(Protocol):
         name: of the measured task.
         dimensions: what it was measured over, with roles and ranges.
         noise: deviation between seeds, in the units of the value.
+        context: what was known of model, data and run.
     """
 
     @property
     def name(self) -> str: ...
+    @property
+    def context(self) -> TuningContext | None: ...
     @property
     def dimensions(self) -> tuple[Dimension, ...]: ...
     @property
@@ -111,6 +116,24 @@ class Slice:
         value, failed = self.surface(natural)
         charge = self.price * self.surface.cost(natural) if self.price else 0.0
         return value - charge, failed & self.fails
+
+    def known(self) -> dict[str, Any]:
+        """What is known of model, data and run where the rates are those that were measured."""
+        if self.shift:
+            return {}
+        fixed = {
+            dimension.role: round(float(value))
+            for dimension, value, column in zip(
+                self.surface.dimensions, self.fixed, self.columns, strict=True
+            )
+            if column < 0 and dimension.role in ("steps", "batch_size")
+        }
+        known = self.surface.context.as_dict() if self.surface.context else {}
+        return {**known, **{name: max(value, 1) for name, value in fixed.items() if name}}
+
+    def charge(self, x: np.ndarray) -> np.ndarray:
+        """What the score of x (N, D) is charged, in units of the value, shape (N,)."""
+        return self.price * self.surface.cost(self.natural(x))
 
     def natural(self, x: np.ndarray) -> np.ndarray:
         """The surface's own coordinates of points x (N, D), shape (N, P)."""

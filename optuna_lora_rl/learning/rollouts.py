@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +19,15 @@ from torch import Tensor
 
 from optuna_lora_rl.learning.environment import Map
 from optuna_lora_rl.learning.environment import TuningEnvironment
+from optuna_lora_rl.learning.environment import settings_of
+from optuna_lora_rl.learning.environment import sweep_opening
+from optuna_lora_rl.learning.lookahead import FIRST
+from optuna_lora_rl.learning.lookahead import LAST
+from optuna_lora_rl.learning.lookahead import lookahead
 from optuna_lora_rl.learning.tasks import Task
+from optuna_lora_rl.policy.candidates import uniform_points
 from optuna_lora_rl.policy.decision import Decision
+from optuna_lora_rl.policy.decision import Settings
 from optuna_lora_rl.policy.network import Correction
 from optuna_lora_rl.policy.network import Critic
 from optuna_lora_rl.policy.network import Features
@@ -104,11 +112,32 @@ def clairvoyant(task: Task, decision: Decision, regret: float) -> np.ndarray:
 _Episode = tuple[list[np.ndarray], float]
 
 
+@dataclass(frozen=True)
+class Teaching:
+    """How episodes are begun, rewarded and turned into targets.
+
+    Args:
+        opened: share of the studies that begin with up to three trials of somebody else: the
+            guides' configuration, a sweep, random ones, or good ones that are known from earlier.
+        linear: weight of the decrease of the regret itself in the reward of the first five trials.
+        lookahead: weight of what the surfaces say two trials ahead in the targets of trials two
+            to five; the rest is what a clairvoyant knows.
+    """
+
+    opened: float = 0.0
+    linear: float = 0.0
+    lookahead: float = 0.0
+
+
+PLAIN = Teaching()
+_OPENED = 3
+
+
 def _environment(
-    task: Task, length: int, generator: torch.Generator, plain: bool
+    task: Task, length: int, generator: torch.Generator, plain: bool, rest: dict[str, Any]
 ) -> TuningEnvironment:
     if plain:
-        return TuningEnvironment(task, length, generator, horizon=length)
+        return TuningEnvironment(task, length, generator, horizon=length, **rest)
     late, told, pruned = torch.rand(3, generator=generator).tolist()
     lag = int(torch.randint(1, 4, (1,), generator=generator))
     wrong = int(torch.randint(3, 60, (1,), generator=generator))
@@ -119,13 +148,47 @@ def _environment(
         lag=lag if late < 0.25 else 0,
         horizon=length if told < 0.6 else wrong if told < 0.7 else 0,
         pruning=pruned < 0.2,
+        **rest,
     )
 
 
-def _study(job: tuple[Task, int], *, length: int, network: Correction, plain: bool) -> _Episode:
+def _open(environment: TuningEnvironment, count: int) -> None:
+    """Run so many trials of somebody else."""
+    task, generator = environment.task, environment.generator
+    kind = float(torch.rand(1, generator=generator))
+    for _ in range(count):
+        x = None
+        if kind < 0.35:
+            x = sweep_opening(environment)
+        elif kind < 0.55:
+            x = task.layout.default if not environment.steps else None
+        elif kind < 0.75:  # what was good elsewhere is good here, too, or nearly
+            drawn = task.space.snap(uniform_points(16, len(task.space), generator))
+            score, failed = task.score(drawn)
+            x = drawn[np.where(failed, -np.inf, score).argmax()]
+        if x is None:
+            x = task.space.snap(uniform_points(1, len(task.space), generator)[0])
+        environment.run(x)
+
+
+def _study(
+    job: tuple[Task, int],
+    *,
+    length: int,
+    network: Correction,
+    plain: bool,
+    settings: Settings,
+    teaching: Teaching,
+) -> _Episode:
     task, seed = job
     generator = torch.Generator().manual_seed(seed)
-    environment = _environment(task, length, generator, plain)
+    opened = 0
+    if teaching.opened and float(torch.rand(1, generator=generator)) < teaching.opened:
+        opened = int(torch.randint(1, _OPENED + 1, (1,), generator=generator))
+    rest = {"settings": settings, "linear": teaching.linear}
+    environment = _environment(task, length + opened, generator, plain, rest)
+    if opened:
+        _open(environment, opened)
     steps = []
     while not environment.done:
         decision = environment.decide(network)
@@ -133,6 +196,10 @@ def _study(job: tuple[Task, int], *, length: int, network: Correction, plain: bo
         target = clairvoyant(task, decision, environment.regret)
         if not environment.steps:  # the first trial is the default, there is no choice
             target = np.zeros_like(target)
+        elif teaching.lookahead and FIRST <= environment.steps < LAST:
+            ahead = lookahead(decision, task.floor)
+            if ahead is not None:
+                target = teaching.lookahead * ahead + (1.0 - teaching.lookahead) * target
         p = torch.softmax(SHARPNESS * torch.from_numpy(decision.logits), 0)
         action = int(torch.multinomial(p, 1, generator=generator))
         reward = np.float32(environment.step(action))
@@ -149,6 +216,7 @@ def collect(
     generator: torch.Generator,
     *,
     plain: bool = False,
+    teaching: Teaching = PLAIN,
     run: Map = map,
 ) -> Rollout:
     """Run one stochastic episode a task.
@@ -164,9 +232,17 @@ def collect(
         critic: its critic.
         generator: gives each study a seed of its own.
         plain: see above.
+        teaching: how episodes are begun, rewarded and learnt from.
         run: applies a function to jobs.
     """
-    study = partial(_study, length=length, network=Correction.of(network), plain=plain)
+    study = partial(
+        _study,
+        length=length,
+        network=Correction.of(network),
+        plain=plain,
+        settings=settings_of(network),
+        teaching=teaching,
+    )
     seeds = torch.randint(2**62, (len(tasks),), generator=generator).tolist()
     episodes = run(study, list(zip(tasks, seeds, strict=True)))
     studies, regrets = zip(*episodes, strict=True)

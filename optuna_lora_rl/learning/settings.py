@@ -9,6 +9,7 @@ from pydantic import ConfigDict
 from pydantic import Field
 from pydantic import field_validator
 
+from optuna_lora_rl.learning.rollouts import Teaching
 from optuna_lora_rl.policy.ppo import PPOSettings
 
 _PPO = PPOSettings()
@@ -54,6 +55,17 @@ class TrainingSettings(BaseModel):
         validate_every: updates between validations.
         width: of the networks' hidden layers.
         imitation_learning_rate: of Adam while imitating.
+        surfaces: whether LoRA studies begin with the bank of response surfaces, of which, and of
+            what is known of the run and of costs, the network then sees what it says.
+        scaled: whether tasks are cut out of the tables with scale in them as well.
+        contexts: whether most LoRA tasks know something of model, data and run, some of it wrong,
+            and half of those that charge for cost know what.
+        lora_share: share of the tasks that are LoRA ones.
+        opened: share of the studies that begin with trials of somebody else.
+        linear_reward: weight of the decrease of the regret itself in the reward of the first five
+            trials, beside that of its logarithm.
+        lookahead: weight of what the surfaces say two trials ahead in what is imitated from the
+            second to the fifth trial; the rest is what each candidate would have earned.
         ppo: hyperparameters of PPO.
     """
 
@@ -71,6 +83,13 @@ class TrainingSettings(BaseModel):
     validate_every: Annotated[int, Field(ge=1)] = 25
     width: Annotated[int, Field(ge=1)] = 64
     imitation_learning_rate: _Rate = 1e-3
+    surfaces: bool = False
+    scaled: bool = False
+    contexts: bool = False
+    lora_share: _Share = 0.75
+    opened: _Share = 0.0
+    linear_reward: Annotated[float, Field(ge=0.0)] = 0.0
+    lookahead: _Share = 0.0
     ppo: PPOSection = PPOSection()
 
     @field_validator("lengths")
@@ -79,6 +98,11 @@ class TrainingSettings(BaseModel):
         if not lengths:
             raise ValueError("lengths is [], but must hold at least one number of trials")
         return lengths
+
+    @property
+    def teaching(self) -> Teaching:
+        """How episodes are begun, rewarded and learnt from."""
+        return Teaching(self.opened, self.linear_reward, self.lookahead)
 
     @property
     def updates(self) -> int:

@@ -83,6 +83,12 @@ class Surface:
             return self._lora(x, layout)
         return self._generic(x), np.zeros(len(x), dtype=bool)
 
+    def price(self, x: np.ndarray, layout: Layout) -> np.ndarray:
+        """What a LoRA surface charges for parameters, steps and memory, shape (N,)."""
+        v = _role_values(x, layout)
+        targets, layers = (np.log2(np.maximum(v[role], 0.05)) for role in ("targets", "layers"))
+        return self._price(v, v["rank"] + targets + layers)
+
     def demand(self, x: np.ndarray, layout: Layout) -> np.ndarray:
         """What a constraint may limit, shape (N,): log2 of the memory of a LoRA run that tunes
         its rank, elsewhere a second generic function, independent of the first.

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from optuna_lora_rl import tiny
 from optuna_lora_rl.learning.tables import coordinates
 from optuna_lora_rl.learning.tables import dataset
 from optuna_lora_rl.learning.tables import design
 from optuna_lora_rl.learning.tables import surfaces
+from optuna_lora_rl.policy.context import TuningContext
 from optuna_lora_rl.policy.dimensions import Dimension
 from optuna_lora_rl.policy.dimensions import make_space
 
@@ -52,6 +55,7 @@ class TableSurface:
 
     def __init__(self, one: Surfaces) -> None:
         (self.name,) = one.names
+        self.context = _context(self.name.split("/")[0])
         self.noise = float(one.noise[0]) or _USUAL_NOISE
         self._surfaces = one
 
@@ -65,6 +69,11 @@ class TableSurface:
     def cost(self, x: np.ndarray) -> np.ndarray:
         """Counted cost relative to the default configuration at natural values x, shape (N,)."""
         return self._surfaces.cost(_coordinates(x))[0].numpy()
+
+
+@cache
+def _context(model: str) -> TuningContext:
+    return TuningContext(hidden_size=TuningContext.of(tiny.MODELS[model]).hidden_size)
 
 
 def _coordinates(x: np.ndarray) -> Tensor:

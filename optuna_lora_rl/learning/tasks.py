@@ -15,11 +15,13 @@ from collections.abc import Callable
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
 import torch
 
+from optuna_lora_rl.learning.contexts import draw_context
 from optuna_lora_rl.learning.measured import ResponseSurface
 from optuna_lora_rl.learning.measured import Slice
 from optuna_lora_rl.learning.measured import draw_slice
@@ -28,10 +30,13 @@ from optuna_lora_rl.learning.surfaces import draw_surface
 from optuna_lora_rl.policy.candidates import rand
 from optuna_lora_rl.policy.candidates import randn
 from optuna_lora_rl.policy.candidates import uniform_points
+from optuna_lora_rl.policy.context import TuningContext
 from optuna_lora_rl.policy.dimensions import Dimension
 from optuna_lora_rl.policy.dimensions import Space
 from optuna_lora_rl.policy.dimensions import make_space
 from optuna_lora_rl.policy.layout import Layout
+from optuna_lora_rl.policy.lora_surfaces import natural_values
+from optuna_lora_rl.policy.lora_surfaces import tables_lift
 from optuna_lora_rl.policy.prior import GUIDE_LR
 from optuna_lora_rl.policy.roles import ROLES
 
@@ -43,6 +48,8 @@ GROUPS = ("usual_scale", "other_scale", "measured", "not_lora")
 _OTHER_SCALE = 0.7
 _CONSTRAINED = 0.08
 _MOST_LEVELS = 64
+# Response surfaces that a task's bank draws: fewer than at work, where a space has one bank.
+_SURFACES = 600
 _LEARNING_RATE = ROLES.index("learning_rate")
 # Maps points (N, D) to values and failures, each (N,).
 _Evaluate = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -61,6 +68,9 @@ class Task:
         best: the largest value found by a long search.
         median: over uniform configurations that do not fail.
         truth: what the critic may know while training, shape (P,).
+        context: what the policy is told of model, data and run, rightly or not.
+        charges: whether it is told what a configuration costs.
+        peak: log10 of the best learning rate, as far as one can say; NaN where there is none.
     """
 
     space: Space
@@ -71,11 +81,19 @@ class Task:
     best: float = 1.0
     median: float = 0.0
     truth: np.ndarray = field(default_factory=lambda: np.zeros(4, dtype=np.float32))
+    context: TuningContext | None = None
+    charges: bool = False
+    peak: float = math.nan
 
     @cached_property
     def layout(self) -> Layout:
         """Of the space."""
-        return Layout(self.space)
+        return Layout(self.space, self.context, charged=self.charges, surfaces=_SURFACES)
+
+    def cost(self, x: np.ndarray) -> np.ndarray:
+        """What configurations x (N, D) are charged, in units of the score, shape (N,)."""
+        cost = self.surface.price(x, self.layout) if self.cut is None else self.cut.charge(x)
+        return cost / (self.best - self.median)
 
     @property
     def floor(self) -> float:
@@ -124,6 +142,8 @@ def draw_tasks(
     measured: float = 0.65,
     *,
     constrained: bool = True,
+    contexts: bool = False,
+    lora: float = 0.75,
 ) -> list[Task]:
     """Random tasks; the same seed and surfaces give the same tasks.
 
@@ -133,12 +153,17 @@ def draw_tasks(
         surfaces: measured ones to cut tasks out of; none for synthetic tasks only.
         measured: share of the LoRA tasks that are measured ones, where there are surfaces.
         constrained: whether some have a constraint; without, the same tasks lose it.
+        contexts: whether most know something of model, data and run, some of them wrongly, and
+            half of those that charge for cost know what.
+        lora: share of the LoRA spaces.
     """
     rng = np.random.default_rng(seed)
     drawn: list[Task] = []
     while len(drawn) < count:
-        task = _draw_task(rng, surfaces, measured if surfaces else 0.0, constrained)
+        task = _draw_task(rng, surfaces, measured if surfaces else 0.0, constrained, lora)
         if task.best - task.median > 1e-3:
+            if contexts and task.truth[3] > 0:
+                task = told(task, np.random.default_rng([seed, len(drawn)]))
             drawn.append(task)
     return drawn
 
@@ -148,8 +173,9 @@ def _draw_task(
     surfaces: Sequence[ResponseSurface],
     measured: float,
     constrained: bool,
+    lora: float,
 ) -> Task:
-    lora_space = rng.random() < 0.75
+    lora_space = rng.random() < lora
     peak = _draw_peak(rng)
     cut = draw_slice(rng, surfaces) if lora_space and rng.random() < measured else None
     if cut is not None:
@@ -173,9 +199,30 @@ def _draw_task(
         task.noise = min(max(task.noise, cut.surface.noise / max(span, 1e-9)), 0.3)
     lr = float(layout.points(place[None]).roles[0, _LEARNING_RATE])
     known = is_lora and layout.column[_LEARNING_RATE] >= 0
+    if known:
+        task.peak = peak if cut is None else lr + _lift(layout, place)
     truth = [float(is_lora), (lr - GUIDE_LR) * known, math.log(task.noise), float(lora_space)]
     task.truth = np.array(truth, dtype=np.float32)
     return task
+
+
+def _lift(layout: Layout, place: np.ndarray) -> float:
+    """Decades from a point's learning rate to the equally good one at the guides' values."""
+    points = layout.points(np.stack([place, layout.default]))
+    own, usual = tables_lift(natural_values(points, layout)).tolist()
+    return float(own - usual)
+
+
+def told(task: Task, rng: np.random.Generator) -> Task:
+    """The task with something known of it before the first trial, or nothing, or what is wrong."""
+    small = task.cut is None and bool(task.surface.overfit[0] > 0)
+    measured = {} if task.cut is None else task.cut.known()
+    context = draw_context(rng, task.space, task.peak, small=small, measured=measured)
+    if task.cut is not None:
+        costly = task.cut.price > 0
+    else:
+        costly = task.surface.is_lora and bool(task.surface.cost.any())
+    return replace(task, context=context, charges=costly and bool(rng.random() < 0.5))
 
 
 def _allowed(task: Task) -> _Evaluate:

@@ -26,10 +26,12 @@ from optuna_lora_rl.activity import Activity
 from optuna_lora_rl.activity import OnActivity
 from optuna_lora_rl.activity import unseen
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.learning import scaled_surfaces
 from optuna_lora_rl.learning import table_surfaces
 from optuna_lora_rl.learning import training_log
 from optuna_lora_rl.learning.environment import PRIVILEGED
 from optuna_lora_rl.learning.environment import Map
+from optuna_lora_rl.learning.measured import ResponseSurface
 from optuna_lora_rl.learning.processes import processes as studies_in
 from optuna_lora_rl.learning.rollouts import collect
 from optuna_lora_rl.learning.settings import TrainingSettings
@@ -79,7 +81,8 @@ class Trainer:
         self.best: dict[str, Any] = {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            self.network, self.critic = Scorer(settings.width), Critic(PRIVILEGED)
+            self.network = self._fresh_scorer()
+            self.critic = Critic(PRIVILEGED, wide=settings.surfaces)
         parameters = [*self.network.parameters(), *self.critic.parameters()]
         self.optimizer = torch.optim.Adam(
             parameters, lr=settings.imitation_learning_rate, eps=1e-5
@@ -92,8 +95,10 @@ class Trainer:
         self.pool = draw_tasks(
             settings.tasks,
             2 * settings.seed + 1,
-            table_surfaces.load("train"),
+            _measured("train", settings),
             settings.measured_share,
+            contexts=settings.contexts,
+            lora=settings.lora_share,
         )
         self.stages = _stages(self.pool)
         self.validation = self._validation(_VALIDATION_SEED, _VALIDATED)
@@ -105,11 +110,17 @@ class Trainer:
 
     def _fresh(self, seed: int) -> list[Task]:
         """Tasks apart from the training tasks, of the validation families where measured."""
-        count = self.settings.validation_tasks
-        surfaces, share = table_surfaces.load("validation"), self.settings.measured_share
-        return balanced(
-            draw_tasks(2 * count, seed + 2 * self.settings.seed, surfaces, share), count
+        settings = self.settings
+        surfaces, count = _measured("validation", settings), settings.validation_tasks
+        drawn = draw_tasks(
+            2 * count,
+            seed + 2 * settings.seed,
+            surfaces,
+            settings.measured_share,
+            contexts=settings.contexts,
+            lora=settings.lora_share,
         )
+        return balanced(drawn, count)
 
     def _tell(self, detail: str) -> None:
         done, of = self.update, self.settings.updates
@@ -137,6 +148,7 @@ class Trainer:
             self.critic,
             generator,
             plain=first,
+            teaching=settings.teaching,
             run=self._run,
         )
         learning = (self.network, self.critic, self.optimizer, rollout, self._ppo, generator)
@@ -199,15 +211,18 @@ class Trainer:
             found["mean"] = (score, state, "mean of the phases' best")
         notes = {name: f"{note}, validation gain {s:.4f}" for name, (s, _, note) in found.items()}
         if not found:
-            return self.export(Scorer(self.settings.width), "weights.safetensors", notes)
+            return self.export(self._fresh_scorer(), "weights.safetensors", notes)
         chosen = max(found, key=lambda name: found[name][0])
         network = self._scorer(found[chosen][1])
         return self.export(network, "weights.safetensors", {"chosen": chosen, **notes})
 
     def _scorer(self, state: dict[str, Tensor]) -> Scorer:
-        network = Scorer(self.settings.width)
+        network = self._fresh_scorer()
         network.load_state_dict(state)
         return network
+
+    def _fresh_scorer(self) -> Scorer:
+        return Scorer(self.settings.width, wide=self.settings.surfaces)
 
     def report(self) -> str:
         """Regret of the run's networks beside their opponents, on tasks that chose nothing."""
@@ -252,6 +267,12 @@ class Trainer:
         self.critic.load_state_dict(state["critic"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
+
+
+def _measured(split: str, settings: TrainingSettings) -> list[ResponseSurface]:
+    """The surfaces of a split that tasks are cut out of."""
+    scaled = scaled_surfaces.load(split) if settings.scaled else []
+    return [*table_surfaces.load(split), *scaled]
 
 
 def _stages(pool: Sequence[Task]) -> dict[str, Sequence[Task]]:

@@ -38,6 +38,7 @@ from optuna_lora_rl.policy.lora_surfaces import natural_values
 from optuna_lora_rl.policy.prior import NODES
 from optuna_lora_rl.policy.prior import U
 from optuna_lora_rl.policy.roles import ROLES
+from optuna_lora_rl.policy.scaling import Normal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from optuna_lora_rl.policy.layout import Points
 
 # Surfaces and pairs; even and random points of a space that normalise its surfaces.
-_SURFACES, _PAIRS, _NET = 2000, 256, 192
+SURFACES, _PAIRS, _NET = 2000, 256, 192
 # A surface whose best is so little above its median knows nothing of its space, and a bank of so
 # few others does not speak.
 _LEAST_SPAN, _FEWEST = 0.02, 200
@@ -69,20 +70,26 @@ class Bank:
 
     Args:
         layout: of the space.
+        count: of surfaces that are drawn; pairs are as few in proportion.
 
     Attributes:
+        pairs: of a surface and a span that a posterior draws.
         shapes: of the surfaces that tell places of the space apart.
+        rates: log10 of the learning rate that is best at the guides' values of the rest, (M,).
         speaks: whether there are enough of them.
     """
 
-    def __init__(self, layout: Layout) -> None:
-        rng = np.random.default_rng(0)
-        shapes = draw_shapes(rng, layout, _SURFACES)
+    def __init__(self, layout: Layout, count: int = SURFACES) -> None:
+        rng, self.pairs = np.random.default_rng(0), _PAIRS * count // SURFACES
+        shapes = draw_shapes(rng, layout, count)
         net = np.concatenate([rng.random((_NET, len(layout))), layout.default[None], layout.sweep])
         value = shapes(natural_values(layout.points(net), layout))
         median, best = np.median(value[:, :_NET], 1), value.max(1)
         kept = np.flatnonzero(best - median > _LEAST_SPAN)
         self.layout, self.shapes, self.speaks = layout, shapes.take(kept), len(kept) >= _FEWEST
+        self.rates = (
+            self.shapes.peak - self.shapes.lift(natural_values(layout.usual, layout))[:, 0]
+        )
         self._median, self._span = median[kept, None], (best - median)[kept, None]
         self._length = np.exp(layout.log_l[:, 0])
 
@@ -148,6 +155,10 @@ class Posterior:
     Attributes:
         weights: of surfaces and spans, shape (M, B), summing to 1.
         share: how far the bank is believed against the plain process, from 0 to 1.
+        effective: log of the effective number of surfaces, 1 where all count alike.
+        peak: log10 of the best learning rate at the guides' values of the rest.
+        spans: of the pairs, shape (P,).
+        free: probability that nothing is charged for an adapter's size or a run's length.
     """
 
     def __init__(
@@ -177,8 +188,14 @@ class Posterior:
         odds = math.log(_ODDS) + _log_mean(log_l) - _log_mean(plain)
         self.share = 1.0 / (1.0 + math.exp(-min(max(odds, -50.0), 50.0)))
         self.weights = w / w.sum()
-        self._rows, spans = _resample(self.weights)
-        self._b = b[spans]
+        each = self.weights.sum(1)
+        self.effective = -math.log(float(np.square(each).sum())) / math.log(max(len(each), 2))
+        mean = float(each @ bank.rates)
+        self.peak = Normal(mean, math.sqrt(float(each @ np.square(bank.rates - mean))))
+        costless = (bank.shapes.cost <= 0) & (bank.shapes.compute <= 0)
+        self.free = float(each[costless].sum())
+        self._rows, spans = _resample(self.weights, bank.pairs)
+        self.spans = b[spans]
         self._condition(X, f[self._rows], r[self._rows, spans], trials)
 
     def _condition(self, X: np.ndarray, f: np.ndarray, r: np.ndarray, trials: Trials) -> None:
@@ -195,7 +212,7 @@ class Posterior:
         at = f + alpha @ K
         good = trials.good[~trials.failed]
         if trials.charged is not None:
-            at = at - trials.charged[~trials.failed] / self._b[:, None]
+            at = at - trials.charged[~trials.failed] / self.spans[:, None]
         best = at[:, good].max(1, initial=-math.inf)
         if len(X) and not good.any():
             best = at.min(1) - 1.0
@@ -203,38 +220,42 @@ class Posterior:
             ahead = bank.values(pending, self._rows).astype(float)
             ahead += alpha @ bank.covariance(X, pending.coordinates, _DEVIATION)
             if self._charge:
-                ahead -= self._charge(pending.x) / self._b[:, None]
+                ahead -= self._charge(pending.x) / self.spans[:, None]
             best = np.maximum(best, ahead.max(1))
             X = np.concatenate([X, pending.coordinates])
-            alpha = np.concatenate([alpha, np.zeros((_PAIRS, len(pending)))], 1)
+            alpha = np.concatenate([alpha, np.zeros((bank.pairs, len(pending)))], 1)
         K = bank.covariance(X, X, _DEVIATION) + _NOISE**2 * np.eye(len(X))
         self._X, self._inverse = X, np.linalg.inv(np.linalg.cholesky(K))
         self._alpha, self._best = alpha.astype(np.float32), best.astype(np.float32)[:, None]
 
-    def log_gain(self, points: Points, charged: np.ndarray | None = None) -> np.ndarray:
-        """log of the expected improvement in units of y, shape (N,).
+    def judge(
+        self, points: Points, charged: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """log of the expected improvement in units of y, (N,), and by how much each pair expects
+        a point to beat its incumbent, in spans, (N, P).
 
-        The guides' preference for all but the learning rate joins it, and fades. What is charged
-        of each point, shape (N,), in units of y, is taken from what the surfaces say.
+        The guides' preference for all but the learning rate joins the first, and fades. What is
+        charged of each point, shape (N,), in units of y, is taken from what the surfaces say.
         """
         from scipy.special import ndtr  # slow to import
 
         guided = self._guided * self._bank.rest_prior(points)
         f = self._bank.values(points, self._rows)
         if charged is not None:
-            f -= (charged / self._b[:, None]).astype(np.float32)
+            f -= (charged / self.spans[:, None]).astype(np.float32)
         if not len(self._X):  # nothing to improve on, but failures
-            return guided + 20.0 * np.log(np.maximum(f, -1.0).mean(0) + 1.05)
+            return guided + 20.0 * np.log(np.maximum(f, -1.0).mean(0) + 1.05), f.T
         k = self._bank.covariance(self._X, points.coordinates, _DEVIATION)
         explained = np.square(self._inverse @ k).sum(0)
         s = np.sqrt(np.maximum(_DEVIATION**2 - explained, 1e-5)).astype(np.float32)
         f += self._alpha @ k.astype(np.float32)
         f -= self._best
+        levels = f.T.copy()
         f /= s
         gain = f * ndtr(f)
         gain += np.exp(-0.5 * f * f) * np.float32(1.0 / math.sqrt(2.0 * math.pi))
         gain *= s
-        return np.asarray(guided + np.log(self._b @ gain / _PAIRS + 1e-12))
+        return np.asarray(guided + np.log(self.spans @ gain / self._bank.pairs + 1e-12)), levels
 
 
 def _survival(f: np.ndarray) -> np.ndarray:
@@ -261,8 +282,8 @@ def _log_mean(log_values: np.ndarray) -> float:
     return top + math.log(float(np.exp(log_values - top).mean()))
 
 
-def _resample(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _resample(weights: np.ndarray, pairs: int) -> tuple[np.ndarray, np.ndarray]:
     """Systematic draws of rows and columns by their weights, (P,) each."""
-    even = (np.arange(_PAIRS) + 0.5) / _PAIRS
+    even = (np.arange(pairs) + 0.5) / pairs
     drawn = np.searchsorted(np.cumsum(weights), even).clip(0, weights.size - 1)
     return np.divmod(drawn, weights.shape[1])

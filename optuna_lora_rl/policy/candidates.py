@@ -30,6 +30,7 @@ from optuna_lora_rl.policy.layout import Layout
 from optuna_lora_rl.policy.layout import Points
 from optuna_lora_rl.policy.prior import GUIDE_RATIO
 from optuna_lora_rl.policy.prior import GUIDE_RATIO_SPREAD
+from optuna_lora_rl.policy.prior import NODES
 from optuna_lora_rl.policy.roles import ROLES
 from optuna_lora_rl.policy.surrogate import Process
 
@@ -43,7 +44,13 @@ SOURCES = (
     "improvement",
     "transfer",
 )
-_LEARNING_RATE = ROLES.index("learning_rate")
+_LEARNING_RATE, _RANK, _ALPHA = (ROLES.index(r) for r in ("learning_rate", "rank", "alpha"))
+_NODES = np.linspace(0.0, 1.0, NODES)
+# What differs by less in a coordinate has not been moved.
+_LIKE = 0.02
+# Decades by which the incumbent's learning rate is moved, and the places of the ranks beside it.
+_DECADES, _SIZES = np.array([-1.0, -0.5, 0.0, 0.5, 1.0]), np.array([0.0, 0.5, 1.0])
+MOVES = len(_DECADES) * (len(_SIZES) + 1)
 
 SAME = 1e-7
 # What is no farther than this from a running trial, in every coordinate, would tell much the same;
@@ -300,6 +307,46 @@ def _axis_points(
         along[:, column] = np.minimum(np.maximum(along[:, column] + step[use], 0.0), 1.0)
         moved[use] = along
     return moved
+
+
+def moves(layout: Layout, trials: Trials) -> np.ndarray:
+    """The incumbent at other learning rates and sizes, shape (MOVES, D).
+
+    A tenth, a third, three times and ten times its learning rate, each with its own size and at
+    three ranks from the smallest to the largest; alpha goes with the rank. Where a space lacks
+    them there are repeats, so that steps of different spaces are alike.
+    """
+    top, _ = trials.best(1, layout.default)
+    rate, rank = layout.column[_LEARNING_RATE], layout.column[_RANK]
+    x = np.tile(top[0], (MOVES, 1))
+    steps, sizes = len(_DECADES), len(_SIZES) + 1
+    if rate >= 0:
+        table = layout.natural[_LEARNING_RATE]
+        step = np.tile(_DECADES, sizes) / max(float(table[-1] - table[0]), 0.3)
+        x[:, rate] = np.minimum(np.maximum(x[:, rate] + step, 0.0), 1.0)
+    if rank < 0:
+        return x
+    x[steps:, rank] = np.repeat(_SIZES, steps)
+    if layout.turns:  # at the same ratio
+        alpha = np.interp(top[0, layout.alpha], _NODES, layout.natural[_ALPHA])
+        grown = layout.ranks(x) - layout.ranks(top[:1])
+        x[steps:, layout.alpha] = layout.nearest_alpha(alpha + grown)[steps:]
+    return x
+
+
+def strays(layout: Layout, trials: Trials, x: np.ndarray) -> np.ndarray:
+    """Which of x (N, D) differ from every trial in more than learning rate and size, (N,)."""
+    others = np.array([c not in _sized(layout) for c in range(len(layout))], dtype=bool)
+    begun = np.concatenate([trials.x, trials.pending])
+    if not others.any() or not len(begun):
+        return np.zeros(len(x), dtype=bool)
+    return ~within(x[:, others], begun[:, others], _LIKE)
+
+
+def _sized(layout: Layout) -> set[int]:
+    """Columns of the learning rate and of what makes an adapter larger or stronger."""
+    roles = ("learning_rate", "rank", "alpha", "alpha_ratio")
+    return {layout.column[ROLES.index(role)] for role in roles}
 
 
 def proposals(

@@ -31,6 +31,9 @@ import torch
 
 from optuna_lora_rl.policy.bank import Bank
 from optuna_lora_rl.policy.bank import Posterior
+from optuna_lora_rl.policy.beliefs import candidate_beliefs
+from optuna_lora_rl.policy.beliefs import study_beliefs
+from optuna_lora_rl.policy.candidates import MOVES
 from optuna_lora_rl.policy.candidates import SOURCES
 from optuna_lora_rl.policy.candidates import Snap
 from optuna_lora_rl.policy.candidates import Trials
@@ -38,7 +41,9 @@ from optuna_lora_rl.policy.candidates import allowed
 from optuna_lora_rl.policy.candidates import children
 from optuna_lora_rl.policy.candidates import climb
 from optuna_lora_rl.policy.candidates import closeness
+from optuna_lora_rl.policy.candidates import moves
 from optuna_lora_rl.policy.candidates import proposals
+from optuna_lora_rl.policy.candidates import strays
 from optuna_lora_rl.policy.context import TuningContext
 from optuna_lora_rl.policy.dimensions import Space
 from optuna_lora_rl.policy.features import View
@@ -49,6 +54,7 @@ from optuna_lora_rl.policy.layout import Layout
 from optuna_lora_rl.policy.layout import Points
 from optuna_lora_rl.policy.network import Correction
 from optuna_lora_rl.policy.prior import space_prior
+from optuna_lora_rl.policy.roles import ROLES
 from optuna_lora_rl.policy.scores import power
 from optuna_lora_rl.policy.surrogate import Process
 from optuna_lora_rl.policy.surrogate import fit_theta
@@ -58,6 +64,7 @@ from optuna_lora_rl.policy.transfer import SourceModel
 from optuna_lora_rl.policy.transfer import weigh
 
 _DEFAULT, _UNIFORM = SOURCES.index("default"), SOURCES.index("uniform")
+_AXIS, _RATE = SOURCES.index("axis"), ROLES.index("learning_rate")
 _IMPROVEMENT = SOURCES.index("improvement")
 # Earlier studies that are trusted less are not asked.
 _LEAST_TRUST = 0.05
@@ -66,6 +73,8 @@ _BLIND_ROUNDS = 3
 # In nats. The first trial is the default, whatever the network says: a define-by-run study's first
 # trial has no joint proposal anyway. The space-filling start is a bias that it may overrule.
 _FIRST, _SPREAD = 60.0, 3.0
+# So many trials after the first change learning rate and size alone, or pay so many nats.
+_NARROW, _STRAY = 2, 4.0
 # Trials, running ones included, for which a bank of surfaces is asked.
 _BANKED = 10
 # Most units that a constraint is kept or broken by.
@@ -95,6 +104,10 @@ class Settings:
         fit_rows: most trials that its hyperparameters are fitted to.
         bank: whether LoRA spaces begin with a bank of response surfaces. The shipped network was
             trained without.
+        moves: whether the second and third trial of a LoRA space change learning rate and size
+            alone, so that their results can be told apart, and what is largest is always among
+            the candidates.
+        wide: whether the features hold what is known of surfaces, of the run and of costs.
     """
 
     beta: float = 1.0
@@ -106,6 +119,8 @@ class Settings:
     iterations: int = 40
     fit_rows: int = 100
     bank: bool = False
+    moves: bool = False
+    wide: bool = False
 
 
 @dataclass
@@ -125,6 +140,7 @@ class Decision:
         theta: the surrogate's hyperparameters, shape (D + 2,).
         trust: how far earlier studies are believed, from 0 (or none) to 1.
         share: how far the bank of surfaces is, likewise.
+        surfaces: what the trials leave of it; ``None`` where it is not asked.
     """
 
     trials: Trials
@@ -139,6 +155,7 @@ class Decision:
     theta: np.ndarray
     trust: float = 0.0
     share: float = 0.0
+    surfaces: Posterior | None = None
 
     def explain(self, choice: int) -> dict[str, float | str]:
         """Why a candidate was chosen, as plain values.
@@ -314,10 +331,13 @@ def decide(
             charged = charge(points.x)
             mean = mean - charged
         log_ei = log_improvement(mean, deviation, best).value
+        gain, levels = np.zeros(len(points)), np.zeros((len(points), 0), dtype=np.float32)
         if surfaces:
-            log_ei = _mixed(surfaces.log_gain(points, charged), log_ei, share)
+            gain, levels = surfaces.judge(points, charged)
+            log_ei = _mixed(gain, log_ei, share)
+            levels = levels if settings.wide else levels[:, :0]
         sure = feasibility(points) if feasibility else np.zeros(len(points))
-        return View(mean, deviation, log_ei + sure, points.log_prior, sure)
+        return View(mean, deviation, log_ei + sure, points.log_prior, sure, gain, levels)
 
     def uphill(x: np.ndarray) -> np.ndarray:
         # What earlier studies add has no gradient here.
@@ -330,6 +350,10 @@ def decide(
     x, source = proposals(layout, trials, snap, generator, settings.candidates, grid, earlier)
     if banked and not trials.begun:
         x[source == _DEFAULT] = snap(layout.first[None])
+    narrow = settings.moves and layout.is_lora and 0 < trials.begun <= _NARROW
+    if settings.moves:
+        x = np.concatenate([x, snap(moves(layout, trials))])
+        source = np.append(source, np.full(MOVES, _AXIS))
     points = layout.points(x)
     view, close = look(points), closeness(x, trials)
     rows, keep = np.arange(len(x)), 3 * max(settings.candidates // 16, 2)
@@ -351,13 +375,18 @@ def decide(
     # With earlier studies the first trial is theirs; the guides' is what it is compared with.
     opening = (1.0 - trust) * _opening(source, layout, trials, 1 if sources else 0)
     residual = _residual(valid, view, settings, weight) + opening
+    if narrow:
+        residual = residual - _STRAY * strays(layout, trials, points.x)
     each, whole = _features(points, source, valid, view, layout, trials, theta, best)
+    if settings.wide:
+        each, whole = _widened(each, whole, points, valid, view, layout, trials, surfaces, charge)
     logits = residual
     if network is not None:
         logits = residual + (1.0 - trust) * network(each, whole, valid)
     return Decision(
-        trials, points.x, source, valid, view, each, whole, residual, logits, theta, trust, share
-    )
+        trials, points.x, source, valid, view, each, whole, residual, logits, theta, trust, share,
+        surfaces,
+    )  # fmt: skip
 
 
 def _banked(layout: Layout, trials: Trials, settings: Settings) -> bool:
@@ -408,6 +437,30 @@ def _features(
     top = scaled_roles(top_points, layout)
     each = values(points, source, valid, view, layout, trials, best, top_points, top, known)
     return each, context(layout, trials, theta, top[0], known)
+
+
+def _widened(
+    each: np.ndarray,
+    whole: np.ndarray,
+    points: Points,
+    valid: np.ndarray,
+    view: View,
+    layout: Layout,
+    trials: Trials,
+    surfaces: Posterior | None,
+    charge: Charge | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The features with those of surfaces, run and costs behind them."""
+    at, charged, rate = trials.best_at, None, None
+    if charge:
+        paid = trials.charged[at] if at is not None and trials.charged is not None else 0.0
+        charged = charge(points.x) - paid
+    if at is not None and layout.column[_RATE] >= 0:
+        rate = float(trials.points(layout).roles[at, _RATE])
+    return (
+        np.concatenate([each, candidate_beliefs(view, valid, surfaces, charged)], 1),
+        np.concatenate([whole, study_beliefs(layout, surfaces, rate)]),
+    )
 
 
 def draw_parameter(

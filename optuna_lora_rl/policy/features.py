@@ -18,6 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from optuna_lora_rl.policy.beliefs import CANDIDATE_BELIEFS
+from optuna_lora_rl.policy.beliefs import STUDY_BELIEFS
 from optuna_lora_rl.policy.candidates import SOURCES
 from optuna_lora_rl.policy.candidates import Trials
 from optuna_lora_rl.policy.layout import Layout
@@ -82,9 +84,15 @@ CONTEXT_FEATURES = (
     "best_place_in_range",
     *(f"has_{role}" for role in ROLES),
 )
-LAYOUT_HASH = hashlib.sha256("|".join(CANDIDATE_FEATURES + CONTEXT_FEATURES).encode()).hexdigest()[
-    :16
-]
+
+
+def _hash(*names: str) -> str:
+    return hashlib.sha256("|".join(names).encode()).hexdigest()[:16]
+
+
+LAYOUT_HASH = _hash(*CANDIDATE_FEATURES, *CONTEXT_FEATURES)
+# With what is seen of surfaces, of the run and of known costs.
+WIDE_HASH = _hash(*CANDIDATE_FEATURES, *CANDIDATE_BELIEFS, *CONTEXT_FEATURES, *STUDY_BELIEFS)
 _LR, _RANK, _ALPHA, _RATIO = (
     ROLES.index(role) for role in ("learning_rate", "rank", "alpha", "alpha_ratio")
 )
@@ -97,13 +105,19 @@ _SOURCE_AT = _PLACE_AT + 1
 
 
 class View(NamedTuple):
-    """The surrogate's and the prior's judgement of points, each of shape (N,)."""
+    """The surrogate's and the prior's judgement of points, each of shape (N,).
+
+    Then that of the response surfaces: the log of the improvement that they expect, (N,), and
+    their levels, (N, P), see :mod:`~optuna_lora_rl.policy.beliefs`; nothing where none are asked.
+    """
 
     mean: np.ndarray
     deviation: np.ndarray
     log_ei: np.ndarray
     log_prior: np.ndarray
     log_feasible: np.ndarray
+    surfaces_gain: np.ndarray
+    levels: np.ndarray
 
     def at(self, rows: np.ndarray) -> View:
         """Of some of the points."""

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from optuna_lora_rl.policy.bank import SURFACES
 from optuna_lora_rl.policy.bank import Bank
 from optuna_lora_rl.policy.context import TuningContext
 from optuna_lora_rl.policy.dimensions import Space
@@ -120,6 +121,7 @@ class Layout:
         context: what is known of model, data and run.
         charged: whether the study knows what a configuration costs, so that scores are told as
             quality.
+        surfaces: how many response surfaces the bank draws.
 
     Attributes:
         context: what is known of model, data and run.
@@ -140,9 +142,14 @@ class Layout:
     """
 
     def __init__(
-        self, space: Space, context: TuningContext | None = None, *, charged: bool = False
+        self,
+        space: Space,
+        context: TuningContext | None = None,
+        *,
+        charged: bool = False,
+        surfaces: int = SURFACES,
     ) -> None:
-        self.charged = charged
+        self.charged, self._surfaces = charged, surfaces
         prior = space_prior(space, context)
         self.context, self.expected, self.rows = context, prior.expected, prior.rows
         self.default, self.sweep = prior.point(), prior.sweep()
@@ -200,7 +207,7 @@ class Layout:
     @cached_property
     def bank(self) -> Bank:
         """Response surfaces that a study of the space may have."""
-        return Bank(self)
+        return Bank(self, self._surfaces)
 
     @cached_property
     def first(self) -> np.ndarray:

@@ -39,6 +39,9 @@ _NEAR_GUIDES, _FROM_GUIDES = (0.1, 0.4), (0.3, 1.2)
 _MODEL_RIGHT, _MODEL_WRONG = 0.85, 0.6
 # Decades from a range's centre to the best rate, mean and deviation, on the measured tables.
 _TABLES_CENTRE = (0.4, 0.4)
+# What makes a learning rate effective on them, on average: exponents of alpha / rank, rank,
+# share of adapted layers, steps, and one over the batch size.
+_TABLES_LIFT = (0.64, 0.57, 0.5, 0.5, 0.06)
 _LOG10_2 = math.log10(2.0)
 _RATE, _ALPHA = ROLES.index("learning_rate"), ROLES.index("alpha")
 # Natural values of what a space does not tune.
@@ -119,8 +122,7 @@ class Shapes:
     def lift(self, v: _Values) -> np.ndarray:
         """Decades by which the effective learning rate lies above the plain one, (M, N)."""
         powers = [self.by_ratio, self.by_rank, self.by_size, self.by_steps, self.by_batch]
-        octaves = [v["ratio"] - 1, v["rank"] - 4, v["share"], v["steps"] - 6, 3 - v["batch_size"]]
-        lifted: np.ndarray = np.stack(powers, 1) @ (np.stack(octaves) * np.float32(_LOG10_2))
+        lifted: np.ndarray = np.stack(powers, 1) @ _decades(v)
         return lifted
 
     def __call__(self, v: _Values) -> np.ndarray:
@@ -158,6 +160,17 @@ class Shapes:
         if len(works) > 1:
             value -= (each["compute"] * np.minimum(np.exp2(works), 64))[:, which]
             value += each["steps"] * steps + each["batch"] * batch
+
+
+def _decades(v: _Values) -> np.ndarray:
+    """What each exponent is of, in decades, single precision, shape (5, N)."""
+    octaves = [v["ratio"] - 1, v["rank"] - 4, v["share"], v["steps"] - 6, 3 - v["batch_size"]]
+    return np.stack(octaves) * np.float32(_LOG10_2)
+
+
+def tables_lift(v: _Values) -> np.ndarray:
+    """``Shapes.lift`` as it is on average over the measured tables, shape (N,)."""
+    return np.array(_TABLES_LIFT) @ _decades(v)
 
 
 def natural_values(points: Points, layout: Layout) -> _Values:
@@ -198,14 +211,15 @@ def _like_tables(rng: np.random.Generator, count: int) -> _Values:
 
     What a fit says of small data is left out: none of the tables overfitted.
     """
+    ratio, rank, size, steps, batch = _TABLES_LIFT
     lean = rng.normal(0.0, 0.5, count)  # ridges that are wide below their peak are steep above
     price = np.exp(rng.normal(math.log(0.24), 0.7, count)) * (rng.random(count) < 0.75)
     return {
-        "by_ratio": rng.normal(0.64, 0.1, count),
-        "by_rank": rng.normal(0.57, 0.15, count),
-        "by_size": rng.normal(0.5, 0.15, count),
-        "by_steps": rng.normal(0.5, 0.3, count),
-        "by_batch": rng.normal(0.06, 0.12, count),
+        "by_ratio": rng.normal(ratio, 0.1, count),
+        "by_rank": rng.normal(rank, 0.15, count),
+        "by_size": rng.normal(size, 0.15, count),
+        "by_steps": rng.normal(steps, 0.3, count),
+        "by_batch": rng.normal(batch, 0.12, count),
         "below": 0.7 * np.exp(lean),
         "above": 0.85 * np.exp(rng.normal(-lean, 0.35)),
         "flat": rng.beta(1.5, 0.7, count),

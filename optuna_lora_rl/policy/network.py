@@ -20,12 +20,22 @@ import torch
 from torch import Tensor
 from torch import nn
 
+from optuna_lora_rl.policy.beliefs import CANDIDATE_BELIEFS
+from optuna_lora_rl.policy.beliefs import STUDY_BELIEFS
 from optuna_lora_rl.policy.features import CANDIDATE_FEATURES
 from optuna_lora_rl.policy.features import CONTEXT_FEATURES
 
 _TRAINED = 40.0
-_SPLIT = len(CANDIDATE_FEATURES)
-_LOG_TRIALS = CONTEXT_FEATURES.index("log_trials")
+_LOG_TRIALS, _FIRST = CONTEXT_FEATURES.index("log_trials"), CONTEXT_FEATURES.index("first")
+# Before the fourth trial a wide network may tell two candidates apart by no more than twice this:
+# it is the surfaces that know something then.
+_EARLY = 1.5
+
+
+def sizes(*, wide: bool) -> tuple[int, int]:
+    """Numbers of features of a candidate and of a study."""
+    more = (len(CANDIDATE_BELIEFS), len(STUDY_BELIEFS)) if wide else (0, 0)
+    return len(CANDIDATE_FEATURES) + more[0], len(CONTEXT_FEATURES) + more[1]
 
 
 @dataclass
@@ -53,12 +63,13 @@ class Scorer(nn.Module):
         width: of the hidden layers.
         bound: largest absolute correction in nats; keeps the policy near its residual start
             on studies unlike the training tasks.
+        wide: whether it sees what is known of surfaces, of the run and of costs.
     """
 
-    def __init__(self, width: int = 64, bound: float = 8.0) -> None:
+    def __init__(self, width: int = 64, bound: float = 8.0, *, wide: bool = False) -> None:
         super().__init__()
-        self.width, self.bound = width, bound
-        self.embed = nn.Linear(len(CANDIDATE_FEATURES) + len(CONTEXT_FEATURES), width)
+        self.width, self.bound, self.wide = width, bound, wide
+        self.embed = nn.Linear(sum(sizes(wide=wide)), width)
         self.mix = nn.Linear(3 * width, width)
         self.last = nn.Linear(width, 1)
         nn.init.zeros_(self.last.weight)
@@ -68,7 +79,11 @@ class Scorer(nn.Module):
         """Corrections of the logits, shape (B, N)."""
         h = torch.tanh(_shared(self.embed, features.values, features.context))
         h = h + torch.tanh(_shared(self.mix, h, _pool(h, features.valid)))
-        correction = self.bound * torch.tanh(self.last(h)[:, :, 0] / self.bound)
+        bound = torch.full((len(h), 1), self.bound)
+        if self.wide:
+            early = features.context[:, _FIRST : _FIRST + 3].sum(1, keepdim=True) > 0
+            bound = torch.where(early, _EARLY, bound)
+        correction = bound * torch.tanh(self.last(h)[:, :, 0] / bound)
         return correction * _trust(features.context)[:, None]
 
 
@@ -97,18 +112,20 @@ class Correction(NamedTuple):
         mix: of the second.
         last: of the third.
         bound: largest absolute correction.
+        wide: whether it sees what is known of surfaces, of the run and of costs.
     """
 
     embed: tuple[np.ndarray, np.ndarray]
     mix: tuple[np.ndarray, np.ndarray]
     last: tuple[np.ndarray, np.ndarray]
     bound: float
+    wide: bool = False
 
     @classmethod
     def of(cls, network: Scorer) -> Correction:
         """Of a network, whose memory they share."""
         embed, mix, last = map(_arrays, (network.embed, network.mix, network.last))
-        return cls(embed, mix, last, network.bound)
+        return cls(embed, mix, last, network.bound, network.wide)
 
     def __call__(self, values: np.ndarray, context: np.ndarray, valid: np.ndarray) -> np.ndarray:
         """Corrections of the logits, shape (N,).
@@ -119,8 +136,9 @@ class Correction(NamedTuple):
             valid: which candidates count, shape (N,); at least one.
         """
         embed, mix, last = self.embed, self.mix, self.last
-        h = values @ embed[0][:, :_SPLIT].T
-        h += embed[0][:, _SPLIT:] @ context + embed[1]
+        split = sizes(wide=self.wide)[0]
+        h = values @ embed[0][:, :split].T
+        h += embed[0][:, split:] @ context + embed[1]
         np.tanh(h, out=h)
         some = h if valid.all() else h[valid]
         pool = np.concatenate([some.mean(0), some.max(0)])
@@ -129,9 +147,9 @@ class Correction(NamedTuple):
         np.tanh(mixed, out=mixed)
         h += mixed
         trust = min(_TRAINED / float(np.exp(3.0 * context[_LOG_TRIALS])), 1.0) ** 2
-        correction: np.ndarray = (
-            self.bound * trust * np.tanh((h @ last[0][0] + last[1]) / self.bound)
-        )
+        early = self.wide and context[_FIRST : _FIRST + 3].any()
+        bound = _EARLY if early else self.bound
+        correction: np.ndarray = bound * trust * np.tanh((h @ last[0][0] + last[1]) / bound)
         return correction
 
 
@@ -145,13 +163,15 @@ class Critic(nn.Module):
     Args:
         privileged: number P of features that only training knows.
         width: of the hidden layers.
+        wide: whether it sees what is known of surfaces, of the run and of costs.
     """
 
-    def __init__(self, privileged: int, width: int = 64) -> None:
+    def __init__(self, privileged: int, width: int = 64, *, wide: bool = False) -> None:
         super().__init__()
-        self.embed = nn.Linear(len(CANDIDATE_FEATURES), width)
+        each, whole = sizes(wide=wide)
+        self.embed = nn.Linear(each, width)
         self.body = nn.Sequential(
-            nn.Linear(2 * width + len(CONTEXT_FEATURES) + privileged, width),
+            nn.Linear(2 * width + whole + privileged, width),
             nn.Tanh(),
             nn.Linear(width, width),
             nn.Tanh(),

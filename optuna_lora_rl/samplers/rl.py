@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections.abc import Callable
 from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from contextlib import nullcontext
 from dataclasses import replace
@@ -64,8 +66,6 @@ from optuna_lora_rl.samplers.observation import units_of
 from optuna_lora_rl.samplers.transfer import EarlierStudies
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from optuna.distributions import BaseDistribution
     from optuna.study import Study
     from optuna.trial import FrozenTrial
@@ -73,6 +73,8 @@ if TYPE_CHECKING:
     from optuna_lora_rl.policy.dimensions import Space
     from optuna_lora_rl.policy.network import Scorer
 
+# How many trials a study will have, from those that it has.
+Lasts = Callable[[Sequence["FrozenTrial"]], "int | None"]
 _MAX_GRID = 1024
 # A fit to few trials comes close to its end within a few steps; one to many has to take more, and
 # is seldom made.
@@ -82,10 +84,11 @@ _ATTEMPTS = 16
 
 
 class _Known(NamedTuple):
-    """What a study knows beside its trials: see the arguments ``context`` and ``cost``."""
+    """What a study knows beside its trials: see ``context``, ``cost`` and ``n_trials``."""
 
     tuning: TuningContext | None
     costs: Costs | None
+    horizon: int | None
 
 
 class RLSampler(BaseSampler):
@@ -188,8 +191,12 @@ class RLSampler(BaseSampler):
         self._n_trials = n_trials
         self._roles = checked_roles(roles)
         self._network = weight_files.load(weights) if learned else None
-        # The shipped network was trained without the bank, and together they are worse.
-        self._settings = Settings(candidates=n_candidates, bank=not learned)
+        # A network that was trained without the bank is worse with it.
+        wide = self._network is not None and self._network.wide
+        self._settings = Settings(
+            candidates=n_candidates, bank=wide or not learned, moves=wide, wide=wide
+        )
+        self._lasts: Lasts | None = None
         self._context = context
         self._cost = None if cost is None else KnownCost(cost)
         self._earlier = EarlierStudies(source_studies, self._roles)
@@ -220,6 +227,10 @@ class RLSampler(BaseSampler):
     def charge(self, cost: Cost) -> None:
         """Tell what a configuration's score is charged; as the argument ``cost``."""
         self._cost = KnownCost(cost)
+
+    def lasts(self, trials_in_all: Lasts) -> None:
+        """Tell how many trials the study will have, by what its trials have used of a budget."""
+        self._lasts = trials_in_all
 
     def reseed_rng(self) -> None:
         """Take a new seed. Optuna calls this where copies of the sampler work in parallel."""
@@ -264,11 +275,13 @@ class RLSampler(BaseSampler):
         space = self._spaces.get(
             (repr(search_space), said), lambda: space_of(search_space, self._roles, said=said)
         )
-        known = _Known(tuning, self._costs(study, space))
+        costs = self._costs(study, space)
         with self._lock:
             seed = self._seed
         for attempt in range(_ATTEMPTS):
             trials = study.get_trials(deepcopy=False)
+            horizon = self._lasts(trials) if self._lasts else self._n_trials
+            known = _Known(tuning, costs, horizon)
             # A conditional parameter that was proposed and not asked for counts as tried:
             # otherwise the surrogate would take it for unexplored, and propose it without end.
             history = self._ledger.read(
@@ -403,7 +416,7 @@ class RLSampler(BaseSampler):
 
         ``points`` (k, d) join the candidates.
         """
-        tuning, costs = known
+        tuning, costs, horizon = known
         charged = costs is not None
         layout = self._layouts.get(
             (space.written, tuning, charged), lambda: Layout(space, tuning, charged=charged)
@@ -424,7 +437,7 @@ class RLSampler(BaseSampler):
         theta = self._hyperparameters(layout, space.written + repr(tuning), quality)
         history, quality = recent_and_best(history), recent_and_best(quality)
         weights = objective_weights(len(directions), generator)
-        trials = observe(quality, default, self._n_trials, weights)
+        trials = observe(quality, default, horizon, weights)
         charge = charge_of(trials, quality, costs, snap(layout.sweep)) if costs else None
         constraints = constraints_of(history)[~history.running]
         with torch.no_grad():

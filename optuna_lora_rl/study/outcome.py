@@ -254,6 +254,17 @@ class Usage:
             others = f"{self.running} run in other workers"
         return f"{self.trials}{of} trials are finished, {others}"
 
+    def trials_in_all(self, budget: Budget) -> int | None:
+        """How many trials there will have been at the end of the budget, at their mean price.
+
+        None where nothing says so.
+        """
+        told = [] if budget.trials is None else [budget.trials]
+        for used, limit in ((self.hours, budget.hours), (self.cost, budget.cost)):
+            if limit and used > 0 and self.trials:
+                told.append(max(round(self.trials * limit / used), self.trials))
+        return min(told, default=None)
+
     def share(self, budget: Budget) -> float:
         """How much of the budget is used, from 0 to 1, by the limit that is nearest."""
         limits = (

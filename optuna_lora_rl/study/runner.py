@@ -263,7 +263,9 @@ class _Worker:
         # With it comes torch.
         from optuna_lora_rl.samplers import RLSampler
 
-        sampler = self.study.sampler
+        sampler, budget = self.study.sampler, self.spec.budget
+        if isinstance(sampler, RLSampler):
+            sampler.lasts(lambda trials: Usage.of(trials).trials_in_all(budget))
         if isinstance(sampler, RLSampler) and fine_tuner.CountedCost.holds(self.spec):
             sampler.charge(fine_tuner.CountedCost(self.spec, tuner))
         if CONTEXT_KEY not in self.study.user_attrs and not self._trials():

@@ -73,7 +73,8 @@ class SamplerChoice(BaseModel):
         description="Seed of the proposals. The same file with the same seed proposes the same "
         "configurations on one machine, also when it is interrupted and resumed (one trial at a "
         "time; not for `cmaes`, whose own random numbers start again). Another kind of processor "
-        "rounds otherwise, so that scores, and what follows from them, differ.",
+        "rounds otherwise, so that scores, and what follows from them, differ; with "
+        "`budget.hours` the time that trials take tells `rl` how many there will be.",
     )
 
     @property

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from optuna_lora_rl import TuningContext
 from optuna_lora_rl.learning.measured import Slice
 from optuna_lora_rl.learning.measured import draw_slice
 from optuna_lora_rl.learning.tasks import draw_tasks
@@ -26,6 +27,9 @@ class HandMade:
             Dimension("target_modules", "categorical", choices=TARGETS),
         ]
     ).dimensions
+
+    def __init__(self) -> None:
+        self.context: TuningContext | None = None
 
     def __call__(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         offset = np.log10(x[:, 0]) + 2.0 + 0.5 * (np.log2(x[:, 2]) - 1.0)

@@ -1,12 +1,18 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
+import optuna
 import pytest
 import torch
+from optuna.distributions import FloatDistribution
+from optuna.distributions import IntDistribution
 
+from optuna_lora_rl import RLSampler
+from optuna_lora_rl import TuningContext
 from optuna_lora_rl import cli
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.learning.rollouts import collect
@@ -21,6 +27,7 @@ from optuna_lora_rl.learning.updates import imitate
 from optuna_lora_rl.learning.validation import bootstrap_interval
 from optuna_lora_rl.policy import weights
 from optuna_lora_rl.policy.ppo import PPOSettings
+from optuna_lora_rl.samplers import proposal
 from optuna_lora_rl.study import reading
 
 SMALL = TrainingSettings(
@@ -66,6 +73,24 @@ def test_a_run_leaves_weights_a_log_a_figure_and_a_report(run: Path) -> None:
     assert "explained_variance" in (run / "training.html").read_text().lower().replace(" ", "_")
     assert "sweep_then_gp" in (run / "report.md").read_text()
     assert list((run / "tensorboard").iterdir())
+
+
+def test_a_network_that_sees_surfaces_is_trained_and_serves(tmp_path: Path) -> None:
+    known = {"surfaces": True, "contexts": True, "opened": 0.5, "lookahead": 0.5}
+    train(tmp_path, SMALL.model_copy(update={**known, "linear_reward": 0.5, "lora_share": 1.0}))
+    file = tmp_path / "ppo.safetensors"
+    if not file.is_file():
+        file = tmp_path / "weights.safetensors"
+    assert weights.load(file).wide
+    context = TuningContext(hidden_size=128, steps=32, batch_size=8)
+    sampler = RLSampler(seed=0, weights=file, context=context, cost=lambda params: 0.001)
+    study = optuna.create_study(sampler=sampler)
+    space = {"lora_rank": IntDistribution(2, 64), "lr": FloatDistribution(1e-6, 1e-1, log=True)}
+    for _ in range(4):
+        trial = study.ask(space)
+        study.tell(trial, abs(math.log10(trial.params["lr"]) + 2.0))
+    assert study.best_value < 0.7
+    assert "surfaces" in (proposal(study.trials[3]) or {})
 
 
 def test_a_run_that_was_interrupted_ends_where_it_would_have(run: Path, tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_a_failure_moves_weight_to_surfaces_that_are_bad_there() -> None:
     assert rate < LORA.decode(np.array(point))["learning_rate"] / 3
     healthy = _trials([point], [0.0])
     there = LAYOUT.points(np.array([low]))
-    assert np.isfinite(Posterior(LAYOUT.bank, healthy).log_gain(there)).all()
+    assert np.isfinite(Posterior(LAYOUT.bank, healthy).judge(there)[0]).all()
 
 
 def test_the_first_trial_follows_the_range() -> None:
@@ -221,7 +221,7 @@ def test_running_trials_are_kept_away_from() -> None:
             LAYOUT.bank, _trials([[0.1] * 4, *points], [0.0, *scores], pending=(first,))
         )
         there = LAYOUT.points(LORA.snap(np.array([first])))
-        assert beside.log_gain(there)[0] < alone.log_gain(there)[0] - 0.5
+        assert beside.judge(there)[0][0] < alone.judge(there)[0][0] - 0.5
     params = _chosen(LORA, _decide(LORA, _trials([], [], pending=(first,))))
     assert params != LORA.decode(LAYOUT.first)
 

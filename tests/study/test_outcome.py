@@ -117,3 +117,13 @@ def test_other_workers_trials_count_as_long_as_they_run() -> None:
     assert usage.exhausted(Budget(trials=None, hours=0.4)) == "30 min of 24 min"
     assert usage.exhausted(Budget(trials=None, cost=2.0)) == "cost 2 of 2"
     assert usage.share(Budget(trials=4, hours=1)) == 0.5
+
+
+def test_a_budget_says_how_many_trials_there_will_be() -> None:
+    usage = Usage(trials=4, running=1, hours=0.5, cost=2.0)
+    assert usage.trials_in_all(Budget(trials=20)) == 20
+    assert usage.trials_in_all(Budget(trials=None, hours=2)) == 16
+    assert usage.trials_in_all(Budget(trials=20, hours=2, cost=5.0)) == 10
+    assert usage.trials_in_all(Budget(trials=None, cost=1.0)) == 4
+    begun = Usage(trials=0, running=1, hours=0.0, cost=0.0)
+    assert begun.trials_in_all(Budget(trials=None, hours=2)) is None
