@@ -2,6 +2,7 @@
 # make smollm2 installs a real model of 135 million parameters and runs a study on it
 # make test    sets everything up and runs lint, types and tests with coverage
 # make docs    regenerates the documents that are made from the code
+# make dist    builds the wheel and the sdist, and tries both in fresh environments
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +15,7 @@ export TOKENIZERS_PARALLELISM := false
 # A worker that dies ends the run: to start another one may wait for ever.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 --cov
 
-.PHONY: study smollm2 test lint types docs clean
+.PHONY: study smollm2 test lint types docs dist clean
 
 study: $(VENV)/.installed
 	$(BIN)/optuna-lora-rl run studies/quickstart.yaml
@@ -35,6 +36,12 @@ types: $(VENV)/.installed-test
 docs: $(VENV)/.installed
 	$(BIN)/python -m optuna_lora_rl.study.reference > docs/configuration.md
 
+dist: $(VENV)/.installed
+	rm -rf build dist
+	$(BIN)/pip install -q build
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python studies/fresh_install.py dist/*.whl dist/*.tar.gz
+
 # torch goes first and alone, pinned: a later package that asks for "torch" would otherwise
 # pull the newest build with several gigabytes of CUDA libraries.
 $(VENV)/.torch: $(CONSTRAINTS)
@@ -43,7 +50,7 @@ $(VENV)/.torch: $(CONSTRAINTS)
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
-	$(BIN)/pip install -q -c $(CONSTRAINTS) -e ".[dashboard]"
+	$(BIN)/pip install -q -c $(CONSTRAINTS) -e ".[finetune,dashboard]"
 	touch $@
 
 # Alone: what it asks for beside its file is built from C++, and not needed to read the file.

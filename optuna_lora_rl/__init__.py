@@ -1,7 +1,7 @@
 """Finds good LoRA fine-tuning configurations with little compute, by a learned Optuna sampler.
 
 The names below load on first use, so that ``from optuna_lora_rl import RLSampler`` imports
-neither transformers, TRL nor PEFT.
+neither transformers, TRL nor PEFT. ``tune`` needs ``pip install 'optuna_lora_rl[finetune]'``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 from typing import Any
+
+from optuna_lora_rl.errors import not_installed
 
 if TYPE_CHECKING:
     from optuna_lora_rl.policy.context import TuningContext
@@ -33,7 +35,11 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+        try:
+            return getattr(import_module(_HOMES[name]), name)
+        except ModuleNotFoundError as error:
+            sentence = not_installed(name, error)
+            raise ModuleNotFoundError(sentence, name=error.name) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

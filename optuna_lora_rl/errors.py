@@ -161,3 +161,19 @@ def _without_value(match: re.Match[str]) -> str:
 def first_line(error: BaseException) -> str:
     """Returns the first line of an error's message, or its type where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def not_installed(what: str, error: ModuleNotFoundError) -> str:
+    """Return the sentence on a package that fine-tuning needs and the samplers do not.
+
+    Args:
+        what: What needs it, in words.
+        error: What importing it raised.
+
+    Raises:
+        ModuleNotFoundError: The error itself, where it is a module of this package that is gone.
+    """
+    package = (error.name or "").partition(".")[0]
+    if package in ("", __package__):
+        raise error
+    return f"{what} needs the package {package}: pip install 'optuna_lora_rl[finetune]'"

@@ -168,3 +168,30 @@ def test_init_then_validate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert study_spec.load(file).budget.trials == 7
     assert "The file is valid." in output(["validate", str(file)], capsys)
     output(["init", str(file), "--force"], capsys)
+
+
+def test_the_quickstart_comes_with_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clone = Path(__file__).parents[1] / "studies" / "quickstart.yaml"
+    monkeypatch.chdir(tmp_path)
+    assert study_spec.load("quickstart") == study_spec.load(clone)
+    # A file of that name is the user's own.
+    (tmp_path / "quickstart").write_text("model: tiny\ndata: tiny:sums-small\n")
+    assert study_spec.load("quickstart").data.train == "tiny:sums-small"
+
+
+@pytest.mark.parametrize(
+    ("missing", "code", "what"),
+    [
+        ("typer", "from optuna_lora_rl.__main__ import main; main()", "the command line"),
+        ("pydantic", "from optuna_lora_rl import tune", "tune"),
+    ],
+)
+def test_what_needs_more_packages_says_how_they_are_installed(
+    missing: str, code: str, what: str
+) -> None:
+    program = f"import sys; sys.modules[{missing!r}] = None; {code}"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    sentence = f"{what} needs the package {missing}: pip install 'optuna_lora_rl[finetune]'"
+    assert ran.returncode != 0 and ran.stderr.strip().endswith(sentence)

@@ -19,7 +19,9 @@ from optuna_lora_rl.terminal import console
 if TYPE_CHECKING:
     from optuna_lora_rl.study.spec import StudySpec
 
-StudyFile = Annotated[Path, typer.Argument(metavar="STUDY.YAML", help="The study's file.")]
+StudyFile = Annotated[
+    Path, typer.Argument(metavar="STUDY.YAML", help="The study's file, or quickstart.")
+]
 Overrides = Annotated[
     list[str],
     typer.Option(

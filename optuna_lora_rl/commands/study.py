@@ -117,16 +117,16 @@ def run(
     trials all fail the same way; 2 for a mistake in the file, or where the machine cannot run it;
     130 after Ctrl-C.
 
-    Example: [bold]optuna-lora-rl run studies/quickstart.yaml --set budget.trials=30[/]
+    Example: [bold]optuna-lora-rl run quickstart --set budget.trials=30[/]
     """
-    from optuna_lora_rl.study import display
+    from optuna_lora_rl.study import panel
     from optuna_lora_rl.study import runner
     from optuna_lora_rl.study import summary
 
     if quiet and verbose:
         raise UserError("--quiet and --verbose do not go together; leave one out")
     spec, terminal = load(file, overrides), console(quiet=quiet)
-    shown = display.create(terminal, plain=plain or quiet, verbose=verbose)
+    shown = panel.create(terminal, plain=plain or quiet, verbose=verbose)
     result = runner.run(spec, display=shown)
     summary.ending(terminal, result, spec, command=again(file, overrides))
     raise typer.Exit(result.exit_code)

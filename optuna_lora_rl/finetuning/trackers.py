@@ -26,7 +26,6 @@ from urllib.parse import urlsplit
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from optuna_lora_rl.finetuning.trial import TrialRequest
     from optuna_lora_rl.vocabulary import Value
 
 State = Literal["complete", "pruned", "failed", "interrupted"]
@@ -71,6 +70,19 @@ def _has_wandb_account() -> bool:
     return False
 
 
+class Followed(Protocol):
+    """What trackers are told of a run; a ``TrialRequest`` is one."""
+
+    @property
+    def number(self) -> int: ...
+
+    @property
+    def configuration(self) -> Mapping[str, Value]: ...
+
+    @property
+    def trackers_name(self) -> str | None: ...
+
+
 class Follower:
     """One run in its trackers.
 
@@ -79,7 +91,7 @@ class Follower:
         run: The run.
     """
 
-    def __init__(self, names: Iterable[str], run: TrialRequest) -> None:
+    def __init__(self, names: Iterable[str], run: Followed) -> None:
         self._number = run.number
         self._trackers: dict[str, _Tracker] = {name: _TRACKERS[name](run) for name in names}
 
@@ -146,7 +158,7 @@ class _Tracker(Protocol):
 
 
 class _TensorBoard:
-    def __init__(self, run: TrialRequest) -> None:
+    def __init__(self, run: Followed) -> None:
         self._facts = {"trial": run.number, **run.configuration}
         # Left out, transformers finds a folder that it does not tell.
         self._folder = os.environ.get(TENSORBOARD_FOLDER)
@@ -187,7 +199,7 @@ class _TensorBoard:
 
 
 class _Wandb:
-    def __init__(self, run: TrialRequest) -> None:
+    def __init__(self, run: Followed) -> None:
         # Its lines would tear the display apart.
         os.environ.setdefault("WANDB_SILENT", "true")
         self._wandb = import_module("wandb")
@@ -212,7 +224,7 @@ class _Wandb:
 
 
 class _Mlflow:
-    def __init__(self, run: TrialRequest) -> None:
+    def __init__(self, run: Followed) -> None:
         self._mlflow = import_module("mlflow")
         self._name = run.trackers_name
         self._facts: dict[str, Value] = {"trial/number": run.number}
@@ -237,7 +249,7 @@ class _Mlflow:
             self._mlflow.end_run(endings.get(state, "KILLED"))
 
 
-_TRACKERS: dict[str, Callable[[TrialRequest], _Tracker]] = {
+_TRACKERS: dict[str, Callable[[Followed], _Tracker]] = {
     "tensorboard": _TensorBoard,
     "wandb": _Wandb,
     "mlflow": _Mlflow,

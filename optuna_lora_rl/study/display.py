@@ -212,18 +212,3 @@ def style(trial: FrozenTrial) -> str:
 def counted_trials(number: int) -> str:
     """So many trials, in words."""
     return f"{number} trial" if number == 1 else f"{number} trials"
-
-
-def create(console: Console, *, plain: bool = False, verbose: bool = False) -> Display:
-    """Returns a live panel where ``console`` is a terminal, plain lines elsewhere.
-
-    Args:
-        console: Where to.
-        plain: Lines on a terminal too.
-        verbose: A line for each evaluation too, which needs plain lines.
-    """
-    if plain or verbose or not console.is_terminal or console.is_dumb_terminal:
-        return LineDisplay(console, verbose=verbose)
-    from optuna_lora_rl.study.panel import LiveDisplay
-
-    return LiveDisplay(console)

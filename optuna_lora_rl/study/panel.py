@@ -29,6 +29,7 @@ from optuna_lora_rl.study import display
 from optuna_lora_rl.study import outcome
 from optuna_lora_rl.study import wording
 from optuna_lora_rl.study.display import Display
+from optuna_lora_rl.study.display import LineDisplay
 from optuna_lora_rl.study.display import RunningTrial
 from optuna_lora_rl.study.display import RunningTrials
 from optuna_lora_rl.study.outcome import Usage
@@ -260,3 +261,16 @@ class LiveDisplay(Display):
         if done > 0 and left > 0:
             parts.append(f"about {wording.duration(elapsed / done * left)} left")
         return Text(" · ".join(parts), style="dim")
+
+
+def create(console: Console, *, plain: bool = False, verbose: bool = False) -> Display:
+    """Returns a live panel where ``console`` is a terminal, plain lines elsewhere.
+
+    Args:
+        console: Where to.
+        plain: Lines on a terminal too.
+        verbose: A line for each evaluation too, which needs plain lines.
+    """
+    if plain or verbose or not console.is_terminal or console.is_dumb_terminal:
+        return LineDisplay(console, verbose=verbose)
+    return LiveDisplay(console)

@@ -57,6 +57,8 @@ PrunerName = Literal[
 Count = Annotated[int, Field(ge=1)]
 # Bytes; file systems take 255, and other programs put theirs to it.
 _LONGEST_NAME = 200
+# The study that comes with the package.
+_QUICKSTART = Path(__file__).with_name("quickstart.yaml")
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -332,13 +334,14 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> StudySpec:
     """Reads a study's file.
 
     Args:
-        path: The YAML file.
+        path: The YAML file; ``quickstart``, where there is no such file, for the package's own.
         overrides: ``key=value`` assignments over it, such as ``budget.trials=5``.
 
     Raises:
         UserError: Naming every mistake with its key, its value and what is allowed.
     """
-    content = reading.read_yaml(path)
+    is_own = str(path) == _QUICKSTART.stem and not Path(path).exists()
+    content = reading.read_yaml(_QUICKSTART if is_own else path)
     reading.override(content, overrides, SHORT_FORMS)
     content.setdefault("name", Path(path).stem)
     return parse(content, str(path))

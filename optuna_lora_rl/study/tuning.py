@@ -15,8 +15,8 @@ import optuna
 
 from optuna_lora_rl import terminal
 from optuna_lora_rl.errors import UserError
-from optuna_lora_rl.study import display as displays
 from optuna_lora_rl.study import outcome
+from optuna_lora_rl.study import panel
 from optuna_lora_rl.study import runner
 from optuna_lora_rl.study import spec as study_spec
 from optuna_lora_rl.study import verdict
@@ -135,7 +135,7 @@ def tune(
     content = {"name": folder.name, **content, "output": str(folder)}
     spec = study_spec.parse(content, "tune")
     if display is None:
-        display = Display() if quiet else displays.create(terminal.console(stderr=True))
+        display = Display() if quiet else panel.create(terminal.console(stderr=True))
     result = runner.run(spec, display=display)
     if result.ended_by == "interruption":
         raise KeyboardInterrupt

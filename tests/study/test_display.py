@@ -16,6 +16,7 @@ from rich.console import Console
 from optuna_lora_rl.activity import Activity
 from optuna_lora_rl.finetuning.errors import FineTuningError
 from optuna_lora_rl.study import display
+from optuna_lora_rl.study import panel
 from optuna_lora_rl.study import runner
 from optuna_lora_rl.study import summary
 from optuna_lora_rl.study import wording
@@ -26,7 +27,7 @@ from tests.study.conftest import PaperTuner
 
 def shown(spec: object, *, terminal: bool, width: int = 120) -> str:
     console = Console(file=io.StringIO(), force_terminal=terminal, width=width)
-    result = runner.run(spec, display=display.create(console))
+    result = runner.run(spec, display=panel.create(console))
     summary.ending(console, result, spec, command="small.yaml")
     return console.file.getvalue()
 

@@ -21,9 +21,9 @@ from optuna_lora_rl import tune
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.finetuning.errors import FineTuningError
 from optuna_lora_rl.study import adapters
-from optuna_lora_rl.study import display
 from optuna_lora_rl.study import opening
 from optuna_lora_rl.study import outcome
+from optuna_lora_rl.study import panel
 from optuna_lora_rl.study import runner
 from optuna_lora_rl.study import summary
 from optuna_lora_rl.study import trials as trials_module
@@ -266,7 +266,7 @@ def test_a_trial_that_another_worker_gave_up_costs_nothing_else(
 
     monkeypatch.setattr(PaperTuner, "_course", lose_the_first)
     console = Console(file=io.StringIO())
-    study = runner.run(spec, display=display.create(console)).study
+    study = runner.run(spec, display=panel.create(console)).study
     assert "another worker gave trial 0 up" in console.file.getvalue()
     assert sum(trial.state == TrialState.COMPLETE for trial in study.trials) == 4
 
@@ -299,7 +299,7 @@ def test_another_worker_may_look_at_a_pack_at_any_moment(
 def test_trackers_see_one_trial_at_a_time(paper: type[PaperTuner], make_spec: MakeSpec) -> None:
     console = Console(file=io.StringIO())
     changes = {"packing": 4, "training.report_to": ["tensorboard"]}
-    runner.run(make_spec(changes), display=display.create(console))
+    runner.run(make_spec(changes), display=panel.create(console))
     assert not paper.together and "one after the other" in console.file.getvalue()
 
 
@@ -363,7 +363,7 @@ def test_real_trials_give_side_by_side_what_they_give_alone(
 def test_what_cannot_be_packed_runs_alone_and_says_why(make_spec: MakeSpec) -> None:
     console = Console(file=io.StringIO(), width=200)
     spec = make_spec({"budget": 2, "packing": 2, "space.use_dora": True, "sampler": "random"})
-    result = runner.run(spec, display=display.create(console))
+    result = runner.run(spec, display=panel.create(console))
     summary.ending(console, result, spec, command="small.yaml")
     for trial in result.study.trials:
         assert trial.user_attrs["packed"] is False and "use_dora" in trial.user_attrs["alone"]

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.console import ConsoleRenderable
 from rich.console import RenderHook
 
-from optuna_lora_rl.study import display
+from optuna_lora_rl.study.panel import create
 from tests.study.conftest import MakeSpec
 from tests.study.screen import Screen
 
@@ -44,7 +44,7 @@ def test_the_panel_erases_no_line_of_a_finished_trial(
 
     space = {"lora_rank": optuna.distributions.IntDistribution(1, 1000)}
     trials = []
-    panel = display.create(console)
+    panel = create(console)
     panel.opens(make_spec({"budget": 20}), [])
     for number in range(20):
         panel.trial_starts(number, {"lora_rank": 8})
@@ -71,7 +71,7 @@ def test_the_panel_erases_no_line_of_a_finished_trial(
 
 def test_a_narrow_panel_cuts_contents_and_no_names(make_spec: MakeSpec) -> None:
     screen = Screen()
-    panel = display.create(Console(file=screen, force_terminal=True, width=80))
+    panel = create(Console(file=screen, force_terminal=True, width=80))
     panel.opens(make_spec({}), [])
     panel.trial_starts(12, {"target_modules": "x" * 200})
     # It is drawn several times a second, and gone when it closes.

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from optuna_lora_rl.activity import Activity
 from optuna_lora_rl.cli import app
 from optuna_lora_rl.learning import training
-from optuna_lora_rl.study import display
+from optuna_lora_rl.study import panel
 from optuna_lora_rl.study import runner
 from optuna_lora_rl.study import waiting
 from optuna_lora_rl.study.display import Display
@@ -72,7 +72,7 @@ def passes(monkeypatch: pytest.MonkeyPatch, log: Console) -> Passes:
 def test_a_piped_study_has_a_line_after_two_seconds_and_then_every_thirty(
     make_spec: MakeSpec, log: Console, passes: Passes
 ) -> None:
-    shown = display.create(log)
+    shown = panel.create(log)
     shown.opens(make_spec(), [])
     assert len(passes(60)) == 1
     shown.works_on(Activity("tokenising", 10, 96, "rows"))
@@ -89,7 +89,7 @@ def test_a_piped_study_has_a_line_after_two_seconds_and_then_every_thirty(
 def test_so_has_a_trial_and_each_of_a_pack(
     make_spec: MakeSpec, log: Console, passes: Passes
 ) -> None:
-    shown = display.create(log)
+    shown = panel.create(log)
     shown.opens(make_spec(), [])
     passes(0)
     shown.trial_starts(0, {"lora_rank": 8})
