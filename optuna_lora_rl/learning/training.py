@@ -106,7 +106,8 @@ class Trainer:
     def _validation(self, seed: int, length: int) -> Validation:
         self._on_activity(Activity("drawing tasks"))
         tasks, seed = self._fresh(seed), self.settings.seed
-        return Validation(tasks, length, seed, self._run, self._on_activity)
+        wide = self.settings.surfaces
+        return Validation(tasks, length, seed, self._run, self._on_activity, wide)
 
     def _fresh(self, seed: int) -> list[Task]:
         """Tasks apart from the training tasks, of the validation families where measured."""

@@ -4,7 +4,8 @@ Notations
     B         tasks, G groups of them
     regret    after each trial, shape (B, T)
     opponents the residual policy without network ("defaults_then_gp"), an expert's sweep and then
-              the same process ("sweep_then_gp"), ten random trials and then that ("gp")
+              the same process ("sweep_then_gp"), ten random trials and then that ("gp"); where
+              networks see surfaces also the surfaces without network ("surfaces_then_gp")
 
 A lead is a difference of mean log10 regrets, positive where the policy is ahead: 0.3 is half the
 opponent's regret. No opponent wins in every group, so the policy is held against the best one of
@@ -24,10 +25,12 @@ from optuna_lora_rl.activity import OnActivity
 from optuna_lora_rl.activity import counted
 from optuna_lora_rl.activity import unseen
 from optuna_lora_rl.learning.environment import OPENINGS
+from optuna_lora_rl.learning.environment import WIDE
 from optuna_lora_rl.learning.environment import Map
 from optuna_lora_rl.learning.environment import rollout_regret
 from optuna_lora_rl.learning.tasks import GROUPS
 from optuna_lora_rl.learning.tasks import Task
+from optuna_lora_rl.policy.decision import Settings
 from optuna_lora_rl.policy.network import Scorer
 
 CHECKPOINTS = (1, 3, 5, 10, 20, 50)
@@ -68,6 +71,8 @@ class Validation:
         seed: of candidates and noise, the same for all policies.
         run: applies a function to jobs.
         on_activity: told how many opponents have run.
+        wide: whether the networks see surfaces; these without a network are then what a network
+            starts from.
         opponents: log10 regret at the checkpoints by opponent, each of shape (B, K).
     """
 
@@ -76,21 +81,32 @@ class Validation:
     seed: int
     run: Map = map
     on_activity: OnActivity = unseen
+    wide: bool = False
     opponents: dict[str, np.ndarray] = field(init=False)
 
     def __post_init__(self) -> None:
         names = counted(OPENINGS, "running the opponents", "", self.on_activity)
         self.opponents = {name: self._regret(None, name) for name in names}
+        if self.wide:
+            self.opponents["surfaces_then_gp"] = self._regret(None, "defaults_then_gp", WIDE)
 
     @property
     def checkpoints(self) -> list[int]:
         """Numbers of trials after which regrets are compared."""
         return [k for k in CHECKPOINTS if k <= self.length]
 
-    def _regret(self, network: Scorer | None, opening: str) -> np.ndarray:
+    def _regret(
+        self, network: Scorer | None, opening: str, settings: Settings | None = None
+    ) -> np.ndarray:
         """log10 regret at the checkpoints, shape (B, K)."""
         regret = rollout_regret(
-            self.tasks, self.length, network, self.seed, opening=OPENINGS[opening], run=self.run
+            self.tasks,
+            self.length,
+            network,
+            self.seed,
+            opening=OPENINGS[opening],
+            settings=settings,
+            run=self.run,
         )
         return log_regret(regret)
 
@@ -102,12 +118,14 @@ class Validation:
         """Metrics of a network.
 
         ``validation_gain`` (with ``gain_low`` and ``gain_high``, its 95% interval) is over the
-        residual policy, a mean over tasks and checkpoints; ``gain_at_k`` after k trials;
+        residual policy that it starts from, a mean over tasks and checkpoints; ``gain_at_k``
+        after k trials;
         ``regret_GROUP`` the geometric mean of its regret from the third trial on;
         ``lead_GROUP`` over the group's best opponent, likewise.
         """
         mine = self.regret(network)
-        gain = self.opponents["defaults_then_gp"] - mine
+        start = "surfaces_then_gp" if self.wide else "defaults_then_gp"
+        gain = self.opponents[start] - mine
         mean, low, high = bootstrap_interval(gain.mean(1), self.seed)
         metrics = {"validation_gain": mean, "gain_low": low, "gain_high": high}
         for column, k in enumerate(self.checkpoints):

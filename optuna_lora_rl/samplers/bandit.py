@@ -48,9 +48,10 @@ class BanditSampler(BaseSampler):
     function of the study's trials, the search space, the seed and the trial's number, so a study
     resumes in another process as if it had never stopped, and workers with one seed differ.
 
-    Failed trials count as the worst, trials that violate constraints as worse than those that do
-    not, pruned ones by their estimated final score. With several objectives each proposal weighs
-    them at random. A configuration is not proposed twice as long as there are others.
+    Failed trials count as the worst (but for those that ended through no fault of their
+    configuration, see :class:`RLSampler`), trials that violate constraints as worse than those
+    that do not, pruned ones by their estimated final score. With several objectives each proposal
+    weighs them at random. A configuration is not proposed twice as long as there are others.
 
     >>> import optuna
     >>> from optuna_lora_rl import BanditSampler

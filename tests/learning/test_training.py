@@ -82,6 +82,8 @@ def test_a_network_that_sees_surfaces_is_trained_and_serves(tmp_path: Path) -> N
     if not file.is_file():
         file = tmp_path / "weights.safetensors"
     assert weights.load(file).wide
+    # It is held against what it starts from, the surfaces without a network.
+    assert "surfaces_then_gp" in (tmp_path / "report.md").read_text()
     context = TuningContext(hidden_size=128, steps=32, batch_size=8)
     sampler = RLSampler(seed=0, weights=file, context=context, cost=lambda params: 0.001)
     study = optuna.create_study(sampler=sampler)
