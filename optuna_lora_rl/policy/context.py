@@ -14,6 +14,8 @@ from typing import Any
 from typing import Literal
 
 from optuna_lora_rl.errors import UserError
+from optuna_lora_rl.errors import first_line
+from optuna_lora_rl.errors import not_installed
 
 Method = Literal["sft", "dpo", "kto", "grpo"]
 Quantization = Literal["none", "8bit", "4bit"]
@@ -167,14 +169,16 @@ def _read(name: str) -> Mapping[str, Any]:
     """The configuration of a folder, or of a name on the hub."""
     file = Path(name) / "config.json"
     if not Path(name).exists():
-        from huggingface_hub import hf_hub_download
-
+        try:
+            from huggingface_hub import hf_hub_download
+        except ModuleNotFoundError as error:
+            raise UserError(not_installed(f"context: the name {name!r}", error)) from error
         try:
             file = Path(hf_hub_download(name, "config.json"))
         except Exception as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"context: {name!r} is no local folder, and the hub gave no configuration: {first}"
+                f"context: {name!r} is no local folder, and the hub gave no configuration: "
+                f"{first_line(error)}"
             ) from error
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,19 @@ def test_what_is_no_model_gets_a_sentence(tmp_path: Path) -> None:
         TuningContext.of(3)
     with pytest.raises(UserError, match="there is no 'width'"):
         TuningContext.of(LLAMA, width=3)
+
+
+def test_a_name_on_the_hub_needs_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(name: str, file: str) -> str:
+        assert (name, file) == ("nobody/nothing", "config.json")
+        raise ConnectionError("no route\nto the hub")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lost)
+    with pytest.raises(UserError, match=r"gave no configuration: no route$"):
+        TuningContext.of("nobody/nothing")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match="needs the package huggingface_hub: pip install"):
+        TuningContext.of("nobody/nothing")
 
 
 def test_it_comes_back_from_plain_values() -> None:
