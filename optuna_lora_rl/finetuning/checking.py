@@ -33,6 +33,7 @@ from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.errors import first_line
 from optuna_lora_rl.finetuning import sft
 from optuna_lora_rl.finetuning.architecture import Architecture
+from optuna_lora_rl.finetuning.attention import BY_BLOCKS
 from optuna_lora_rl.finetuning.cache import once
 from optuna_lora_rl.finetuning.configuration import Configuration
 from optuna_lora_rl.finetuning.isolation import collected
@@ -113,7 +114,11 @@ def checked(
             return asdict(_check(base, rows, training, device))
 
     found = Checked(**once(cache, "checks", facts, measure))
-    return replace(base, call=ModelCall(found.own_head, found.end_to_end, few=found.few))
+    # In 16 bits a CPU is quicker side by side than with torch's own kernel, whatever the lengths.
+    kernel = base.model.config.get_text_config()._attn_implementation
+    always = kernel == BY_BLOCKS and device.type == "cpu" and training.precision == "bf16"
+    call = ModelCall(found.own_head, found.end_to_end, always=always, few=found.few)
+    return replace(base, call=call)
 
 
 def notes(base: Base) -> list[str]:

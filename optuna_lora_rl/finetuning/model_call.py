@@ -36,7 +36,7 @@ class ModelCall:
         own_head: Whether logits come from the model's own forward; TRL's fused head computes
             those of some architectures wrong.
         end_to_end: Whether the rows of a batch may be laid end to end in one.
-        always: Whether they are, even where padding would be less work.
+        always: Whether they are, even where it saves no tokens.
         few: Whether logits of few positions come from the model's own forward, since TRL's head
             takes longer.
     """

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from optuna_lora_rl.finetuning import attention
 from optuna_lora_rl.finetuning import heads
 from optuna_lora_rl.finetuning.products import cast_once
+from optuna_lora_rl.finetuning.products import kept
 
 
 class Two(nn.Module):
@@ -49,7 +51,7 @@ def outcome(model: Any, x: torch.Tensor, *, mixed: bool = True) -> list[torch.Te
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"lora_dropout": 0.4}, {"use_rslora": True}, {"use_dora": True}, {"lora_bias": True}],
+    [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_bias": True}],
 )
 def test_outputs_and_gradients_are_pefts(changes: dict[str, Any]) -> None:
     model, x = adapted(**changes), torch.randn(2, 7, 24)
@@ -102,20 +104,75 @@ def test_layers_with_one_input_are_one_step_from_the_second_pass_on() -> None:
         assert torch.equal(whole, alone)
 
 
-def test_a_layer_between_that_drops_out_computes_alone() -> None:
-    model, x = adapted(lora_dropout=0.5), torch.randn(5, 24)
+def test_each_layer_drops_of_its_own_input() -> None:
+    model, x = adapted(lora_dropout=0.4), torch.randn(2, 7, 24)
     base = model.get_base_model()
-    base.q.lora_dropout["default"] = nn.Identity()
+    base.k.lora_dropout["default"] = nn.Dropout(0.2)
+    with cast_once(model):
+        first, found = outcome(model, x), outcome(model, x)
+    # The same in float32, step by step.
+    model.zero_grad()
+    own = x.clone().requires_grad_()
+    torch.manual_seed(1)
+    made = []
+    for layer, drops in ((base.q, 0.4), (base.k, 0.2)):
+        left = own * kept(x.view(14, 24), drops).view(x.shape) / (1 - drops)
+        update = left @ layer.lora_A["default"].weight.mT @ layer.lora_B["default"].weight.mT
+        made.append(layer.base_layer(own) + layer.scaling["default"] * update)
+    y = torch.cat(made, dim=-1)
+    y.square().sum().backward()
+    assert own.grad is not None
+    trained = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
+    plain = [y.detach(), own.grad, *trained]
+    for ours, theirs in zip([*first, *found], [*plain, *plain], strict=True):
+        scale = float(theirs.abs().max())
+        torch.testing.assert_close(ours.float() / scale, theirs / scale, rtol=0, atol=0.02)
+    # In evaluation nothing drops out.
+    model.eval()
     with cast_once(model), torch.autocast("cpu", dtype=torch.bfloat16):
-        for _ in range(2):
-            torch.manual_seed(3)
-            base.q(x)
-            found = base.k(x)
-        torch.manual_seed(3)
-        torch.testing.assert_close(found, base.k(x + 0))
-        # In evaluation nothing drops out.
-        model.eval()
-        assert torch.equal(base.k(x), base.k(x))
+        assert torch.equal(model(x), model(x + 0))
+
+
+@pytest.mark.parametrize("drops", [0.0, 0.1, 0.5, 0.999])
+def test_what_dropout_leaves_is_drawn_with_its_probability(drops: float) -> None:
+    torch.manual_seed(0)
+    drawn = kept(torch.empty(997, 1003), drops)
+    apart = (drawn.float().mean() - (1 - drops)).abs()
+    assert apart <= 4 * math.sqrt(drops * (1 - drops) / drawn.numel()) + 2**-16
+    # Of the four places that one number decides on, each as often, and each for itself.
+    places = drawn.flatten()[: 4 * 249_000].view(-1, 4).float()
+    assert ((places.mean(0) - (1 - drops)).abs() < 0.004).all()
+    if drops == 0.5:
+        together = (places - 0.5).mT @ (places - 0.5) / len(places)
+        assert (together.fill_diagonal_(0).abs() < 0.002).all()
+
+
+def test_checkpoints_are_computed_again_as_they_were(random_llama: Any) -> None:
+    """The first pass, in which layers do not know yet with whom they share, and the next ones."""
+    losses = []
+    for checkpointing in (False, True):
+        model: Any = AutoModelForCausalLM.from_pretrained(random_llama)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(0)
+        config = LoraConfig(
+            r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.3
+        )
+        model = get_peft_model(model, config)
+        model.train()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=0.5)
+        ids = torch.arange(3, 21).view(2, 9)
+        with cast_once(model):
+            for _ in range(3):
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    loss = model(input_ids=ids, labels=ids).loss
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(float(loss))
+    assert losses[3:] == losses[:3]
+    assert losses[2] < losses[0]
 
 
 class Square(nn.Module):

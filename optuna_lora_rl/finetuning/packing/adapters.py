@@ -33,6 +33,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
+from optuna_lora_rl.finetuning import products
+
 # Ranks within this factor are padded to the largest among them.
 _PADDING = 2
 
@@ -150,7 +152,12 @@ class PackedBatch:
                 continue
             own = torch.ones(b, share.length, inputs, device=x.device)
             with _going_on(self._generator(share, name)):
-                kept[i, :, : share.length] = nn.functional.dropout(own, factors.dropout)
+                if products.is_mixed(x):
+                    # As alone.
+                    drawn = products.kept(own, factors.dropout) / (1 - factors.dropout)
+                else:
+                    drawn = nn.functional.dropout(own, factors.dropout)
+                kept[i, :, : share.length] = drawn
         return kept.view(len(run), b * T, inputs)
 
     def _generator(self, share: Share, module: str) -> torch.Generator:
