@@ -5,7 +5,7 @@ same in each; queries, keys and values have one input. Here a weight is cast onc
 input once for all layers that read it. PEFT's LoRA layer casts its input to float32 and back, and
 scales and adds its update in steps of their own. Here the layers that read one input are one step:
 on the way there one product has the A of all their adapters, on the way back one sum takes in what
-all of them send to the input.
+all of them send to the input. Norms and positions, whose parts are many, are computed with less.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ def cast_once(model: nn.Module) -> Iterator[None]:
                 module.__dict__["forward"] = partial(products.of, module, module.forward)
             elif norm := RootMeanSquare.of(module):
                 module.__dict__["forward"] = norm
+            elif type(module).__name__.endswith("RotaryEmbedding"):
+                module.__dict__["forward"] = partial(_turns, module.forward)
             else:
                 continue
             changed.append(module)
@@ -272,6 +274,14 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
 def _is_frozen(layer: nn.Linear) -> bool:
     bias = layer.bias
     return not layer.weight.requires_grad and (bias is None or not bias.requires_grad)
+
+
+def _turns(own: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Has queries and keys turned by their positions in 16 bits, as in a model in 16 bits."""
+    found, dtype = own(x, *args, **kwargs), _autocast(x)
+    if dtype is None or x.device.type != "cpu" or not isinstance(found, tuple):
+        return found
+    return tuple(part.to(dtype) for part in found)
 
 
 def is_mixed(x: Tensor) -> bool:
