@@ -39,7 +39,7 @@ from optuna_lora_rl.policy.scores import unit
 # Cheaper than at work: the surrogate's fit starts from the last step's.
 SETTINGS = Settings(candidates=64, rounds=2, steps=3, iterations=7, fit_rows=60)
 # For a network that sees surfaces, the run and costs.
-WIDE = replace(SETTINGS, bank=True, moves=True, wide=True)
+WIDE = replace(SETTINGS, bank=True, moves=1_000_000, wide=True)
 _FIRST_ITERATIONS = 12
 # Features of the truth that the critic sees: a task's, the regret so far and the trials left.
 PRIVILEGED = 6

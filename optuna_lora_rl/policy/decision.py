@@ -76,7 +76,7 @@ _FIRST, _SPREAD = 60.0, 3.0
 # So many trials after the first change learning rate and size alone, or pay so many nats.
 _NARROW, _STRAY = 2, 4.0
 # Trials, running ones included, for which a bank of surfaces is asked.
-_BANKED = 10
+BANKED = 10
 # Most units that a constraint is kept or broken by.
 _FARTHEST = 3.0
 # A constraint that only says kept or broken is taken as +1 or -1. Its limit may lie anywhere
@@ -104,9 +104,10 @@ class Settings:
         fit_rows: most trials that its hyperparameters are fitted to.
         bank: whether LoRA spaces begin with a bank of response surfaces. The shipped network was
             trained without.
-        moves: whether the second and third trial of a LoRA space change learning rate and size
-            alone, so that their results can be told apart, and what is largest is always among
-            the candidates.
+        moves: for so many trials the incumbent at other learning rates and sizes is among the
+            candidates, and the second and third trial of a LoRA space change nothing else, so
+            that their results can be told apart. In training for all, so that all steps have as
+            many candidates.
         wide: whether the features hold what is known of surfaces, of the run and of costs.
     """
 
@@ -119,7 +120,7 @@ class Settings:
     iterations: int = 40
     fit_rows: int = 100
     bank: bool = False
-    moves: bool = False
+    moves: int = 0
     wide: bool = False
 
 
@@ -350,8 +351,9 @@ def decide(
     x, source = proposals(layout, trials, snap, generator, settings.candidates, grid, earlier)
     if banked and not trials.begun:
         x[source == _DEFAULT] = snap(layout.first[None])
-    narrow = settings.moves and layout.is_lora and 0 < trials.begun <= _NARROW
-    if settings.moves:
+    moved = trials.begun < settings.moves
+    narrow = moved and layout.is_lora and 0 < trials.begun <= _NARROW
+    if moved:
         x = np.concatenate([x, snap(moves(layout, trials))])
         source = np.append(source, np.full(MOVES, _AXIS))
     points = layout.points(x)
@@ -391,7 +393,7 @@ def decide(
 
 def _banked(layout: Layout, trials: Trials, settings: Settings) -> bool:
     """Whether a bank of surfaces is asked."""
-    asked = settings.bank and layout.is_lora and trials.begun < _BANKED
+    asked = settings.bank and layout.is_lora and trials.begun < BANKED
     return asked and layout.bank.speaks
 
 

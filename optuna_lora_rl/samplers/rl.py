@@ -26,6 +26,7 @@ from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.policy import weights as weight_files
 from optuna_lora_rl.policy.conditions import settle
 from optuna_lora_rl.policy.context import TuningContext
+from optuna_lora_rl.policy.decision import BANKED
 from optuna_lora_rl.policy.decision import Decision
 from optuna_lora_rl.policy.decision import Settings
 from optuna_lora_rl.policy.decision import decide
@@ -194,7 +195,10 @@ class RLSampler(BaseSampler):
         # A network that was trained without the bank is worse with it.
         wide = self._network is not None and self._network.wide
         self._settings = Settings(
-            candidates=n_candidates, bank=wide or not learned, moves=wide, wide=wide
+            candidates=n_candidates,
+            bank=wide or not learned,
+            moves=BANKED if wide else 0,
+            wide=wide,
         )
         self._lasts: Lasts | None = None
         self._context = context

@@ -40,7 +40,7 @@ LORA = make_space(
 )
 PLAIN = make_space([Dimension("x", "float"), Dimension("y", "float")])
 NARROW = Settings(candidates=32, bank=True)
-WIDE = replace(NARROW, moves=True, wide=True)
+WIDE = replace(NARROW, moves=1_000_000, wide=True)
 EACH, WHOLE = sizes(wide=True)
 
 
