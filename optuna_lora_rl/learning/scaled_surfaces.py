@@ -60,6 +60,7 @@ _CONTEXT = {
     "method": "method",
 }
 _LOGARITHMIC = ("learning_rate", "lora_rank", "alpha_ratio", "batch_size", "max_steps")
+FEWEST = 8
 TARGETS = ("qv", "attention", "mlp", "all-linear")
 
 
@@ -270,7 +271,10 @@ def _dimensions(table: Table) -> tuple[Dimension, ...]:
 
 
 def load(split: str) -> list[ScaledSurface]:
-    """The surfaces of a split of the tables that have been fitted; none where there are none."""
+    """The fitted surfaces of a split, of the tables of at least ``FEWEST`` runs.
+
+    With fewer a surface says what all tables have in common and little of its own.
+    """
     fits = json.loads(FITS.read_text(encoding="utf-8"))["tables"] if FITS.exists() else {}
     known = [table for table in scaled.load(split) if table.task.name in fits]
-    return [ScaledSurface(table, fits[table.task.name]) for table in known]
+    return [ScaledSurface(one, fits[one.task.name]) for one in known if len(one) >= FEWEST]

@@ -180,11 +180,10 @@ def _real() -> list[Task]:
     ]
 
 
-TASKS = {
-    task.name: task
-    for task in (
-        *_real(),
-        *(task for turn, model in enumerate(_MODELS) for task in _tiny(model, turn)),
-        *(task for turn, model in enumerate(HELD_MODELS) for task in _tiny(model, turn + 3)),
-    )
-}
+_ALL = (
+    *_real(),
+    *(task for turn, model in enumerate(_MODELS) for task in _tiny(model, turn)),
+    *(task for turn, model in enumerate(HELD_MODELS) for task in _tiny(model, turn + 3)),
+)
+# In the order in which they are begun: long runs last.
+TASKS = {task.name: task for task in sorted(_ALL, key=lambda task: max(task.steps) > 64)}

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from studies.tables.scale_fitting import Regression
 
 _FEW = 64
+_TELLING = 16
+"""Runs from which on a table tells more of its own form than the prior does."""
 
 
 def page(fits: Sequence[Fit], regression: Regression, command: str) -> str:
@@ -28,25 +30,22 @@ def page(fits: Sequence[Fit], regression: Regression, command: str) -> str:
         "that of the fitted ridge at alpha = 2 rank, rank 16, all linear modules, and the middle "
         "of the table's own steps and batch sizes; ± is one standard deviation, of the fit. A "
         "table whose deviation is near the prior's "
-        f"({regression.spread:.2f} decades or more) says little by itself.",
+        f"({regression.spread:.2f} decades or more) says little by itself. Intervals are over "
+        "resampled tables; where tables have few runs the prior holds them together, and the "
+        "intervals are too narrow.",
         "## The best learning rate",
         _regression(regression),
         "The same without one of the regressors, and by split (what is kept out of training is "
         "whole widths, a whole length, and families):",
         _alternatives(fits, regression),
-        "## The ends of the plateau",
-        "Where a tenth of the rise is missing, and where a tenth of the fall is done: regression "
-        "of the tables' ends on what is known (least squares, weighted by how well each table's "
-        "rate is known), with 95% intervals over resampled tables.",
-        _edges(fits),
         "## Exponents within tables",
-        "Mean over tables, each weighted by how well it fits, with the 95% interval of the mean "
-        "over resampled tables. An exponent of .64 of alpha / rank says that four times the ratio "
-        "asks for 4^.64 = 2.4 times less learning rate.",
+        f"Mean over the tables of at least {_TELLING} runs (fewer echo the prior), with the 95% "
+        "interval of the mean over resampled tables. An exponent of .64 of alpha / rank says that "
+        "four times the ratio asks for 4^.64 = 2.4 times less learning rate.",
         _exponents(fits),
         "## Rank, targets and dropout by number of examples",
         "What the fitted surface gains in quality (share of the untuned loss that is removed), at "
-        "the best learning rate of each choice.",
+        f"the best learning rate of each choice, in the tables of at least {_TELLING} runs.",
         _choices(fits),
         "## Each table",
         _tables(fits),
@@ -91,35 +90,6 @@ def _alternatives(fits: Sequence[Fit], regression: Regression) -> str:
     return "\n".join(rows)
 
 
-_EDGES = ("one", "width", "depth", "steps", "examples")
-
-
-def _edges(fits: Sequence[Fit]) -> str:
-    places = [scale_fitting.NAMES.index(name) for name in _EDGES]
-    X = np.array([scale_fitting.regressors(one.known)[places] for one in fits])
-    weights = np.array([1 / (one.deviation**2 + 0.2**2) for one in fits])
-    rows = [f"| decades of | {' | '.join(_EDGES[1:])} | in the middle |"]
-    rows.append("| --- |" + " ---: |" * len(_EDGES))
-    for said, sign in (("lowest good rate", -1.0), ("highest good rate", 1.0)):
-        y = np.array([one.rate + sign * one.form.half for one in fits])
-
-        def found(kept: np.ndarray, y: np.ndarray = y) -> np.ndarray:
-            w = weights[kept]
-            gram = (X[kept].T * w) @ X[kept] + 1e-3 * np.eye(len(_EDGES))
-            solved: np.ndarray = np.linalg.solve(gram, (X[kept].T * w) @ y[kept])
-            return solved
-
-        rng = np.random.default_rng(0)
-        drawn = [found(rng.integers(len(fits), size=len(fits))) for _ in range(1000)]
-        low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
-        cells = [
-            f"{value:.2f} [{a:.2f}, {b:.2f}]"
-            for value, a, b in zip(found(np.arange(len(fits))), low, high, strict=True)
-        ]
-        rows.append(f"| {said} | {' | '.join([*cells[1:], cells[0]])} |")
-    return "\n".join(rows)
-
-
 def _is_small(one: Fit) -> bool:
     return bool(one.known["model_parameters"] < 1e8)
 
@@ -128,7 +98,12 @@ def _split(one: Fit) -> str:
     return str(one.table.task.split)
 
 
+def _telling(fits: Sequence[Fit]) -> list[Fit]:
+    return [one for one in fits if len(one.table) >= _TELLING]
+
+
 def _exponents(fits: Sequence[Fit]) -> str:
+    fits = _telling(fits)
     names = {
         "by_ratio": "alpha / rank",
         "by_rank": "rank at fixed alpha / rank",
@@ -137,6 +112,8 @@ def _exponents(fits: Sequence[Fit]) -> str:
         "by_batch": "1 / batch size, within a table",
         "half": "half the width of the plateau, decades",
         "widens": "steps, by which that grows",
+        "lowest": "steps, by which the lowest good rate falls",
+        "highest": "steps, by which the highest good rate falls",
         "rising": "scale of the rise, decades",
         "falling": "scale of the fall, decades",
         "drop": "quality that the fall takes",
@@ -152,10 +129,16 @@ def _exponents(fits: Sequence[Fit]) -> str:
     for name, said in names.items():
         cells = []
         for some in lots.values():
-            values = np.array([getattr(one.form, name) for one in some])
+            values = np.array([_exponent(one, name) for one in some])
             cells.append("{:.2f} [{:.2f}, {:.2f}]".format(values.mean(), *_interval(values)))
         rows.append(f"| {said} | {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def _exponent(one: Fit, name: str) -> float:
+    if name in ("lowest", "highest"):
+        return one.form.by_steps + (1 if name == "lowest" else -1) * one.form.widens
+    return float(getattr(one.form, name))
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:
@@ -166,10 +149,11 @@ def _interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def _choices(fits: Sequence[Fit]) -> str:
+    fits = _telling(fits)
     lots = {
         "16": [one for one in fits if one.known["examples"] <= 16],
         "64": [one for one in fits if 16 < one.known["examples"] <= _FEW],
-        "256 to 512": [one for one in fits if _FEW < one.known["examples"] <= 512],
+        "96 to 512": [one for one in fits if _FEW < one.known["examples"] <= 512],
         "1024 and more": [one for one in fits if one.known["examples"] > 512],
     }
     lots = {said: some for said, some in lots.items() if len(some) >= 2}
