@@ -97,7 +97,7 @@ def _peak() -> int:
 
 
 def _counts(tuner: Any) -> dict[str, float]:
-    train = tuner._workspace.prepared.tokens.train
+    train = tuner.workspace.prepared.tokens.train
     tokens = sum(map(len, train["input_ids"]))
     learnt = sum(label != -100 for row in train["labels"] for label in row)
     return {"length": tokens / len(train), "learnt": learnt / tokens}

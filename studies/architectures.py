@@ -127,7 +127,7 @@ def tuner_of(folder: Path) -> FineTuner:
 
 def _try_out(found: Found, tuner: FineTuner, folder: Path) -> None:
     tuner.prepare()
-    prepared = tuner._prepared
+    prepared = tuner.prepared
     architecture = prepared.base.architecture
     rows = prepared.tokens.validation
     found.own_head = prepared.base.call.own_head

@@ -121,29 +121,29 @@ class FineTuner:
         from optuna_lora_rl.finetuning import sft
         from optuna_lora_rl.finetuning.targets import select
 
-        architecture = self._prepared.base.architecture
+        architecture = self.prepared.base.architecture
         for name in self.target_sets:
             if name in TARGET_PRESETS:
                 raise UserError(f"target_sets.{name} is the name of a preset; take another name")
             select(architecture, name, "all", self.target_sets)
         checking.check_targets(architecture, targets, layers, self.target_sets)
         try:
-            sft.check(self._workspace.price.reference_configuration, self.training)
-            _ = self._workspace.price.reference
+            sft.check(self.workspace.price.reference_configuration, self.training)
+            _ = self.workspace.price.reference
         except FineTuningError as error:
             raise UserError(f"objective.reference: {error.message}") from None
-        return checking.notes(self._prepared.base)
+        return checking.notes(self.prepared.base)
 
     @property
     def precision(self) -> str:
         """The arithmetic of training: ``fp32``, ``bf16`` or ``fp16``."""
-        return self._prepared.training.precision
+        return self.prepared.training.precision
 
     @process.alone()
     def traits(self) -> dict[str, int | float]:
         """Returns what there is to learn from and with: sizes of data and model, rows left out."""
-        splits, tokens = self._prepared.splits, self._prepared.tokens
-        lengths, architecture = self._prepared.lengths, self._prepared.base.architecture
+        splits, tokens = self.prepared.splits, self.prepared.tokens
+        lengths, architecture = self.prepared.lengths, self.prepared.base.architecture
         return {
             "train_examples": len(tokens.train),
             "validation_examples": len(tokens.validation),
@@ -171,12 +171,12 @@ class FineTuner:
         """
         from optuna_lora_rl.finetuning.data_facts import facts
 
-        return facts(self._workspace)
+        return facts(self.workspace)
 
     @process.alone()
     def baseline(self) -> Evaluation:
         """Returns the untuned model's evaluation on the validation set, measured once."""
-        return self._workspace.baseline
+        return self.workspace.baseline
 
     @process.alone()
     def forecast(self) -> Forecast:
@@ -188,7 +188,7 @@ class FineTuner:
         from optuna_lora_rl.finetuning import forecast
 
         typical = {**self.objective.reference, **self.typical}
-        return forecast.measure(self._workspace, typical, self._on_activity)
+        return forecast.measure(self.workspace, typical, self._on_activity)
 
     @process.alone()
     def estimate(self, configuration: Mapping[str, Value]) -> tuple[Estimate, dict[str, float]]:
@@ -197,7 +197,7 @@ class FineTuner:
         Raises:
             FineTuningError: When there is nothing that the configuration could adapt.
         """
-        price = self._workspace.price
+        price = self.workspace.price
         counted = price.estimate(Configuration.of(configuration))
         return counted, price.estimated(counted)
 
@@ -242,6 +242,7 @@ class FineTuner:
         *,
         size: int | None = None,
         says: Callable[[str], None] | None = None,
+        alone: Callable[[TrialRequest, str], None] | None = None,
     ) -> None:
         """Trains and evaluates adapters side by side, over one forward pass of the base model.
 
@@ -257,7 +258,8 @@ class FineTuner:
             done: Called as each run ends, with its result, a ``FineTuningError``, or what its
                 report raised.
             size: Most runs side by side; what memory seems to hold if left out.
-            says: Told in a sentence why a run is alone, and when the pack becomes smaller.
+            says: Told in a sentence when the pack becomes smaller.
+            alone: Told which run trains alone, and why; ``says`` is, in a sentence, if left out.
 
         Raises:
             BaseException: What ``runs`` and ``done`` raise, and what is no ``Exception`` from a
@@ -265,7 +267,15 @@ class FineTuner:
         """
         from optuna_lora_rl.finetuning.packing.runs import SideBySide
 
-        SideBySide(self._workspace, self._alone, runs, done, says or (lambda note: None)).run(size)
+        notes = says or (lambda note: None)
+
+        def noted(request: TrialRequest, reason: str) -> None:
+            notes(f"trial {request.number} runs alone: {reason}")
+
+        side_by_side = SideBySide(
+            self.workspace, self._alone, runs, done, parted=alone or noted, says=notes
+        )
+        side_by_side.run(size)
 
     def _alone(self, request: TrialRequest) -> TrialResult:
         from optuna_lora_rl.finetuning.trial import Trial
@@ -273,7 +283,7 @@ class FineTuner:
         follower, trial = Follower(self.training.report_to, request), None
         is_measured = self.objective.cost_source == "measured"
         try:
-            trial = Trial(self._workspace, request, follower=follower)
+            trial = Trial(self.workspace, request, follower=follower)
             took = trial.alone()
             result = trial.result(took, (lambda: self._reference) if is_measured else None)
         except BaseException as error:
@@ -299,16 +309,16 @@ class FineTuner:
         from optuna_lora_rl.finetuning.lora import loaded
         from optuna_lora_rl.finetuning.preparation import questions
 
-        prepared = self._prepared
+        prepared = self.prepared
         base, rows, dataset = prepared.base, prepared.splits.test, prepared.tokens.test
         if rows is None or dataset is None:
             return None
         asked = questions(base, rows, self.data, self.objective)
         what = "evaluating the untuned model on the test split"
-        before = Evaluation(**self._workspace.evaluate_base(dataset, asked, what))
+        before = Evaluation(**self.workspace.evaluate_base(dataset, asked, what))
         what = "evaluating the best adapter on the test split"
         with quiet(), loaded(base.model, adapter) as adapted:
-            after = Evaluation(**self._workspace.evaluate(adapted, dataset, asked, what))
+            after = Evaluation(**self.workspace.evaluate(adapted, dataset, asked, what))
         gained = quality(self.objective.metric, after.metrics(), before)
         return replace(after, quality=gained)
 
@@ -332,7 +342,7 @@ class FineTuner:
         from optuna_lora_rl.finetuning.lora import loaded
         from optuna_lora_rl.finetuning.lora import restored
 
-        base, workspace, tell = self._prepared.base.model, self._workspace, self._on_activity
+        base, workspace, tell = self.prepared.base.model, self.workspace, self._on_activity
         if self.objective.metric in GENERATED_METRICS:
             count = self.objective.generation_samples
         if adapter is None:
@@ -361,7 +371,7 @@ class FineTuner:
         from optuna_lora_rl.rank import resizing
         from optuna_lora_rl.rank import truncation
 
-        own, workspace, prepared = truncation.cuttable(adapter), self._workspace, self._prepared
+        own, workspace, prepared = truncation.cuttable(adapter), self.workspace, self.prepared
         base, baseline = prepared.base.model, workspace.baseline
         own.check_fits(layers.shapes_of(base, with_head=True), prepared.base.name)
         found: list[float] = []
@@ -385,11 +395,13 @@ class FineTuner:
         return found[::-1]
 
     @property
-    def _prepared(self) -> Prepared:
-        return self._workspace.prepared
+    def prepared(self) -> Prepared:
+        """The base model and the tokenised data; loaded at the first use."""
+        return self.workspace.prepared
 
     @cached_property
-    def _workspace(self) -> Workspace:
+    def workspace(self) -> Workspace:
+        """What all trials share. Who uses it takes no turn with the trials of other threads."""
         # With it come torch, transformers, TRL and PEFT.
         from optuna_lora_rl.finetuning.workspace import Workspace
 
@@ -411,10 +423,10 @@ class FineTuner:
         from optuna_lora_rl.finetuning.trial import TrialRequest
         from optuna_lora_rl.finetuning.workspace import content_of
 
-        workspace, tokens = self._workspace, self._prepared.tokens
+        workspace, tokens = self.workspace, self.prepared.tokens
         configuration = asdict(workspace.price.reference_configuration)
         facts = {
-            **workspace.facts(workspace.validation, self._prepared.asked),
+            **workspace.facts(workspace.validation, self.prepared.asked),
             "configuration": configuration,
             "train": content_of(tokens.train),
             "machine": [platform.node(), platform.processor()],

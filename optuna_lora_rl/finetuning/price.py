@@ -21,6 +21,7 @@ from optuna_lora_rl.finetuning.lora import targets_of
 from optuna_lora_rl.finetuning.options import ObjectiveOptions
 from optuna_lora_rl.finetuning.options import TrainingOptions
 from optuna_lora_rl.finetuning.preparation import Prepared
+from optuna_lora_rl.finetuning.ranks import Allocated
 from optuna_lora_rl.finetuning.ranks import Allocator
 from optuna_lora_rl.finetuning.sft import Plan
 
@@ -79,6 +80,19 @@ class Measured:
     peak_bytes: int
 
 
+@dataclass(frozen=True)
+class Adapted:
+    """What a configuration adapts.
+
+    Attributes:
+        modules: The modules.
+        allocated: Their ranks, and what finding these took.
+    """
+
+    modules: tuple[LinearModule, ...]
+    allocated: Allocated
+
+
 class Price:
     """Prices runs: ``sum_i w_i (x_i / reference_i) / sum_i w_i`` over time, memory, parameters.
 
@@ -113,31 +127,51 @@ class Price:
         """The reference run, counted."""
         return self.estimate(self.reference_configuration)
 
-    def estimate(self, configuration: Configuration, steps: int | None = None) -> Estimate:
-        """Counts a run at the ranks of its start: the whole of it, or the steps done."""
-        allocated = self._allocator.share(configuration, self._chosen(configuration))
-        run = self._count(configuration, steps, allocated.ranks)
-        return replace(run, flops=run.flops + allocated.flops)
+    def estimate(
+        self,
+        configuration: Configuration,
+        adapted: Adapted | None = None,
+        steps: int | None = None,
+    ) -> Estimate:
+        """Counts a run at the ranks of its start.
+
+        Args:
+            configuration: The configuration.
+            adapted: What it adapts, where that has been found.
+            steps: The steps that were done; all that are planned if None.
+        """
+        adapted = adapted or self.adapted(configuration)
+        run = self._count(configuration, adapted.modules, steps, adapted.allocated.ranks)
+        return replace(run, flops=run.flops + adapted.allocated.flops)
 
     def followed(
-        self, configuration: Configuration, spells: Sequence[tuple[int, Mapping[str, int]]]
+        self,
+        configuration: Configuration,
+        adapted: Adapted,
+        spells: Sequence[tuple[int, Mapping[str, int]]],
     ) -> Estimate:
         """Counts a run whose ranks changed: its FLOPs as they were, the largest of the rest.
 
         Args:
             configuration: The configuration.
+            adapted: What it adapts.
             spells: For how many steps which ranks were in place.
         """
-        allocated = self._allocator.share(configuration, self._chosen(configuration))
-        parts = [self._count(configuration, steps, ranks) for steps, ranks in spells]
+        parts = [
+            self._count(configuration, adapted.modules, steps, ranks) for steps, ranks in spells
+        ]
         return Estimate(
-            flops=allocated.flops + sum(part.flops for part in parts),
+            flops=adapted.allocated.flops + sum(part.flops for part in parts),
             memory_bytes=max(part.memory_bytes for part in parts),
             trainable_parameters=max(part.trainable_parameters for part in parts),
         )
 
     def _count(
-        self, configuration: Configuration, steps: int | None, ranks: Mapping[str, int]
+        self,
+        configuration: Configuration,
+        chosen: tuple[LinearModule, ...],
+        steps: int | None,
+        ranks: Mapping[str, int],
     ) -> Estimate:
         prepared = self._prepared
         lengths, base = prepared.lengths, prepared.base
@@ -151,7 +185,6 @@ class Price:
             itemsize=2 if self._training.precision in ("bf16", "fp16") else 4,
             weight_itemsize=2 if self._dtype in ("bfloat16", "float16") else 4,
         )
-        chosen = self._chosen(configuration)
         run = cost.estimate(configuration, base.architecture, chosen, work, ranks)
         if configuration.rank_change == "gradient":
             options = self._training.rank_change.gradient
@@ -160,9 +193,11 @@ class Price:
             run = replace(run, flops=run.flops + looks * work.sequences * each)
         return run
 
-    def _chosen(self, configuration: Configuration) -> tuple[LinearModule, ...]:
+    def adapted(self, configuration: Configuration) -> Adapted:
+        """Returns the modules and ranks of a configuration."""
         architecture = self._prepared.base.architecture
-        return targets_of(configuration, architecture, self._target_sets)
+        modules = targets_of(configuration, architecture, self._target_sets)
+        return Adapted(modules, self._allocator.share(configuration, modules))
 
     def estimated(self, run: Estimate) -> dict[str, float]:
         """Returns the relative parts of a counted run and their weighted total."""

@@ -31,6 +31,7 @@ from optuna_lora_rl.finetuning.lora import OwnStart
 from optuna_lora_rl.finetuning.lora import attached
 from optuna_lora_rl.finetuning.lora import lora_config
 from optuna_lora_rl.finetuning.lora import targets_of
+from optuna_lora_rl.finetuning.price import Adapted
 from optuna_lora_rl.finetuning.price import Measured
 from optuna_lora_rl.finetuning.price import Meter
 from optuna_lora_rl.finetuning.progress import Progress
@@ -185,7 +186,9 @@ class Trial:
         self._plan = sft.Plan.of(self.wanted, training, len(prepared.lengths))
         self._stages = workspace.stages.of(self._plan.evaluated)
         self._monitor = Monitor()
-        self._counted = workspace.price.estimated(workspace.price.estimate(self.wanted))["total"]
+        self._adapted = Adapted(self.chosen, self._allocated)
+        counted = workspace.price.estimate(self.wanted, self._adapted)
+        self._counted = workspace.price.estimated(counted)["total"]
         self.progress = Progress(
             metric=workspace.objective.metric,
             numbers=self._plan.evaluated,
@@ -315,13 +318,13 @@ class Trial:
         """
         workspace, progress = self._workspace, self.progress
         changes = [] if self._changing is None else self._changing.changes
-        request = workspace.price.estimate(self.wanted, self._steps)
+        counted = workspace.price.estimate(self.wanted, self._adapted, self._steps)
         if changes:
-            request = workspace.price.followed(self.wanted, self._spells())
-        parts = {"estimated": workspace.price.estimated(request)}
+            counted = workspace.price.followed(self.wanted, self._adapted, self._spells())
+        parts = {"estimated": workspace.price.estimated(counted)}
         if reference is not None:
             whole = replace(took, seconds=took.seconds + self._allocated.seconds)
-            parts["measured"] = workspace.price.measured(whole, reference(), request)
+            parts["measured"] = workspace.price.measured(whole, reference(), counted)
         total = parts[workspace.objective.cost_source]["total"]
         gained = self._truncation.get("quality_after", progress.curve[-1]["quality"])
         return TrialResult(
@@ -334,9 +337,9 @@ class Trial:
             steps=self._steps,
             seconds=took.seconds,
             peak_memory_bytes=took.peak_bytes,
-            flops=request.flops,
-            bytes=request.memory_bytes,
-            trainable_parameters=request.trainable_parameters,
+            flops=counted.flops,
+            bytes=counted.memory_bytes,
+            trainable_parameters=counted.trainable_parameters,
             stopped_early=progress.stopped_early,
             ranks=self._ranks,
             rank_changes=[asdict(change) for change in changes],

@@ -213,7 +213,9 @@ class _Worker:
         packing = self.spec.packing
         size = packing if isinstance(packing, int) else None
         with self.interruption.window():
-            tuner.run_packed(trials.next, trials.done, size=size, says=trials.says)
+            tuner.run_packed(
+                trials.next, trials.done, size=size, says=trials.says, alone=trials.alone
+            )
 
     def _is_packed(self) -> bool:
         # Trackers follow one run at a time, and take its names from the environment.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import time
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -51,8 +50,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _MIB = 1 << 20
-# What is said of a trial that cannot share a pass over the base model.
-_ALONE = re.compile(r"trial (\d+) runs alone: (.+)")
 
 
 @dataclass
@@ -168,15 +165,24 @@ class Trials:
             self._ended(self._study._storage.get_trial(running.trial._trial_id))
 
     def says(self, note: str) -> None:
-        """Shows a note of the pack, and keeps with a trial why it runs alone."""
+        """Shows a note of the pack."""
         with self._interruption.shield():
             self._display.says(note)
             _log.info(note)
-            alone = _ALONE.fullmatch(note)
-            running = self._running.get(int(alone[1])) if alone else None
-            if alone and running:
+
+    def alone(self, request: TrialRequest, reason: str) -> None:
+        """Shows which trial trains alone, and keeps with it why.
+
+        Args:
+            request: As ``next`` gave it.
+            reason: Why it shares no pass with others.
+        """
+        with self._interruption.shield():
+            self.says(f"trial {request.number} runs alone: {reason}")
+            running = self._running.get(request.number)
+            if running is not None:
                 running.trial.set_user_attr(outcome.PACKED, False)
-                running.trial.set_user_attr(outcome.ALONE, alone[2])
+                running.trial.set_user_attr(outcome.ALONE, reason)
 
     def give_up(self, reason: str) -> None:
         """Fails the trials that still run and did nothing wrong; they are tried again.

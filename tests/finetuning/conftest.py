@@ -56,7 +56,7 @@ def base_hash() -> Callable[[FineTuner], str]:
 
     def hashed(tuner: FineTuner) -> str:
         digest = hashlib.sha256()
-        for name, tensor in tuner._prepared.base.model.state_dict().items():
+        for name, tensor in tuner.prepared.base.model.state_dict().items():
             digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 

@@ -29,4 +29,4 @@ def loss_of_saved(tuner: FineTuner, adapter: Path) -> float:
 
     fresh = AutoModelForCausalLM.from_pretrained(tuner.model.name)
     model = PeftModel.from_pretrained(fresh, adapter)
-    return tuner._workspace.evaluate(model, tuner._prepared.tokens.validation, None)["loss"]
+    return tuner.workspace.evaluate(model, tuner.prepared.tokens.validation, None)["loss"]

@@ -70,7 +70,7 @@ def tuner_of(make_tuner: Make, folder_of: Callable[[str], Path]) -> Callable[...
 def own_loss(model: Any, tuner: FineTuner) -> float:
     """The loss by the model's own forward pass, each row by itself, without padding."""
     losses = []
-    for row in tuner._prepared.tokens.validation:
+    for row in tuner.prepared.tokens.validation:
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
         with torch.no_grad():
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
@@ -79,7 +79,7 @@ def own_loss(model: Any, tuner: FineTuner) -> float:
             * (labels[1:] != -100).sum()
         )
     learnt = sum(
-        (torch.tensor(r["labels"][1:]) != -100).sum() for r in tuner._prepared.tokens.validation
+        (torch.tensor(r["labels"][1:]) != -100).sum() for r in tuner.prepared.tokens.validation
     )
     return float(sum(losses) / learnt)
 
@@ -107,7 +107,7 @@ def test_losses_are_those_of_the_models_own_forward_pass(
 ) -> None:
     tuner = tuner_of(name)
     tuner.prepare()
-    untuned = own_loss(tuner._prepared.base.model, tuner)
+    untuned = own_loss(tuner.prepared.base.model, tuner)
     assert tuner.baseline().loss == pytest.approx(untuned, rel=2e-5)
     alone = tuner.run(TRIAL, folder=tmp_path / "alone")
     assert alone.metrics["loss"] == pytest.approx(saved_loss(tuner, tmp_path / "alone"), rel=2e-5)
@@ -233,4 +233,4 @@ def test_a_base_is_checked_once(
     monkeypatch.delattr(checking, "own_losses")
     again = tuner_of("bert", cache=tmp_path)
     again.prepare()
-    assert again._prepared.base.call.own_head
+    assert again.prepared.base.call.own_head

@@ -69,7 +69,7 @@ def test_the_reference_run_costs_one(make_tuner: Make) -> None:
 def test_further_arguments_reach_the_trainer(make_tuner: Make, base_hash: Hash) -> None:
     noisy = tuner_ready(make_tuner(extra={"neftune_noise_alpha": 50.0}))
     before = base_hash(noisy)
-    embeddings = noisy._prepared.base.model.get_input_embeddings()
+    embeddings = noisy.prepared.base.model.get_input_embeddings()
     attributes = set(embeddings.__dict__)
     assert noisy.run(QUICK).quality != make_tuner().run(QUICK).quality
 
@@ -119,7 +119,7 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(
     assert first.metrics["loss"] == pytest.approx(plain.metrics["loss"], rel=1e-5)
     assert first.bytes < plain.bytes and first.flops > plain.flops
     assert base_hash(saving) == before
-    assert not saving._prepared.base.model.get_input_embeddings()._forward_hooks
+    assert not saving.prepared.base.model.get_input_embeddings()._forward_hooks
 
 
 def test_micro_batches_change_memory_and_nothing_else(make_tuner: Make, tuner: FineTuner) -> None:
@@ -241,11 +241,11 @@ def test_a_run_says_nothing_on_the_terminal(
 
 def test_mixed_precision_leaves_the_base_as_it_was(make_tuner: Make, base_hash: Hash) -> None:
     tuner = make_tuner(precision="bf16", dtype="bfloat16")
-    attributes = set(tuner_ready(tuner)._prepared.base.model.__dict__)
+    attributes = set(tuner_ready(tuner).prepared.base.model.__dict__)
     first, second = tuner.run(QUICK), tuner.run(QUICK)
     assert first.curve == second.curve
     assert first.quality > 0
-    assert set(tuner._prepared.base.model.__dict__) == attributes
+    assert set(tuner.prepared.base.model.__dict__) == attributes
 
 
 def test_generated_metrics_need_questions(

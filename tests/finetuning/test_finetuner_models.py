@@ -41,17 +41,17 @@ def test_the_base_model_comes_back_bit_for_bit(
     tuner: FineTuner, base_hash: Hash, tmp_path: Path
 ) -> None:
     before = base_hash(tuner)
-    attributes = set(tuner._prepared.base.model.__dict__)
-    config = tuner._prepared.base.model.config.to_dict()
+    attributes = set(tuner.prepared.base.model.__dict__)
+    config = tuner.prepared.base.model.config.to_dict()
     first = tuner.run(QUICK)
     for number, variant in enumerate(VARIANTS):
         tuner.run({**QUICK, **variant}, folder=tmp_path / str(number))
         assert base_hash(tuner) == before, variant
     again = tuner.run(QUICK)
     assert (again.quality, again.score, again.curve) == (first.quality, first.score, first.curve)
-    assert set(tuner._prepared.base.model.__dict__) == attributes
-    assert tuner._prepared.base.model.config.to_dict() == config
-    assert not any(p.requires_grad for p in tuner._prepared.base.model.parameters())
+    assert set(tuner.prepared.base.model.__dict__) == attributes
+    assert tuner.prepared.base.model.config.to_dict() == config
+    assert not any(p.requires_grad for p in tuner.prepared.base.model.parameters())
 
 
 def test_trained_biases_are_put_back(

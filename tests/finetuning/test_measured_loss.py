@@ -40,7 +40,7 @@ def measured_by_hand(tuner: FineTuner, adapter: Path | None, split: str) -> tupl
         model = PeftModel.from_pretrained(model, adapter)
     model.eval()
     loss, right, count = 0.0, 0, 0
-    for row in getattr(tuner._prepared.tokens, split):
+    for row in getattr(tuner.prepared.tokens, split):
         labels = torch.tensor(row["labels"])[1:]
         with torch.no_grad():
             logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1].double()
@@ -155,12 +155,12 @@ def test_a_row_without_a_finite_loss_is_not_left_out(
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(random_llama)
     tuner = make_tuner(train=uneven, max_length=32)
-    token = tuner._prepared.base.tokenizer.convert_tokens_to_ids("~")
+    token = tuner.prepared.base.tokenizer.convert_tokens_to_ids("~")
     model.get_input_embeddings().weight.data[token] = float("nan")
     model.config.tie_word_embeddings = False
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().nan_to_num())
     model.save_pretrained(tmp_path / "broken")
-    tuner._prepared.base.tokenizer.save_pretrained(tmp_path / "broken")
+    tuner.prepared.base.tokenizer.save_pretrained(tmp_path / "broken")
     rows: Sequence[dict[str, Any]] = [{"prompt": f"{i}", "completion": "ab"} for i in range(6)]
     validation = write_rows([*rows, {"prompt": "~", "completion": "ab"}], "validation.jsonl")
     broken = make_tuner(

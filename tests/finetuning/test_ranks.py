@@ -49,10 +49,10 @@ def test_ranks_sum_to_the_mean_and_load_in_plain_peft(
     result = tuner.run({**SMALL, "rank_allocation": kind}, folder=tmp_path)
     assert base_hash(tuner) == before
     assert uniform.ranks == {}
-    count = len(tuner._prepared.base.architecture.linears)
+    count = len(tuner.prepared.base.architecture.linears)
     assert len(result.ranks) == count and sum(result.ranks.values()) == 3 * count
     assert len(set(result.ranks.values())) > 1
-    model = AutoModelForCausalLM.from_pretrained(tuner._prepared.base.name)
+    model = AutoModelForCausalLM.from_pretrained(tuner.prepared.base.name)
     loaded = PeftModel.from_pretrained(model, str(tmp_path))
     shapes = {
         name.removeprefix("base_model.model."): module.lora_A["default"].weight.shape[0]
@@ -68,7 +68,7 @@ def test_ranks_sum_to_the_mean_and_load_in_plain_peft(
     assert scales == {round(16 / 3, 6)}
     trained = sum(p.numel() for name, p in loaded.named_parameters() if "lora_" in name)
     assert trained == result.trainable_parameters
-    loss = tuner._workspace.evaluate(loaded, tuner._prepared.tokens.validation, None)["loss"]
+    loss = tuner.workspace.evaluate(loaded, tuner.prepared.tokens.validation, None)["loss"]
     assert loss == pytest.approx(result.metrics["loss"], rel=1e-5)
 
 
@@ -76,7 +76,7 @@ def test_a_budget_of_parameters_is_that_of_uniform_ranks(make_tuner: Make) -> No
     tuner = make_tuner(rank_budget="parameters")
     uniform, _ = tuner.estimate(SMALL)
     shared, _ = tuner.estimate({**SMALL, "rank_allocation": "weight"})
-    smallest = min(m.inputs + m.outputs for m in tuner._prepared.base.architecture.linears)
+    smallest = min(m.inputs + m.outputs for m in tuner.prepared.base.architecture.linears)
     assert 0 <= uniform.trainable_parameters - shared.trainable_parameters < smallest
     assert len(set(tuner.run({**SMALL, "rank_allocation": "weight"}).ranks.values())) > 1
 
@@ -87,9 +87,9 @@ def test_starts_that_change_the_base_keep_their_ranks(
 ) -> None:
     wanted = {**SMALL, "rank_allocation": "weight", "init_lora_weights": init}
     result = tuner.run(wanted, folder=tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tuner._prepared.base.name)
+    model = AutoModelForCausalLM.from_pretrained(tuner.prepared.base.name)
     loaded = PeftModel.from_pretrained(model, str(tmp_path))
-    loss = tuner._workspace.evaluate(loaded, tuner._prepared.tokens.validation, None)["loss"]
+    loss = tuner.workspace.evaluate(loaded, tuner.prepared.tokens.validation, None)["loss"]
     assert loss == pytest.approx(result.metrics["loss"], rel=1e-4)
 
 
@@ -122,8 +122,8 @@ def test_the_probe_is_part_of_every_price(tuner: FineTuner, kind: str) -> None:
     longer, _ = tuner.estimate({**wanted, "max_steps": 4})
     # What does not grow with the steps is the probe.
     probe = counted.flops - (longer.flops - counted.flops)
-    chosen = tuner._prepared.base.architecture.linears
-    assert probe == pytest.approx(tuner._workspace.allocator._flops(kind)) and probe > 0
+    chosen = tuner.prepared.base.architecture.linears
+    assert probe == pytest.approx(tuner.workspace.allocator._flops(kind)) and probe > 0
     assert sum(m.inputs + m.outputs for m in chosen) < counted.trainable_parameters
     result = tuner.run(wanted)
     assert result.flops == counted.flops and result.cost == parts["total"]
@@ -131,8 +131,8 @@ def test_the_probe_is_part_of_every_price(tuner: FineTuner, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["gradient", "activation"])
 def test_a_look_takes_the_flops_that_are_counted(tuner: FineTuner, kind: str) -> None:
-    prepared = tuner._prepared
-    own = tuner._workspace.allocator
+    prepared = tuner.prepared
+    own = tuner.workspace.allocator
     batches = list(own._batches())
     with FlopCounterMode(display=False) as counter, torch.enable_grad():
         own._looked_at(kind, unseen)

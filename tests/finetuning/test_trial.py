@@ -24,14 +24,14 @@ SMALL = {"lora_rank": 6, "max_steps": 4, "batch_size": 2, "learning_rate": 1e-2}
 
 def reloaded_loss(tuner: FineTuner, folder: Path) -> tuple[float, dict[str, int]]:
     """The loss of a saved adapter in plain PEFT, and its layers' ranks."""
-    model = AutoModelForCausalLM.from_pretrained(tuner._prepared.base.name)
+    model = AutoModelForCausalLM.from_pretrained(tuner.prepared.base.name)
     loaded = PeftModel.from_pretrained(model, str(folder))
     ranks = {
         name.removeprefix("base_model.model."): module.r["default"]
         for name, module in loaded.named_modules()
         if hasattr(module, "lora_A")
     }
-    found = tuner._workspace.evaluate(loaded, tuner._prepared.tokens.validation, None)
+    found = tuner.workspace.evaluate(loaded, tuner.prepared.tokens.validation, None)
     return found["loss"], ranks
 
 
@@ -99,8 +99,8 @@ def lively(tuner: FineTuner, monkeypatch: pytest.MonkeyPatch) -> FineTuner:
     """A fine-tuner whose ranks change at the least occasion."""
     options = RankChangeOptions.model_validate(LIVELY)
     changed = tuner.training.model_copy(update={"rank_change": options})
-    monkeypatch.setattr(tuner._workspace, "training", changed)
-    monkeypatch.setattr(tuner._workspace.price, "_training", changed)
+    monkeypatch.setattr(tuner.workspace, "training", changed)
+    monkeypatch.setattr(tuner.workspace.price, "_training", changed)
     return tuner
 
 
@@ -117,7 +117,7 @@ def test_ranks_that_change_are_told_paid_and_saved(
     result = lively.run({**wanted, "rank_change": kind}, folder=tmp_path)
     assert base_hash(lively) == before
     assert result.rank_changes and not still.rank_changes
-    names = {module.name for module in lively._prepared.base.architecture.linears}
+    names = {module.name for module in lively.prepared.base.architecture.linears}
     now = dict(still.ranks) or dict.fromkeys(names, 4)
     for change in result.rank_changes:
         assert 0 < change["step"] < 6 and change["reason"]
@@ -137,12 +137,13 @@ def test_ranks_that_change_are_told_paid_and_saved(
 def test_a_run_is_counted_at_the_ranks_that_it_had(lively: FineTuner) -> None:
     wanted = {**SMALL, "lora_rank": 4, "max_steps": 6}
     result = lively.run({**wanted, "rank_change": "loss"})
-    price = lively._workspace.price
+    price = lively.workspace.price
     configuration = Configuration.of({**wanted, "rank_change": "loss"})
-    ranks = {module.name: 4 for module in lively._prepared.base.architecture.linears}
+    ranks = {module.name: 4 for module in lively.prepared.base.architecture.linears}
+    adapted = price.adapted(configuration)
     flops, since = 0.0, 0
     for step in [*sorted({int(change["step"]) for change in result.rank_changes}), 6]:
-        flops += price.followed(configuration, [(step - since, ranks)]).flops
+        flops += price.followed(configuration, adapted, [(step - since, ranks)]).flops
         ranks = ranks | {
             str(c["layer"]): int(c["after"]) for c in result.rank_changes if c["step"] == step
         }

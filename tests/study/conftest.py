@@ -159,6 +159,7 @@ class PaperTuner:
         *,
         size: int | None,
         says: Callable[[str], None],
+        alone: Callable[[TrialRequest, str], None],
     ) -> None:
         """Trains ``size`` runs in turn, each for an evaluation; three are all that fits."""
         running: list[tuple[TrialRequest, Iterator[TrialResult | None]]] = []

@@ -14,8 +14,8 @@ from typing import Any
 import optuna
 import pytest
 
+from optuna_lora_rl.samplers import process
 from optuna_lora_rl.study import layers
-from optuna_lora_rl.study import owner
 from optuna_lora_rl.study import report
 from optuna_lora_rl.study import runner
 from tests.study.conftest import MakeSpec
@@ -60,8 +60,8 @@ def test_they_are_kept_beside_the_adapters_and_outlive_them(make_spec: MakeSpec)
 def test_a_worker_that_shares_only_the_database_is_told_where_they_are(
     make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here = owner._machine()
-    monkeypatch.setattr(owner, "_machine", lambda: {**here, "host": "elsewhere"})
+    here = process.machine()
+    monkeypatch.setattr(process, "machine", lambda: {**here, "host": "elsewhere"})
     spec = make_spec({"budget": 1})
     study = runner.run(spec).study
     monkeypatch.undo()

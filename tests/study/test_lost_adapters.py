@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from optuna_lora_rl import cli
+from optuna_lora_rl.samplers import process
 from optuna_lora_rl.study import adapters
 from optuna_lora_rl.study import opening
-from optuna_lora_rl.study import owner
 from optuna_lora_rl.study import runner
 from optuna_lora_rl.study.spec import StudySpec
 from tests.study.conftest import MakeSpec
@@ -111,7 +111,7 @@ def test_an_adapter_of_another_machine_is_not_lost(
     best = runner.run(spec).study.best_trial
     shutil.rmtree(spec.folder / "best")
     shutil.rmtree(adapters.folder_of(spec.folder, best.number))
-    monkeypatch.setattr(owner, "_machine", lambda: {"host": "another"})
+    monkeypatch.setattr(process, "machine", lambda: {"host": "another"})
     there = adapters.best_there(opening.load_study(spec).trials, spec.folder)
     assert there.folder is None and not there.lost
 

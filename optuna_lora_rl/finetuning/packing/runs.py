@@ -40,7 +40,8 @@ class SideBySide:
         alone: Carries out a run that cannot be packed.
         runs: Gives the next run, or None.
         done: Takes each run's outcome.
-        says: Takes notes.
+        parted: Told which run is alone, and why.
+        says: Told when the pack becomes smaller.
     """
 
     def __init__(
@@ -49,10 +50,12 @@ class SideBySide:
         alone: Callable[[TrialRequest], TrialResult],
         runs: Callable[[], TrialRequest | None],
         done: Callable[[TrialRequest, TrialResult | Exception], None],
+        parted: Callable[[TrialRequest, str], None],
         says: Callable[[str], None],
     ) -> None:
         self._workspace = workspace
         self._alone = alone
+        self._parted = parted
         self._runs = runs
         self._done = done
         self._says = says
@@ -98,9 +101,6 @@ class SideBySide:
                 return packed
             self._by_itself(request, reason)
         return None
-
-    def _parted(self, request: TrialRequest, reason: str) -> None:
-        self._says(f"trial {request.number} runs alone: {reason}")
 
     def _by_itself(self, request: TrialRequest, reason: str) -> None:
         self._parted(request, reason)

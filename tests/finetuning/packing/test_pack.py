@@ -218,7 +218,7 @@ def test_saved_adapters_load_onto_the_original_model(tuner: FineTuner, tmp_path:
         assert run.folder is not None
         fresh = AutoModelForCausalLM.from_pretrained(tuner.model.name)
         model = PeftModel.from_pretrained(fresh, run.folder)
-        found = tuner._workspace.evaluate(model, tuner._prepared.tokens.validation, None)["loss"]
+        found = tuner.workspace.evaluate(model, tuner.prepared.tokens.validation, None)["loss"]
         assert found == pytest.approx(outcome.metrics["loss"], rel=1e-4)
 
 

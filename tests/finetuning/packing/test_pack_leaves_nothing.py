@@ -66,7 +66,7 @@ class World:
             assert found[name] == expected, name
 
     def _look(self) -> dict[str, Any]:
-        model = self._tuner._prepared.base.model
+        model = self._tuner.prepared.base.model
         gc.collect()
         return {
             "weights": self._hash(self._tuner),
@@ -95,7 +95,7 @@ def test_nothing_of_a_pack_stays(
     tuner: FineTuner, world: World, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
 ) -> None:
     changed = tuner.training.model_copy(update={"gradient_checkpointing": checkpointing})
-    monkeypatch.setattr(tuner._workspace, "training", changed)
+    monkeypatch.setattr(tuner.workspace, "training", changed)
     packed(tuner, runs_of([MIXED[i] for i in (0, 4, 13, 15)]), size=3)
     world.assert_unchanged()
 
@@ -195,7 +195,7 @@ def test_another_error_in_a_shared_pass_is_a_bug_and_says_so(
     def broken(*args: Any) -> None:
         raise ZeroDivisionError("in the base model")
 
-    handle = tuner._prepared.base.model.model.layers[1].register_forward_hook(broken)
+    handle = tuner.prepared.base.model.model.layers[1].register_forward_hook(broken)
     try:
         with pytest.raises(ZeroDivisionError):
             packed(tuner, runs_of([{}, {}]))

@@ -60,7 +60,7 @@ def test_a_pack_that_memory_does_not_hold_becomes_smaller(
     chosen.insert(2, {"batch_size": 4})
     runs = runs_of(chosen)
     tuner.prepare()
-    undo = exhausted(8, when, tuner._prepared.base.model)
+    undo = exhausted(8, when, tuner.prepared.base.model)
     try:
         outcomes, notes = packed(tuner, runs)
     finally:
@@ -75,7 +75,7 @@ def test_a_pack_that_memory_does_not_hold_becomes_smaller(
 @pytest.mark.parametrize("when", ["forward", "backward"])
 def test_only_the_run_that_does_not_fit_fails(tuner: FineTuner, when: str) -> None:
     runs = runs_of([{"batch_size": b, "lora_dropout": 0.1} for b in (4, 4, 12, 4, 4)])
-    undo = exhausted(8, when, tuner._prepared.base.model)
+    undo = exhausted(8, when, tuner.prepared.base.model)
     try:
         outcomes, notes = packed(tuner, runs)
     finally:

@@ -124,12 +124,12 @@ def test_an_adapter_of_a_run_that_was_alone_loads_too(tuner: FineTuner, tmp_path
     outcomes, _ = packed(tuner, runs)
     fresh = AutoModelForCausalLM.from_pretrained(tuner.model.name)
     model = PeftModel.from_pretrained(fresh, tmp_path)
-    found = tuner._workspace.evaluate(model, tuner._prepared.tokens.validation, None)["loss"]
+    found = tuner.workspace.evaluate(model, tuner.prepared.tokens.validation, None)["loss"]
     assert found == pytest.approx(outcomes[1].metrics["loss"], rel=1e-4)
 
 
 def test_a_look_at_the_model_leaves_it_as_it_was(tuner: FineTuner) -> None:
-    base = tuner._prepared.base
+    base = tuner.prepared.base
     numbers, attributes = torch.get_rng_state(), set(base.model.__dict__)
     probed = packable.probe(base.model, base.architecture.linears)
     assert probed.obstacle is None
