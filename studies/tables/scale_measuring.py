@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from optuna_lora_rl.finetuning.finetuner import FineTuner
     from optuna_lora_rl.vocabulary import Value
 
-BLOCK = 4
-"""Configurations of one table that are run in a row."""
+BLOCK, REAL_BLOCK = 4, 2
+"""Configurations of one table that are run in a row; of the real model fewer, which take long."""
 REAL_SHARE = 1 / 3
 """Share of the time that the real model's tables get."""
 VALIDATION_EXAMPLES, REAL_VALIDATION_EXAMPLES = 64, 32
@@ -256,7 +256,8 @@ def measure(
 
     while (task := following(records, ready(folder / "models"))) is not None:
         configurations = task.configurations()
-        todo = [pair for pair in scale.runs() if (task.name, *pair) not in done][:BLOCK]
+        block = REAL_BLOCK if task.model == scale.REAL_MODEL else BLOCK
+        todo = [pair for pair in scale.runs() if (task.name, *pair) not in done][:block]
         with within():
             own = _prepared(task, folder, tuners)
             if (task.name, UNTUNED, 0) not in done:
