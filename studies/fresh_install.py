@@ -1,10 +1,10 @@
-"""Tries a wheel and an sdist as a user meets them: each in an environment of its own.
+"""Tries a wheel and an sdist as a user meets them, in a fresh environment.
 
     make dist
 
 First the core alone: its packages and their size, an ask of both samplers, and what the command
 line says without the rest. Then ``[finetune]``, and three trials of the quickstart in a folder
-that has nothing of the clone.
+that has nothing of the clone. The sdist takes the wheel's place there, and runs the same.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ else:
 """
 
 
-def try_out(artefact: Path, folder: Path) -> None:
-    """Install an artefact, core first, and run it.
+def try_out(wheel: Path, sdist: Path, folder: Path) -> None:
+    """Install a wheel, core first, and run it; then the sdist.
 
     Args:
-        artefact: a wheel or an sdist.
+        wheel: the wheel.
+        sdist: the sdist.
         folder: an empty one, for the environment and the study.
 
     Raises:
@@ -61,15 +62,19 @@ def try_out(artefact: Path, folder: Path) -> None:
     pins = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
     (torch,) = (pin for pin in pins if pin.startswith("torch=="))
     run("-m", "pip", "install", "-q", torch)
-    run("-m", "pip", "install", "-q", "-c", str(CONSTRAINTS), str(artefact))
-    _report(home, f"{artefact.name}, core")
+    run("-m", "pip", "install", "-q", "-c", str(CONSTRAINTS), str(wheel))
+    _report(home, f"{wheel.name}, core")
     run("-c", ASK)
     said = run("-m", "optuna_lora_rl", "--version", check=False, capture_output=True)
     assert said.returncode == 2 and "optuna_lora_rl[finetune]" in said.stderr, said
-    run("-m", "pip", "install", "-q", "-c", str(CONSTRAINTS), f"{artefact}[finetune]")
-    _report(home, f"{artefact.name}, [finetune]")
-    run("-m", "optuna_lora_rl", "run", "quickstart", "--plain", "--set", "budget.trials=3")
-    assert (folder / "runs" / "quickstart" / "best" / "adapter_model.safetensors").is_file()
+    run("-m", "pip", "install", "-q", "-c", str(CONSTRAINTS), f"{wheel}[finetune]")
+    _report(home, f"{wheel.name}, [finetune]")
+    for name in ("wheel", "sdist"):
+        if name == "sdist":
+            run("-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", str(sdist))
+        study = ("--set", "budget.trials=3", "--set", f"output={name}")
+        run("-m", "optuna_lora_rl", "run", "quickstart", "--plain", *study)
+        assert (folder / name / "best" / "adapter_model.safetensors").is_file()
 
 
 def _report(home: Path, name: str) -> None:
@@ -81,6 +86,5 @@ def _report(home: Path, name: str) -> None:
 
 
 if __name__ == "__main__":
-    for given in sys.argv[1:]:
-        with tempfile.TemporaryDirectory() as folder:
-            try_out(Path(given).resolve(), Path(folder))
+    with tempfile.TemporaryDirectory() as temporary:
+        try_out(Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve(), Path(temporary))
