@@ -189,6 +189,7 @@ class Square(nn.Module):
 def test_norms_are_the_models_own_with_their_gradients() -> None:
     from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
     torch.manual_seed(0)
     other = type("OtherRMSNorm", (Square,), {})()
@@ -199,6 +200,10 @@ def test_norms_are_the_models_own_with_their_gradients() -> None:
     for norm in model:
         norm.weight.uniform_(-1, 1)
     x = torch.randn(2, 5, 24)
+    # One that takes a gate beside its input is left to itself.
+    gated = type("GatedRMSNorm", (Qwen3NextRMSNormGated,), {})(24)
+    with cast_once(gated), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert gated(x, gate=x).shape == x.shape
 
     def run(norm: nn.Module) -> list[torch.Tensor]:
         own = x.clone().requires_grad_()
