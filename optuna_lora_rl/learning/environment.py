@@ -25,10 +25,10 @@ from optuna_lora_rl.learning.tasks import Task
 from optuna_lora_rl.policy.candidates import Trials
 from optuna_lora_rl.policy.candidates import randn
 from optuna_lora_rl.policy.candidates import uniform_points
+from optuna_lora_rl.policy.constraints import fit_feasibility
 from optuna_lora_rl.policy.decision import Decision
 from optuna_lora_rl.policy.decision import Settings
 from optuna_lora_rl.policy.decision import decide
-from optuna_lora_rl.policy.decision import fit_feasibility
 from optuna_lora_rl.policy.decision import fit_hyperparameters
 from optuna_lora_rl.policy.network import Correction
 from optuna_lora_rl.policy.network import Scorer

@@ -12,7 +12,6 @@ from typing import Any
 from typing import Literal
 
 import numpy as np
-from optuna.samplers import BaseSampler
 from optuna.search_space import intersection_search_space
 from optuna.trial import TrialState
 
@@ -22,10 +21,10 @@ from optuna_lora_rl.policy.bandit import rank_rewards
 from optuna_lora_rl.policy.bandit import scalarise
 from optuna_lora_rl.policy.levels import make_grid
 from optuna_lora_rl.samplers import PROPOSAL_KEY
-from optuna_lora_rl.samplers import cut_short
 from optuna_lora_rl.samplers.arguments import checked_roles
 from optuna_lora_rl.samplers.arguments import checked_seed
 from optuna_lora_rl.samplers.arguments import fresh_seed
+from optuna_lora_rl.samplers.cut_short import NotingSampler
 from optuna_lora_rl.samplers.cut_short import with_evidence
 from optuna_lora_rl.samplers.history import publish
 from optuna_lora_rl.samplers.history import read_history
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
     from optuna_lora_rl.samplers.history import History
 
 
-class BanditSampler(BaseSampler):
+class BanditSampler(NotingSampler):
     """Multi-armed bandits over discrete levels of each parameter.
 
     A continuous range is cut into levels: ranks, alphas and batch sizes into powers of two, other
@@ -103,20 +102,6 @@ class BanditSampler(BaseSampler):
     def reseed_rng(self) -> None:
         """Take a new seed. Optuna calls this where copies of the sampler work in parallel."""
         self._seed = fresh_seed()
-
-    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        """Write down which process runs the trial, so that it can be told from a killed one."""
-        cut_short.begins(study, trial)
-
-    def after_trial(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        state: TrialState,
-        values: Sequence[float] | None,
-    ) -> None:
-        """Write down why the trial failed, where it did."""
-        cut_short.ends(study, trial, state)
 
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from optuna.samplers import BaseSampler
 from optuna.study import _optimize
 from optuna.trial import TrialState
 
@@ -42,19 +43,28 @@ FAILURE_KEY = "optuna_lora_rl:failure"
 _ITS_OWN = "configuration"
 
 
-def begins(study: Study, trial: FrozenTrial) -> None:
-    """Write down the process of a trial that ``Study.optimize`` runs; for ``before_trial``.
+class NotingSampler(BaseSampler):
+    """A sampler that writes down which process runs a trial, and why a trial failed."""
 
-    A trial that was asked for by hand may run anywhere.
-    """
-    if _run() is not None:
-        study._storage.set_trial_system_attr(trial._trial_id, PROCESS_KEY, process.here())
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        """Write down the process of a trial that ``Study.optimize`` runs.
 
+        A trial that was asked for by hand may run anywhere.
+        """
+        if _run() is not None:
+            study._storage.set_trial_system_attr(trial._trial_id, PROCESS_KEY, process.here())
 
-def ends(study: Study, trial: FrozenTrial, state: TrialState) -> None:
-    """Write down why a trial failed that ``Study.optimize`` ran; for ``after_trial``."""
-    frame = _run()
-    if state == TrialState.FAIL and frame is not None:
+    def after_trial(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        state: TrialState,
+        values: Sequence[float] | None,
+    ) -> None:
+        """Write down why a trial failed that ``Study.optimize`` ran."""
+        frame = _run()
+        if state != TrialState.FAIL or frame is None:
+            return
         # Optuna tells a sampler that a trial failed, and not by what.
         error = frame.f_locals.get("func_err")
         reason = _ITS_OWN

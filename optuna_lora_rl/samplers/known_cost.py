@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
+from functools import partial
 from numbers import Real
 from typing import TYPE_CHECKING
 from typing import Any
@@ -21,7 +22,10 @@ import numpy as np
 from optuna_lora_rl.errors import UserError
 
 if TYPE_CHECKING:
+    from optuna.study import Study
+
     from optuna_lora_rl.policy.dimensions import Space
+    from optuna_lora_rl.samplers.observation import Costs
 
 # Takes parameters by name; returns what their score is charged, in its units.
 Cost = Callable[[Mapping[str, Any]], float]
@@ -56,6 +60,20 @@ class KnownCost:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
+
+    def of(self, study: Study, space: Space) -> Costs:
+        """What configurations of a space are charged in a study, points to costs.
+
+        Raises:
+            UserError: the study has several objectives.
+        """
+        if len(study.directions) > 1:
+            raise UserError("cost is for one objective, but the study has several")
+        # Parameters with a single value are no part of the space.
+        constant: dict[str, Any] = {}
+        for trial in study.get_trials(deepcopy=False)[-8:]:
+            constant.update({k: v for k, v in trial.params.items() if k not in space.names})
+        return partial(self.at, space, constant=constant)
 
     def at(self, space: Space, points: np.ndarray, constant: Mapping[str, Any]) -> np.ndarray:
         """The costs of configurations, shape (N,).

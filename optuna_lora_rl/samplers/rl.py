@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
@@ -18,31 +17,30 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from optuna.samplers import BaseSampler
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.policy import weights as weight_files
 from optuna_lora_rl.policy.conditions import settle
+from optuna_lora_rl.policy.constraints import fit_feasibility
 from optuna_lora_rl.policy.context import TuningContext
 from optuna_lora_rl.policy.decision import BANKED
 from optuna_lora_rl.policy.decision import Decision
 from optuna_lora_rl.policy.decision import Settings
 from optuna_lora_rl.policy.decision import decide
 from optuna_lora_rl.policy.decision import draw_parameter
-from optuna_lora_rl.policy.decision import fit_feasibility
 from optuna_lora_rl.policy.decision import fit_hyperparameters
 from optuna_lora_rl.policy.layout import Layout
 from optuna_lora_rl.policy.network import Correction
-from optuna_lora_rl.samplers import CONTEXT_KEY
 from optuna_lora_rl.samplers import PROPOSAL_KEY
-from optuna_lora_rl.samplers import cut_short
 from optuna_lora_rl.samplers import is_whole
 from optuna_lora_rl.samplers.adaptation import Adaptation
 from optuna_lora_rl.samplers.arguments import checked_roles
 from optuna_lora_rl.samplers.arguments import checked_seed
 from optuna_lora_rl.samplers.arguments import fresh_seed
+from optuna_lora_rl.samplers.cut_short import NotingSampler
+from optuna_lora_rl.samplers.cut_short import cut_short
 from optuna_lora_rl.samplers.cut_short import turn_of
 from optuna_lora_rl.samplers.cut_short import with_evidence
 from optuna_lora_rl.samplers.history import History
@@ -64,6 +62,7 @@ from optuna_lora_rl.samplers.observation import objective_weights
 from optuna_lora_rl.samplers.observation import observe
 from optuna_lora_rl.samplers.observation import recent_and_best
 from optuna_lora_rl.samplers.observation import units_of
+from optuna_lora_rl.samplers.stored_context import StoredContext
 from optuna_lora_rl.samplers.transfer import EarlierStudies
 
 if TYPE_CHECKING:
@@ -92,7 +91,7 @@ class _Known(NamedTuple):
     horizon: int | None
 
 
-class RLSampler(BaseSampler):
+class RLSampler(NotingSampler):
     """Proposes configurations by a policy trained, by reinforcement learning, to tune LoRA runs.
 
     Each proposal scores a few hundred candidates (the guides' defaults, a sweep of the learning
@@ -201,7 +200,7 @@ class RLSampler(BaseSampler):
             wide=wide,
         )
         self._lasts: Lasts | None = None
-        self._context = context
+        self._context = StoredContext(context)
         self._cost = None if cost is None else KnownCost(cost)
         self._earlier = EarlierStudies(source_studies, self._roles)
         # It keeps the first seed: reseeding for every thread would undo what was learnt.
@@ -216,11 +215,10 @@ class RLSampler(BaseSampler):
         self._spaces: Memo[Space] = Memo()
         self._layouts: Memo[Layout] = Memo()
         self._fits: Memo[np.ndarray] = Memo()
-        self._stored: dict[tuple[int, int], TuningContext | None] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("_lock", "_union", "_ledger", "_spaces", "_layouts", "_fits", "_stored"):
+        for name in ("_lock", "_union", "_ledger", "_spaces", "_layouts", "_fits"):
             del state[name]
         return state
 
@@ -241,20 +239,6 @@ class RLSampler(BaseSampler):
         with self._lock:
             self._seed = fresh_seed()
 
-    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        """Write down which process runs the trial, so that it can be told from a killed one."""
-        cut_short.begins(study, trial)
-
-    def after_trial(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        state: TrialState,
-        values: Sequence[float] | None,
-    ) -> None:
-        """Write down why the trial failed, where it did."""
-        cut_short.ends(study, trial, state)
-
     def infer_relative_search_space(
         self, study: Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
@@ -274,12 +258,12 @@ class RLSampler(BaseSampler):
         if not search_space:
             return {}
         # By what is written, not by what is equal: 0 is False, but must not become it.
-        tuning = self._known(study)
+        tuning = self._context.of(study)
         said = self._earlier.are_lora or tuning is not None
         space = self._spaces.get(
             (repr(search_space), said), lambda: space_of(search_space, self._roles, said=said)
         )
-        costs = self._costs(study, space)
+        costs = self._cost.of(study, space) if self._cost else None
         with self._lock:
             seed = self._seed
         for attempt in range(_ATTEMPTS):
@@ -325,11 +309,11 @@ class RLSampler(BaseSampler):
         with self._lock:
             seed = self._seed
         trials = study.get_trials(deepcopy=False)
-        turn, trials = turn_of(trial.number, cut_short.cut_short(trials)), with_evidence(trials)
+        turn, trials = turn_of(trial.number, cut_short(trials)), with_evidence(trials)
         # All that the study has asked for so far says whether it is a LoRA one.
         asked = {**self._union.read(trials, trial.number), **trial.distributions}
         asked = {k: v for k, v in asked.items() if not v.single()}
-        tuning = self._known(study)
+        tuning = self._context.of(study)
         said = self._earlier.are_lora or tuning is not None
         space = space_of({**asked, param_name: param_distribution}, self._roles, said=said)
         generator = _generator(seed, turn, (param_name,))
@@ -353,35 +337,6 @@ class RLSampler(BaseSampler):
         if PROPOSAL_KEY not in trial.system_attrs or source == "transfer":
             study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL_KEY, {"source": source})
         return space.dimensions[column].decode(coordinate)
-
-    def _costs(self, study: Study, space: Space) -> Costs | None:
-        """What configurations of a space are charged, where that is known."""
-        if self._cost is None:
-            return None
-        if len(study.directions) > 1:
-            raise UserError("cost is for one objective, but the study has several")
-        # Parameters with a single value are no part of the space.
-        constant: dict[str, Any] = {}
-        for trial in study.get_trials(deepcopy=False)[-8:]:
-            constant.update({k: v for k, v in trial.params.items() if k not in space.names})
-        return partial(self._cost.at, space, constant=constant)
-
-    def _known(self, study: Study) -> TuningContext | None:
-        """What is known of model, data and run: as given, or as stored with the study.
-
-        It is looked for once; what is given is stored where nothing is.
-        """
-        study_id, storage = study._study_id, study._storage
-        key = (id(storage), study_id)
-        if key not in self._stored:
-            said = storage.get_study_user_attrs(study_id).get(CONTEXT_KEY)
-            known = self._context
-            if known is None and said is not None:
-                known = TuningContext.from_dict(said)
-            elif known is not None and said is None:
-                storage.set_study_user_attr(study_id, CONTEXT_KEY, known.as_dict())
-            self._stored[key] = known
-        return self._stored[key]
 
     def _think(
         self,

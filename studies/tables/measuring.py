@@ -68,7 +68,13 @@ def untuned(task: str, own: FineTuner) -> Record:
 
 
 def run(
-    task: str, number: int, seed: int, configuration: dict[str, Value], own: FineTuner
+    task: str,
+    number: int,
+    seed: int,
+    configuration: dict[str, Value],
+    own: FineTuner,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Record:
     """Fine-tune once and return the record; a run that fails keeps the curve that it has."""
     from optuna_lora_rl.finetuning.errors import FineTuningError
@@ -82,12 +88,12 @@ def run(
             values.append(round(metrics[name], 6))
 
     wanted, failure = design.tuned(configuration), None
-    started = time.perf_counter()
+    started = clock()
     try:
         own.run(wanted, seed=seed, report=report)
     except FineTuningError as error:
         failure = error.reason
-    seconds = time.perf_counter() - started
+    seconds = clock() - started
     counted, cost = own.estimate(wanted)
     sequences = int(wanted["max_steps"]) * int(wanted["batch_size"])
     return Record(

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from optuna_lora_rl.learning.tables import design
 from optuna_lora_rl.learning.tables.records import UNTUNED
 from optuna_lora_rl.learning.tables.records import ScaledRecord
 from optuna_lora_rl.learning.tables.records import append
 from optuna_lora_rl.learning.tables.records import merged
 from optuna_lora_rl.learning.tables.records import read
+from studies.tables import measuring
 from studies.tables import scale
 
 if TYPE_CHECKING:
@@ -138,62 +138,21 @@ def context(own: FineTuner) -> dict[str, Any]:
 
 def untuned(task: scale.Task, own: FineTuner) -> ScaledRecord:
     """Return the record of the model before any fine-tuning."""
-    before = own.baseline()
-    return ScaledRecord(
-        task=task.name,
-        split=task.split,
-        configuration=UNTUNED,
-        step=[0],
-        loss=[round(before.loss, 6)],
-        accuracy=[round(before.token_accuracy, 5)],
-        quality=[0.0],
-        context=context(own),
-    )
+    record = measuring.untuned(task.name, own)
+    return ScaledRecord(**{**vars(record), "split": task.split, "context": context(own)})
 
 
 def run(
     task: scale.Task, number: int, seed: int, configuration: dict[str, Value], own: FineTuner
 ) -> ScaledRecord:
     """Fine-tune once and return the record; a run that fails keeps the curve that it has."""
-    from optuna_lora_rl.finetuning.errors import FineTuningError
-
-    curves: dict[str, list[float]] = {"loss": [], "token_accuracy": [], "quality": []}
-    steps: list[int] = []
-
-    def report(step: int, score: float, metrics: Any) -> None:
-        steps.append(step)
-        for name, values in curves.items():
-            values.append(round(metrics[name], 6))
-
-    wanted, failure = design.tuned(configuration), None
-    started = time.process_time()
-    try:
-        own.run(wanted, seed=seed, report=report)
-    except FineTuningError as error:
-        failure = error.reason
-    seconds = time.process_time() - started
-    counted, cost = own.estimate(wanted)
+    # Seconds of the processor: others may be at work beside.
+    record = measuring.run(task.name, number, seed, configuration, own, clock=time.process_time)
     known = context(own)
-    rows = min(int(wanted["batch_size"]), known["examples"])
-    return ScaledRecord(
-        task=task.name,
-        split=task.split,
-        configuration=number,
-        seed=seed,
-        parameters=configuration,
-        step=steps,
-        loss=curves["loss"],
-        accuracy=curves["token_accuracy"],
-        quality=curves["quality"],
-        failure=failure,
-        trainable_parameters=counted.trainable_parameters,
-        tokens=round(int(wanted["max_steps"]) * rows * known["mean_tokens"]),
-        flops=counted.flops,
-        bytes=counted.memory_bytes,
-        cost=round(cost["total"], 6),
-        seconds=round(seconds, 3),
-        context=known,
-    )
+    rows = min(int(configuration["batch_size"]), known["examples"])
+    tokens = round(int(configuration["max_steps"]) * rows * known["mean_tokens"])
+    own_fields = {"split": task.split, "context": known, "tokens": tokens}
+    return ScaledRecord(**{**vars(record), **own_fields})
 
 
 def ready(models: Path) -> list[scale.Task]:

@@ -17,12 +17,12 @@ from optuna_lora_rl.policy.candidates import climb
 from optuna_lora_rl.policy.candidates import prior_points
 from optuna_lora_rl.policy.candidates import same
 from optuna_lora_rl.policy.candidates import within
+from optuna_lora_rl.policy.constraints import fit_feasibility
+from optuna_lora_rl.policy.constraints import room
 from optuna_lora_rl.policy.decision import Decision
 from optuna_lora_rl.policy.decision import Settings
 from optuna_lora_rl.policy.decision import decide
-from optuna_lora_rl.policy.decision import fit_feasibility
 from optuna_lora_rl.policy.decision import fit_hyperparameters
-from optuna_lora_rl.policy.decision import room
 from optuna_lora_rl.policy.dimensions import Dimension
 from optuna_lora_rl.policy.dimensions import Space
 from optuna_lora_rl.policy.dimensions import make_space

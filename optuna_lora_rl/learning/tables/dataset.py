@@ -176,9 +176,7 @@ def load(split: str | None = None, *, path: Path = FILE) -> list[Table]:
     Raises:
         UserError: There is no such split.
     """
-    if split is not None and split not in design.SPLITS:
-        known = ", ".join(design.SPLITS)
-        raise UserError(f"There is no split {split!r} of the tables; there are: {known}.")
+    check_split(split)
     by_task: dict[str, list[Record]] = {}
     for record in read(path):
         by_task.setdefault(record.task, []).append(record)
@@ -186,6 +184,17 @@ def load(split: str | None = None, *, path: Path = FILE) -> list[Table]:
     return [
         table(task, by_task[task.name], design.SPACE) for task in wanted if task.name in by_task
     ]
+
+
+def check_split(split: str | None) -> None:
+    """Check the name of a split; None stands for all.
+
+    Raises:
+        UserError: There is no such split.
+    """
+    if split is not None and split not in design.SPLITS:
+        known = ", ".join(design.SPLITS)
+        raise UserError(f"There is no split {split!r} of the tables; there are: {known}.")
 
 
 def table(task: Any, records: Sequence[Record], parameters: Iterable[str]) -> Table:

@@ -67,7 +67,7 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class ScaledRecord(Record):
-    """One measured run of a table with scale in it (``tables.scaled``).
+    """One measured run of a table with scale in it (``tables.scaled``), in processor seconds.
 
     Attributes:
         split: ``train``, ``validation`` or ``test``.

@@ -22,9 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import Any
 
-from optuna_lora_rl.errors import UserError
 from optuna_lora_rl.learning.tables import dataset
-from optuna_lora_rl.learning.tables import design
 from optuna_lora_rl.learning.tables.records import UNTUNED
 from optuna_lora_rl.learning.tables.records import ScaledRecord
 from optuna_lora_rl.learning.tables.records import merged
@@ -119,9 +117,7 @@ def load(split: str | None = None, *, path: Path = FILE) -> list[dataset.Table]:
     Raises:
         UserError: There is no such split.
     """
-    if split is not None and split not in design.SPLITS:
-        known = ", ".join(design.SPLITS)
-        raise UserError(f"There is no split {split!r} of the tables; there are: {known}.")
+    dataset.check_split(split)
     by_task: dict[str, list[ScaledRecord]] = {}
     for record in read(path):
         if split in (None, record.split):
