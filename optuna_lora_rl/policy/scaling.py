@@ -14,6 +14,9 @@ h is the hidden size, rows are examples seen in a run (steps times batch size). 
   (about 15 in place of 10 times full fine-tuning's after some 100 steps; Schulman et al. 2025,
   "LoRA without regret").
 
+The tables with scale in them (``studies/results/scale.md``), measured since, put less on the width
+(-.10 a decade) and speak of steps, whatever the batch (-.51); they are not taken in yet.
+
 Methods: common defaults are 2e-4 for SFT, 5e-6 for DPO and KTO, 1e-6 to 1e-5 for GRPO.
 With few examples guides advise less rank and more dropout, from about a thousand down; what that
 is worth was not measured here.
